@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -34,7 +35,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,37 +147,27 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, object]] = {
-    # Needs no data: makes its own text and tokenizer. Under a minute on two CPU cores.
-    "smoke": dict(
+    "smoke": dict(  # needs no data: makes its own text and tokenizer; under a minute on two CPU cores
         data_path="./data/datasets/smoke_sp512", tokenizer_path="./data/tokenizers/smoke_512_bpe.model", vocab_size=512,
         layout="1+2x2+1", model_dim=64, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=2048,
         iterations=120, max_wallclock_seconds=0.0, loop_schedule="0:1,0.5:2", val_loss_every=60, train_log_every=20,
-        compile=False,
-    ),
-    # Three minutes on two CPU cores, after `python data/offline.py`.
-    "demo": dict(
+        compile=False),
+    "demo": dict(  # three minutes on two CPU cores, on the corpus of data/offline.py
         data_path="./data/datasets/offline_sp1024", tokenizer_path="./data/tokenizers/offline_1024_bpe.model",
         layout="1+2x2+1", model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=256, train_batch_tokens=4096,
         max_wallclock_seconds=180.0, loop_schedule="0:1,0.6:2", val_loss_every=100, train_log_every=20,
-        muon_momentum_warmup_steps=100, val_max_tokens=65536,
-    ),
-    # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too.
-    "laptop": dict(
-        layout="3+3x3+3", model_dim=384, num_heads=6, num_kv_heads=3, train_seq_len=512, train_batch_tokens=16384,
+        muon_momentum_warmup_steps=100, val_max_tokens=65536),
+    "laptop": dict(  # ten minutes on an 8 GB M-series laptop; useful on a CPU, too
+        model_dim=384, num_heads=6, num_kv_heads=3, train_seq_len=512, train_batch_tokens=16384,
         loop_schedule="0:1,0.35:3", val_loss_every=200, train_log_every=20, muon_momentum_warmup_steps=200,
-        val_max_tokens=1048576,
-    ),
-    # Ten minutes on 8xH100.
-    "record": dict(
-        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", quant_sigma=12.85, grad_clip_norm=1.0,
-    ),
-    # The two controls: the official script's model and PR #319's (their schedules as fractions of training).
+        val_max_tokens=1048576),
+    "record": dict(  # ten minutes on 8xH100
+        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", quant_sigma=12.85, grad_clip_norm=1.0),
+    # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": dict(layout="9", skips="official", loop_gate="none", warmdown_frac=0.087),
-    "pr319": dict(
-        layout="5x3", model_dim=640, skips="none", loop_gate="x0", loop_gate_init=1 / 3, warmdown_frac=0.0,
-        train_batch_tokens=786432, max_wallclock_seconds=2400.0,
-    ),
-}
+    "pr319": dict(layout="5x3", model_dim=640, skips="none", loop_gate="x0", loop_gate_init=1 / 3, warmdown_frac=0.0,
+                  train_batch_tokens=786432, max_wallclock_seconds=2400.0),
+}  # fmt: skip
 
 CHOICES = {
     "mode": ("train", "eval", "sample"), "skips": ("per_loop", "unrolled", "official", "none"),
@@ -186,34 +177,22 @@ CHOICES = {
 
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
-    "NUM_LAYERS": "LAYOUT=9 (nine blocks, no loop) or LAYOUT=3+3x3+3",
-    "NUM_UNIQUE_LAYERS": "LAYOUT=5x3 (five blocks, three passes)",
-    "NUM_LOOPS": "LAYOUT=5x3 (five blocks, three passes)",
+    "NUM_LAYERS": "LAYOUT=9", "NUM_UNIQUE_LAYERS": "LAYOUT=5x3", "NUM_LOOPS": "LAYOUT=5x3",
     "WARMDOWN_ITERS": "WARMDOWN_FRAC=0.4 (a fraction of training, so that a slow machine decays like a fast one)",
     "WARMUP_STEPS": "nothing: every loop count is compiled before the clock starts",
-    "VAL_BATCH_SIZE": "MICROBATCH_TOKENS",
-    "GRAD_ACCUM_STEPS": "MICROBATCH_TOKENS",
-    "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS",
-    "MLX_EAGER_EVAL": "EAGER_EVAL",
-    "MUON_BACKEND_STEPS": "MUON_NS_STEPS",
     "TIE_EMBEDDINGS": "nothing: input and output embedding are always one",
-    "EMBED_LR": "TIED_EMBED_LR",
-    "HEAD_LR": "TIED_EMBED_LR",
-    "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN",
-    "OUT_DIR": "LOG_DIR",
-}
-
-# Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
-NOT_IN_CONFIG_HASH = {
-    "mode", "run_id", "resume", "artifact", "checkpoint", "log_dir", "seed", "data_path", "tokenizer_path",
-    "microbatch_tokens", "train_log_every", "checkpoint_every", "prompt", "sample_tokens", "temperature", "top_k",
-    "device", "compile", "deterministic", "eager_eval", "mlx_wired_gb", "mlx_cache_gb",
+    "VAL_BATCH_SIZE": "MICROBATCH_TOKENS", "GRAD_ACCUM_STEPS": "MICROBATCH_TOKENS", "EMBED_LR": "TIED_EMBED_LR",
+    "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS", "MLX_EAGER_EVAL": "EAGER_EVAL", "HEAD_LR": "TIED_EMBED_LR",
+    "MUON_BACKEND_STEPS": "MUON_NS_STEPS", "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN", "OUT_DIR": "LOG_DIR",
 }  # fmt: skip
 
-MODEL_FIELDS = (
-    "layout", "vocab_size", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_base", "logit_softcap",
-    "skips", "loop_gate", "lora_rank", "train_seq_len",
-)  # fmt: skip
+# Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
+NOT_IN_CONFIG_HASH = set("""mode run_id resume artifact checkpoint log_dir seed data_path tokenizer_path microbatch_tokens
+    train_log_every checkpoint_every prompt sample_tokens temperature top_k device compile deterministic eager_eval
+    mlx_wired_gb mlx_cache_gb""".split())
+
+MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult rope_base logit_softcap skips loop_gate
+    lora_rank train_seq_len""".split()
 
 
 class Layout(NamedTuple):
@@ -235,38 +214,38 @@ class Layout(NamedTuple):
         return self.prelude + self.core * self.loops + self.coda
 
 
+def require(holds: object, name: str, expected: str, found: object, mend: str = "") -> None:
+    """Raises InputError "name: expected ..., found ...; mend" unless `holds`."""
+    if not holds:
+        raise InputError(f"{name}: expected {expected}, found {found}" + (f"; {mend}" if mend else ""))
+
+
 def parse_layout(text: str) -> Layout:
     """Reads "9", "5x3", "3+3x3+5", "3+3x3" or "3x3+5"; raises InputError."""
-    match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)(?:\+(\d+))?", text)
-    if match:
-        layout = Layout(*(int(part or 0) for part in match.groups()))
-    elif re.fullmatch(r"\d+", text):
-        layout = Layout(0, int(text), 1, 0)
-    else:
-        raise InputError(f'LAYOUT: expected P+CxR+D such as "3+3x3+5", "5x3" or "9", found "{text}"')
-    if layout.core < 1 or layout.loops < 1:
-        raise InputError(f'LAYOUT: expected at least one core block and one pass, found "{text}"')
+    match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)(?:\+(\d+))?|(\d+)", text)
+    require(match, "LAYOUT", 'P+CxR+D such as "3+3x3+5", "5x3" or "9"', f'"{text}"')
+    p, c, r, d, plain = (int(part or 0) for part in match.groups())
+    layout = Layout(0, plain, 1, 0) if match.group(5) else Layout(p, c, r, d)
+    require(layout.core and layout.loops, "LAYOUT", "at least one core block and one pass", f'"{text}"')
     return layout
 
 
 def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
     """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes."""
-    if not text:
-        return [(0.0, loops)]
+    name, found = "LOOP_SCHEDULE", f'"{text}"'
     try:
-        schedule = [(float(at), int(count)) for at, count in (entry.split(":") for entry in text.split(","))]
+        schedule = [(float(at), int(n)) for at, n in (entry.split(":") for entry in (text or f"0:{loops}").split(","))]
     except ValueError:
-        raise InputError(f'LOOP_SCHEDULE: expected "fraction:passes,..." such as "0:1,0.35:3", found "{text}"') from None
-    starts, counts = [at for at, _ in schedule], [count for _, count in schedule]
-    if starts[0] != 0:
-        raise InputError(f'LOOP_SCHEDULE: expected to start at 0, found "{text}"; begin with "0:1"')
-    if any(b <= a for a, b in zip(starts, starts[1:])) or any(b <= a for a, b in zip(counts, counts[1:])):
-        raise InputError(f'LOOP_SCHEDULE: expected fractions and passes that increase, found "{text}"')
-    if not starts[-1] < 1 or counts[0] < 1:
-        raise InputError(f'LOOP_SCHEDULE: expected fractions below 1 and at least one pass, found "{text}"')
-    if counts[-1] != loops:
-        what = "never reaches" if counts[-1] < loops else "exceeds"
-        raise InputError(f'LOOP_SCHEDULE: "{text}" {what} the {loops} passes of the layout; end it with ":{loops}"')
+        schedule = []
+    require(schedule, name, 'fraction:passes,... such as "0:1,0.35:3"', found)
+    starts, counts = zip(*schedule)
+    require(starts[0] == 0, name, "a start at 0", found, 'begin with "0:1"')
+    rising = all(a < b for a, b in zip(starts, starts[1:])) and all(a < b for a, b in zip(counts, counts[1:]))
+    require(rising, name, "fractions and passes that increase", found)
+    require(starts[-1] < 1 and counts[0] >= 1, name, "fractions below 1 and at least one pass", found)
+    what = "never reaches" if counts[-1] < loops else "exceeds"
+    require(counts[-1] == loops, name, f"an end at the {loops} passes of LAYOUT", f"{found}, which {what} them",
+            f'end it with ":{loops}", or set LOOP_SCHEDULE= for all passes throughout')  # fmt: skip
     return schedule
 
 
@@ -276,12 +255,11 @@ def parse_value(name: str, text: str, kind: str, where: str) -> object:
         if kind == "bool":
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[text.lower()]
         if kind == "int":
-            return int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else {True: int}[float(text).is_integer()](float(text))
-        if kind == "float":
-            value = float(text)
-            return {True: value}[math.isfinite(value)]
-        return text
-    except (ValueError, KeyError, OverflowError):
+            return int(text)
+        if kind == "float" and not math.isfinite(float(text)):
+            raise ValueError
+        return float(text) if kind == "float" else text
+    except (ValueError, KeyError):
         expected = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
         raise InputError(f'{name.upper()} ({where}): expected {expected}, found "{text}"') from None
 
@@ -292,28 +270,25 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
     values: dict[str, object] = {}
     notices: list[str] = []
     for name, text in environ.items():
-        field = name.lower()
-        if name.isupper() and field in kinds:
-            values[field] = parse_value(field, text, kinds[field], "environment")
+        if name.isupper() and name.lower() in kinds:
+            values[name.lower()] = parse_value(name, text, kinds[name.lower()], "environment")
         elif name in REPLACED:
             notices.append(f"notice: {name}={text} in the environment has no effect here; write {REPLACED[name]}")
         elif near := difflib.get_close_matches(name, [kind.upper() for kind in kinds], n=1, cutoff=0.88):
             notices.append(f"notice: {name} in the environment is not a setting; did you mean {near[0]}?")
     for argument in argv:
-        match = re.fullmatch(r"--([A-Za-z0-9_-]+)(?:=(.*))?", argument, re.DOTALL)
-        field = match.group(1).replace("-", "_") if match else argument
-        if not match or field.lower() not in kinds:
-            hint = f"write {REPLACED[field.upper()]}" if field.upper() in REPLACED else "see --help"
-            near = difflib.get_close_matches(field.lower(), kinds, n=1, cutoff=0.6)
-            raise InputError(f"{argument}: unknown flag; " + (f"did you mean --{near[0]}=...?" if near else hint))
-        field = field.lower()
-        if match.group(2) is None and kinds[field] != "bool":
-            raise InputError(f"--{field}: expected a value, found none; write --{field}=...")
-        values[field] = parse_value(field, match.group(2) if match.group(2) is not None else "1", kinds[field], "flag")
+        flag, _, text = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_").lower()
+        if not flag.startswith("--") or name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.6)
+            hint = f"did you mean --{near[0]}=...?" if near else "see --help"
+            hint = f"write {REPLACED[name.upper()]}" if name.upper() in REPLACED else hint
+            raise InputError(f"{argument}: expected a setting, found an unknown flag; {hint}")
+        require("=" in argument or kinds[name] == "bool", flag, "a value", "none", f"write {flag}=...")
+        values[name] = parse_value(name, text if "=" in argument else "1", kinds[name], "flag")
     preset = str(values.get("preset") or default_preset)
-    if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
-        raise InputError(f'PRESET: expected one of {", ".join(PRESETS)}, found "{preset}"; did you mean {near[0]}?')
+    near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
+    require(preset in PRESETS, "PRESET", f"one of {', '.join(PRESETS)}", f'"{preset}"', f"did you mean {near[:1]}?")
     config = Config(**{**PRESETS[preset], **values, "preset": preset})
     check_config(config)
     return config, notices
@@ -322,60 +297,50 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
 def check_config(c: Config) -> None:
     """Raises InputError for values that cannot work, before any file is opened."""
     for name, allowed in CHOICES.items():
-        if getattr(c, name) not in allowed:
-            shown = ", ".join(str(value) for value in allowed if value != "")
-            raise InputError(f'{name.upper()}: expected one of {shown}, found "{getattr(c, name)}"')
-    for name in ("vocab_size", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "train_seq_len", "bytes_cap",
-                 "train_batch_tokens", "muon_ns_steps", "rope_base", "adam_eps", "tied_embed_init_std"):  # fmt: skip
-        if getattr(c, name) <= 0:
-            raise InputError(f"{name.upper()}: expected a number above 0, found {getattr(c, name)}")
+        shown = ", ".join(str(value) for value in allowed if value != "")
+        require(getattr(c, name) in allowed, name.upper(), f"one of {shown}", f'"{getattr(c, name)}"')
+    above_zero = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap train_batch_tokens
+        muon_ns_steps rope_base adam_eps tied_embed_init_std logit_softcap""".split()
     for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        if field.type in ("int", "float") and field.name != "loop_gate_init" and value < 0:
-            raise InputError(f"{field.name.upper()}: expected 0 or more, found {value}")
+        name, value = field.name, getattr(c, field.name)
+        if field.type in ("int", "float") and name != "loop_gate_init":
+            require(value > 0 or name not in above_zero, name.upper(), "a number above 0", value)
+            require(value >= 0, name.upper(), "0 or more", value)
     for name in ("warmdown_frac", "beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start"):
-        if getattr(c, name) > 1:
-            raise InputError(f"{name.upper()}: expected a number from 0 to 1, found {getattr(c, name)}")
-    layout = parse_layout(c.layout)
+        require(getattr(c, name) <= 1, name.upper(), "a number from 0 to 1", getattr(c, name))
+    layout, length = parse_layout(c.layout), c.train_seq_len
     parse_loop_schedule(c.loop_schedule, layout.loops)
-    if c.vocab_size > 65536:
-        raise InputError(f"VOCAB_SIZE: expected at most 65536 (shards hold 16-bit ids), found {c.vocab_size}")
-    if c.model_dim % c.num_heads or (c.model_dim // c.num_heads) % 2:
-        fits = [h for h in range(1, c.model_dim + 1) if c.model_dim % h == 0 and (c.model_dim // h) % 2 == 0]
-        near = min(fits, key=lambda h: abs(h - c.num_heads)) if fits else "an even MODEL_DIM"
-        raise InputError(f"NUM_HEADS: expected heads of an even width in MODEL_DIM={c.model_dim}, found {c.num_heads}; "
-                         f"try {near}")  # fmt: skip
-    if c.num_heads % c.num_kv_heads:
-        raise InputError(f"NUM_KV_HEADS: expected a divisor of NUM_HEADS={c.num_heads}, found {c.num_kv_heads}")
-    if c.train_batch_tokens % c.train_seq_len:
-        raise InputError(f"TRAIN_BATCH_TOKENS: expected a multiple of TRAIN_SEQ_LEN={c.train_seq_len}, found "
-                         f"{c.train_batch_tokens}; try {max(c.train_batch_tokens // c.train_seq_len, 1) * c.train_seq_len}")  # fmt: skip
-    if c.eval_stride and c.train_seq_len % c.eval_stride:
-        raise InputError(f"EVAL_STRIDE: expected a divisor of TRAIN_SEQ_LEN={c.train_seq_len}, found {c.eval_stride}")
-    if 0 < c.microbatch_tokens < c.train_seq_len:
-        raise InputError(f"MICROBATCH_TOKENS: expected at least TRAIN_SEQ_LEN={c.train_seq_len}, found {c.microbatch_tokens}")
-    if 0 < c.val_max_tokens < c.train_seq_len:
-        raise InputError(f"VAL_MAX_TOKENS: expected at least TRAIN_SEQ_LEN={c.train_seq_len}, found {c.val_max_tokens}")
-    if not 0 < c.logit_softcap <= 60:
-        raise InputError(f"LOGIT_SOFTCAP: expected a number above 0 and up to 60, found {c.logit_softcap}")
-    if c.lora_rank and layout.loops == 1:
-        raise InputError(f'LORA_RANK: expected a layout with more than one pass, found LAYOUT="{c.layout}"; set LORA_RANK=0')
-    if c.eval_loops > layout.loops and c.skips in ("unrolled", "official"):
-        raise InputError(f"EVAL_LOOPS: expected at most {layout.loops} passes with SKIPS={c.skips} (the shortcuts of more "
-                         f"were never trained), found {c.eval_loops}; use SKIPS=per_loop or none")  # fmt: skip
-    if c.mode == "train" and not (c.iterations or c.max_wallclock_seconds or c.max_train_flops):
-        raise InputError("ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS: expected one budget, found none; set one")
-    if c.mode != "train" and bool(c.artifact) == bool(c.checkpoint):
-        raise InputError(f"MODE={c.mode}: expected one of ARTIFACT=<file> and CHECKPOINT=<file>, found "
-                         f"{'both' if c.artifact else 'neither'}")  # fmt: skip
-    if c.mode == "train" and (c.artifact or c.checkpoint):
-        raise InputError("ARTIFACT, CHECKPOINT: only for MODE=eval and MODE=sample; to start from weights set INIT_FROM")
-    if c.resume and not c.run_id:
-        raise InputError("RESUME=1: expected the RUN_ID of the run to go on with, found none")
-    if c.resume and c.init_from:
-        raise InputError("RESUME=1 with INIT_FROM: a resumed run has its weights already; leave INIT_FROM out")
-    if c.run_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run_id):
-        raise InputError(f'RUN_ID: expected letters, digits, ".", "_" and "-", found "{c.run_id}"')
+    require(c.vocab_size <= 65536, "VOCAB_SIZE", "at most 65536 (shards hold 16-bit ids)", c.vocab_size)
+    require(c.logit_softcap <= 60, "LOGIT_SOFTCAP", "at most 60", c.logit_softcap)
+    fits = [h for h in range(1, c.model_dim + 1) if c.model_dim % (2 * h) == 0]
+    near = min(fits, key=lambda h: abs(h - c.num_heads), default="an even MODEL_DIM")
+    require(c.num_heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={c.model_dim}", c.num_heads, f"try {near}")
+    divides = c.num_heads % c.num_kv_heads == 0
+    require(divides, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={c.num_heads}", c.num_kv_heads)
+    near = max(c.train_batch_tokens // length, 1) * length
+    require(c.train_batch_tokens % length == 0, "TRAIN_BATCH_TOKENS", f"a multiple of TRAIN_SEQ_LEN={length}",
+            c.train_batch_tokens, f"try {near}")  # fmt: skip
+    divides = not c.eval_stride or length % c.eval_stride == 0
+    require(divides, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", c.eval_stride)
+    for name in ("microbatch_tokens", "val_max_tokens"):
+        require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
+    require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
+    beyond = c.eval_loops > layout.loops and c.skips in ("unrolled", "official")
+    require(not beyond, "EVAL_LOOPS", f"at most {layout.loops} passes with SKIPS={c.skips} (the shortcuts of more were never "
+            "trained)", c.eval_loops, "use SKIPS=per_loop or none")  # fmt: skip
+    name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run_id or "x")
+    require(name, "RUN_ID", 'letters, digits, ".", "_" and "-"', f'"{c.run_id}"')
+    if c.mode == "train":
+        budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
+        require(budget, "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS", "one budget", "none", "set one")
+        file = c.artifact or c.checkpoint
+        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", "MODE=train", "to start from weights set INIT_FROM")
+        require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
+        require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
+    else:
+        found = "both" if c.artifact and c.checkpoint else "neither"
+        one = bool(c.artifact) != bool(c.checkpoint)
+        require(one, f"MODE={c.mode}", "one of ARTIFACT=<file> and CHECKPOINT=<file>", found)
 
 
 def config_sha256(c: Config) -> str:
@@ -397,19 +362,15 @@ GET_DATA = "get data with `python data/fineweb.py` or `python data/offline.py` (
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
-    repair = "delete it and run the data tool again"
-    size = path.stat().st_size
-    if size < SHARD_HEADER_BYTES:
-        raise InputError(f"{path}: expected a shard with a header of {SHARD_HEADER_BYTES} bytes, found {size}; {repair}")
+    size, repair = path.stat().st_size, "delete it and run the data tool again"
+    require(size >= SHARD_HEADER_BYTES, str(path), f"a shard with a header of {SHARD_HEADER_BYTES} bytes", f"{size} bytes", repair)
     magic, shard_version, tokens = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
-    if (magic, shard_version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise InputError(f"{path}: expected magic {SHARD_MAGIC} version {SHARD_VERSION}, found {magic} version "
-                         f"{shard_version}; not a token shard of the challenge")  # fmt: skip
-    if tokens <= 0:
-        raise InputError(f"{path}: expected tokens, found an empty shard; {repair}")
-    if size != SHARD_HEADER_BYTES + 2 * tokens:
-        raise InputError(f"{path}: expected {SHARD_HEADER_BYTES + 2 * tokens} bytes for {tokens} tokens, found {size} "
-                         f"(half copied?); {repair}")  # fmt: skip
+    known = (magic, shard_version) == (SHARD_MAGIC, SHARD_VERSION)
+    require(known, str(path), f"magic {SHARD_MAGIC} version {SHARD_VERSION}", f"{magic} version {shard_version}",
+            "not a token shard of the challenge")  # fmt: skip
+    require(tokens > 0, str(path), "tokens", "an empty shard", repair)
+    right = SHARD_HEADER_BYTES + 2 * tokens
+    require(size == right, str(path), f"{right} bytes for {tokens} tokens", f"{size} (half copied?)", repair)
     shard = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
     for edge in (shard[:65536], shard[-65536:]):
         check_ids(edge, vocab_size, path)
@@ -418,16 +379,14 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: object) -> None:
     """Raises InputError if a token id lies outside the vocabulary."""
-    if int(ids.max()) >= vocab_size:
-        raise InputError(f"{where}: expected token ids below VOCAB_SIZE={vocab_size}, found {int(ids.max())}; "
-                         "these shards were made with another tokenizer")  # fmt: skip
+    top = int(ids.max())
+    require(top < vocab_size, str(where), f"token ids below VOCAB_SIZE={vocab_size}", top, "another tokenizer made this shard")
 
 
 def find_shards(data_path: str, split: str, vocab_size: int) -> list[Path]:
     """The sorted shards of a split ("train" or "val"), each opened and checked. Raises InputError."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
-    if not paths:
-        raise InputError(f"{data_path}: expected fineweb_{split}_*.bin, found none; set DATA_PATH, or {GET_DATA}")
+    require(paths, data_path, f"fineweb_{split}_*.bin", "none", f"set DATA_PATH, or {GET_DATA}")
     for path in paths:
         open_shard(path, vocab_size)
     return paths
@@ -473,26 +432,15 @@ def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[i
     return split_evenly(sequences, -(-sequences // max(1, largest // length)))
 
 
-def load_validation(c: Config) -> np.ndarray:
-    """All validation tokens, or the first VAL_MAX_TOKENS, plus one: uint16 [n * train_seq_len + 1]."""
-    paths = find_shards(c.data_path, "val", c.vocab_size)
+def load_validation(c: Config) -> tuple[np.ndarray, bool]:
+    """Validation tokens, uint16 [n * train_seq_len + 1], and whether VAL_MAX_TOKENS left some out."""
+    paths, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
     tokens = np.concatenate([open_shard(path, c.vocab_size) for path in paths])
-    usable = (len(tokens) - 1) // c.train_seq_len * c.train_seq_len
-    if usable <= 0:
-        raise InputError(f"{c.data_path}: expected a validation set longer than TRAIN_SEQ_LEN={c.train_seq_len}, found "
-                         f"{len(tokens)} tokens; lower TRAIN_SEQ_LEN")  # fmt: skip
+    usable = (len(tokens) - 1) // length * length
+    require(usable, c.data_path, f"a validation set longer than TRAIN_SEQ_LEN={length}", f"{len(tokens)} tokens")
     check_ids(tokens, c.vocab_size, paths[0])
-    if c.val_max_tokens:
-        usable = min(usable, c.val_max_tokens // c.train_seq_len * c.train_seq_len)
-    return tokens[: usable + 1]
-
-
-def is_partial(c: Config) -> bool:
-    """Whether VAL_MAX_TOKENS leaves validation tokens out."""
-    if not c.val_max_tokens:
-        return False
-    total = sum(len(open_shard(path, c.vocab_size)) for path in find_shards(c.data_path, "val", c.vocab_size))
-    return c.val_max_tokens // c.train_seq_len < (total - 1) // c.train_seq_len
+    kept = min(usable, c.val_max_tokens // length * length or usable)
+    return tokens[: kept + 1], kept < usable
 
 
 def dataset_sha256(c: Config) -> str:
@@ -507,33 +455,26 @@ def dataset_sha256(c: Config) -> str:
 
 def make_smoke_data(c: Config) -> None:
     """Writes about 1 MB of made-up English and a tokenizer for it, so that the smoke preset needs nothing."""
-    if Path(c.tokenizer_path).exists() and list(Path(c.data_path).glob("fineweb_val_*.bin")):
+    if Path(c.tokenizer_path).exists() and list(Path(c.data_path).glob("fineweb_train_*.bin")):
         return
     rng = np.random.RandomState(0)
-    nouns = "loop block gate depth pass core stack token layer curve model prelude coda weight artifact seed".split()
-    verbs = "feeds scales mixes repeats trains shortens follows opens measures carries".split()
-    adjectives = "small deep shared early late quiet second plain long identical".split()
-
-    def phrase() -> str:
-        return f"the {adjectives[rng.randint(len(adjectives))]} {nouns[rng.randint(len(nouns))]}"
+    words = ("the a small deep shared early late quiet plain long identical loop block gate depth pass core stack token layer "
+             "curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens measures").split()
+    order = {word: rng.choice(words, 4) for word in words}  # each word has four that may follow
 
     def sentence() -> str:
-        n = int(rng.randint(2, 60))
-        kind = rng.randint(3)
-        if kind == 0:
-            return f"{n} plus {n} is {2 * n}."
-        if kind == 1:
-            return f"{phrase().capitalize()} {verbs[rng.randint(len(verbs))]} {phrase()}."
-        return f"After {n} steps {phrase()} {verbs[rng.randint(len(verbs))]} {phrase()} and {phrase()}."
+        n, said = int(rng.randint(2, 60)), [words[rng.randint(len(words))]]
+        while len(said) < 4 + n % 6:
+            said.append(str(order[said[-1]][rng.randint(4)]))
+        return f"{n} plus {n} is {2 * n}." if n % 3 == 0 else " ".join(said).capitalize() + "."
 
-    documents = [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(1600)]
+    documents = [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(2000)]
     for folder in (Path(c.data_path), Path(c.tokenizer_path).parent):
         folder.mkdir(parents=True, exist_ok=True)
     prefix = f"{c.tokenizer_path}.{os.getpid()}"
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(documents), model_prefix=prefix, vocab_size=c.vocab_size, model_type="bpe",
-        byte_fallback=True, hard_vocab_limit=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        byte_fallback=True, num_threads=1, minloglevel=2)  # fmt: skip
     os.replace(f"{prefix}.model", c.tokenizer_path)
     os.remove(f"{prefix}.vocab")
     tokenizer = spm.SentencePieceProcessor(model_file=c.tokenizer_path)
@@ -564,17 +505,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
     """Opens a SentencePiece model and compares its size with VOCAB_SIZE. Raises InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: expected a SentencePiece model, found no file; set TOKENIZER_PATH, or {GET_DATA}")
+    require(Path(path).is_file(), path, "a SentencePiece model", "no file", f"set TOKENIZER_PATH, or {GET_DATA}")
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=path)
         size = int(tokenizer.vocab_size())
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0][:80] if str(error) else "unreadable"
-        raise InputError(f"{path}: expected a SentencePiece model, found something else ({reason})") from None
-    if size != vocab_size:
-        raise InputError(f"{path}: expected a tokenizer of VOCAB_SIZE={vocab_size} pieces, found {size}; set VOCAB_SIZE={size} "
-                         "with the shards that it made, or the right TOKENIZER_PATH")  # fmt: skip
+    except (RuntimeError, OSError, ValueError, TypeError):
+        raise InputError(f"{path}: expected a SentencePiece model, found something else; set TOKENIZER_PATH") from None
+    require(size == vocab_size, path, f"a tokenizer of VOCAB_SIZE={vocab_size} pieces", size,
+            f"set VOCAB_SIZE={size} with the shards that it made, or the right TOKENIZER_PATH")  # fmt: skip
     return tokenizer
 
 
@@ -753,27 +691,36 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
 def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dict) -> dict[str, np.ndarray]:
     """Start values of `c` with everything of the same name taken from a model of another layout with the same blocks.
     Rows of skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as the identity."""
-    weights = initial_weights(c)
-    shapes, layout = param_shapes(c), parse_layout(c.layout)
-    blocks = 1 + max([int(name.split(".")[1]) for name in theirs if name.startswith("blocks.")], default=-1)
-    if blocks != layout.blocks:
-        raise InputError(f"INIT_FROM: expected {layout.blocks} blocks for LAYOUT={c.layout}, found {blocks}")
+    weights, layout = initial_weights(c), parse_layout(c.layout)
+    blocks = parse_layout(their_config["layout"]).blocks
+    require(blocks == layout.blocks, "INIT_FROM", f"the {layout.blocks} blocks of LAYOUT={c.layout}", blocks)
+    rows = skip_rows(layout, c.skips)
     for name, value in theirs.items():
+        mine = weights.get(name)
         if name == "skip_weights":
-            rows = skip_rows(layout, c.skips)
             for key, row in skip_rows(parse_layout(their_config["layout"]), their_config["skips"]).items():
                 if key in rows and value.shape[1] == c.model_dim:
-                    weights[name][rows[key]] = value[row]
+                    mine[rows[key]] = value[row]
         elif name in ("loop_embed", "loop_gate") or ".lora_" in name:
-            if name in weights and weights[name].shape[1:] == value.shape[1:]:
-                passes = min(len(value), layout.loops)
-                weights[name][:passes] = value[:passes]
-        elif name not in shapes or shapes[name] != value.shape:
-            raise InputError(f"INIT_FROM: {name}: expected shape {shapes.get(name)}, found {value.shape}; "
-                             "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and VOCAB_SIZE must be those of the file")  # fmt: skip
+            if mine is not None and mine.shape[1:] == value.shape[1:]:
+                mine[: len(value)] = value[: len(mine)]
         else:
-            weights[name] = value.astype(np.float32)
+            same = mine is not None and mine.shape == value.shape
+            require(same, f"INIT_FROM: {name}", f"shape {None if mine is None else mine.shape}", value.shape,
+                    "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and VOCAB_SIZE must be those of the file")  # fmt: skip
+            mine[:] = value
     return weights
+
+
+def count_params(c: Config) -> int:
+    """Stored parameters."""
+    return sum(math.prod(shape) for shape in param_shapes(c).values())
+
+
+def effective_params(c: Config) -> int:
+    """Parameters counted once per application, with all passes on (LoRA and loop vectors have their own row a pass)."""
+    per_block = sum(math.prod(shape) for name, shape in param_shapes(c).items() if re.match(r"blocks\.0\.(?!.*lora)", name))
+    return count_params(c) + per_block * (parse_layout(c.layout).depth - parse_layout(c.layout).blocks)
 
 
 def flops_per_token(c: Config, loops: int) -> float:
@@ -1463,7 +1410,7 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
 
 # ======================================================================================================================
 # RUN LOG [shared]
-# One folder a run: train.log (source, settings, versions, steps), metrics.jsonl (one object a step line), result.json,
+# One folder a run: train.log (source, settings, versions, steps), metrics.jsonl (one object a logged step), result.json,
 # checkpoint.safetensors, model.safetensors, model.int6.rgpt. Rank 0 writes; live progress goes to a terminal only.
 # ======================================================================================================================
 
@@ -1476,30 +1423,29 @@ RESULT_KEYS = (
 
 
 class RunLog:
-    """The files of one run. `folder` is claimed here: a name in use is refused, unless the run is resumed."""
+    """The files of one run. Its folder is claimed here: a name in use is refused, unless the run is resumed."""
 
     def __init__(self, c: Config, rank: int):
-        self.rank = rank
+        self.rank, self.bar = rank, None
         name = c.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset}_{FRAMEWORK}_s{c.seed}"
         self.folder = Path(c.log_dir) / name
         self.checkpoint = self.folder / "checkpoint.safetensors"
-        if c.resume and not self.checkpoint.is_file():
-            raise InputError(f"{self.checkpoint}: expected a checkpoint to go on from, found none; leave RESUME out")
-        if rank == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=c.resume)
-                self.file = open(self.folder / "train.log", "a", encoding="utf-8")
-            except FileExistsError:
-                raise InputError(f"RUN_ID: {self.folder} exists; set another RUN_ID, or RESUME=1 to go on with it") from None
-            except OSError as error:
-                raise InputError(f"LOG_DIR: cannot write {self.folder} ({error.strerror}); set LOG_DIR") from None
-            free, need = shutil.disk_usage(self.folder).free, 16 * count_params(c) + (1 << 20)
-            if free < need:
-                raise InputError(f"LOG_DIR: expected {need} bytes free for checkpoints in {c.log_dir}, found {free}")
-        self.bar: tqdm | None = None
+        there = not c.resume or self.checkpoint.is_file()
+        require(there, str(self.checkpoint), "a checkpoint to go on from", "none", "leave RESUME out")
+        if rank:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=c.resume)
+            self.file = open(self.folder / "train.log", "a", encoding="utf-8")
+        except FileExistsError:
+            raise InputError(f"RUN_ID: expected a new name, found {self.folder}; set another, or RESUME=1 to go on") from None
+        except OSError as error:
+            raise InputError(f"LOG_DIR: expected a folder to write to, found {self.folder}: {error.strerror}; set LOG_DIR") from None
+        free, need = shutil.disk_usage(self.folder).free, 16 * count_params(c) + (1 << 20)
+        require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free} in {c.log_dir}")
 
     def line(self, text: str, console: bool = True) -> None:
-        """One line to the log file and, above any progress bar, to the console."""
+        """One line to train.log and, above any progress bar, to the console."""
         if self.rank == 0:
             self.file.write(text + "\n")
             self.file.flush()
@@ -1522,70 +1468,42 @@ class RunLog:
     def progress(self, part: float, text: str) -> None:
         """The live bar, on a terminal only."""
         if self.rank == 0:
-            if self.bar is None:
-                self.bar = tqdm(total=100, disable=None, leave=False, bar_format="{percentage:3.0f}% |{bar}| {postfix}")
+            self.bar = self.bar or tqdm(total=100, disable=None, leave=False, bar_format="{percentage:3.0f}% |{bar}| {postfix}")
             self.bar.n = round(100 * part, 1)
             self.bar.set_postfix_str(text)
 
     def close(self) -> None:
+        """Ends the live bar."""
         if self.bar is not None:
             self.bar.close()
-            self.bar = None
-
-
-def count_params(c: Config) -> int:
-    """Stored parameters."""
-    return sum(math.prod(shape) for shape in param_shapes(c).values())
-
-
-def effective_params(c: Config) -> int:
-    """Parameters counted once per application, with all passes on."""
-    layout = parse_layout(c.layout)
-    core = sum(
-        math.prod(shape) for name, shape in param_shapes(c).items()
-        if name.startswith("blocks.") and layout.prelude <= int(name.split(".")[1]) < layout.prelude + layout.core
-        and ".lora_" not in name
-    )  # fmt: skip
-    return count_params(c) + core * (layout.loops - 1)
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {d.metadata["Name"]: d.version for d in distributions()}
+    names = ("torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction")
+    return {"python": platform.python_version()} | {name: found[name] for name in names if name in found}
 
 
 def source_commit() -> str | None:
     """Commit of the repository that this script lies in, with "+" where tracked files differ from it."""
-    here = Path(__file__).resolve().parent
+    ask = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def cpu_name() -> str:
-    """The processor's name and its number of usable cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        name = found.group(1) if found else name
-    return f"{name} ({cores} cores)"
+    """The processor's name and its number of cores."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
+    return f"{found.group(1) if found else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
 def peak_process_memory() -> int:
     """Largest resident size of this process so far, bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ======================================================================================================================
@@ -1612,29 +1530,24 @@ class StopSignal:
         signal.signal(number, signal.SIG_DFL)
 
 
-def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int) -> float:
-    """Mean cross-entropy in nats over tokens[1:]. With EVAL_STRIDE the windows overlap and every window but the first
-    scores its last EVAL_STRIDE tokens only: each token is scored once, with more context."""
-    length = c.train_seq_len
-    stride = c.eval_stride or length
-    starts = list(range(0, len(tokens) - length, stride))
-    low, high = split_evenly(len(starts), engine.world)[engine.rank]
-    rows = max(1, min(engine.largest // length, -(-c.train_batch_tokens // length // engine.world)))
-    total = 0.0
-    for a in range(low, high, rows):
-        batch = starts[a : min(a + rows, high)]
-        windows = np.stack([tokens[s : s + length + 1] for s in batch + batch[-1:] * (rows - len(batch))]).astype(np.int64)
-        losses = engine.token_losses(windows[:, :-1], windows[:, 1:], loops)[: len(batch)].astype(np.float64)
-        for s, row in zip(batch, losses):
-            total += row[0 if s == 0 else length - stride :].sum()
-    return engine.sum(total) / (len(tokens) - 1)
+class Clock:
+    """Seconds of training: runs on from `seconds` after every restart."""
+
+    def __init__(self, seconds: float):
+        self.restart(seconds)
+
+    def restart(self, seconds: float) -> None:
+        self.spent, self.began = seconds, time.perf_counter()
+
+    def read(self) -> float:
+        return self.spent + time.perf_counter() - self.began
 
 
 class Score:
-    """Turns a loss on the validation tokens into bits per byte."""
+    """The validation tokens and what turns a loss on them into bits per byte."""
 
     def __init__(self, c: Config):
-        self.tokens, self.partial = load_validation(c), is_partial(c)
+        self.tokens, self.partial = load_validation(c)
         self.bytes = count_bytes(self.tokens, byte_tables(load_tokenizer(c.tokenizer_path, c.vocab_size), c.vocab_size))
         self.label = f" partial:first_{len(self.tokens) - 1}_tokens" if self.partial else ""
 
@@ -1642,172 +1555,170 @@ class Score:
         return loss * (len(self.tokens) - 1) / (math.log(2) * self.bytes)
 
 
+def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int) -> float:
+    """Mean cross-entropy in nats over tokens[1:]. With EVAL_STRIDE the windows overlap and every window but the first
+    scores its last EVAL_STRIDE tokens only: each token is scored once, with more context."""
+    length, stride = c.train_seq_len, c.eval_stride or c.train_seq_len
+    starts = list(range(0, len(tokens) - length, stride))
+    low, high = split_evenly(len(starts), engine.world)[engine.rank]
+    rows = max(1, min(engine.largest, c.train_batch_tokens // engine.world) // length)  # as in training: nothing to compile
+    total = 0.0
+    for a in range(low, high, rows):
+        batch = starts[a : min(a + rows, high)]
+        windows = np.stack([tokens[s : s + length + 1] for s in batch + batch[-1:] * (rows - len(batch))]).astype(np.int64)
+        losses = engine.token_losses(windows[:, :-1], windows[:, 1:], loops).astype(np.float64)
+        total += sum(row[0 if s == 0 else length - stride :].sum() for s, row in zip(batch, losses))
+    return engine.sum(total) / (len(tokens) - 1)
+
+
 def check_before_start(c: Config) -> list[str]:
     """Checks what would otherwise fail late; returns notices. Raises InputError."""
     if c.codec == "ans":
         need_constriction()
     estimate, code = estimated_bytes(c), len(Path(__file__).read_bytes())
-    advice = "lower MODEL_DIM, MLP_MULT or the number of blocks, or raise QUANT_SIGMA"
-    if 0.85 * estimate + code > c.bytes_cap:
-        raise InputError(f"BYTES_CAP: expected code + artifact of at most {c.bytes_cap} bytes, found an estimate of "
-                         f"{code} + {estimate}; {advice}")  # fmt: skip
-    if estimate + code > c.bytes_cap:
-        return [f"notice: the artifact may exceed the cap: {code} + about {estimate} of {c.bytes_cap} bytes; {advice}"]
-    return []
-
-
-def start_weights(c: Config) -> dict[str, np.ndarray]:
-    """Initial weights, or those of INIT_FROM."""
-    if not c.init_from:
-        return initial_weights(c)
-    weights, model, _ = load_model_file(c.init_from)
-    return transfer_weights(c, weights, model)
+    found, advice = f"{code} + about {estimate}", "lower MODEL_DIM, MLP_MULT or the number of blocks, or raise QUANT_SIGMA"
+    require(0.85 * estimate + code <= c.bytes_cap, "BYTES_CAP", f"code + artifact within {c.bytes_cap} bytes", found, advice)
+    over = estimate + code > c.bytes_cap
+    return [f"notice: the artifact may exceed the cap: {found} of {c.bytes_cap} bytes; {advice}"] if over else []
 
 
 def train(c: Config, engine: Engine, notices: list[str]) -> int:
     """A whole run: checks, compilation, training, artifact, score from disk. Returns the exit code."""
     if c.preset == "smoke" and engine.rank == 0:
         make_smoke_data(c)
-    engine.agree(0.0, False)
+    engine.agree(0.0, False)  # the others wait for the data
     score = Score(c)
     stream = TokenStream(find_shards(c.data_path, "train", c.vocab_size), c.vocab_size)
-    if c.train_batch_tokens // c.train_seq_len < engine.world:
-        raise InputError(f"TRAIN_BATCH_TOKENS: expected at least one sequence for each of {engine.world} processes, found "
-                         f"{c.train_batch_tokens // c.train_seq_len}")  # fmt: skip
+    sequences = c.train_batch_tokens // c.train_seq_len
+    require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", f"a sequence for each of {engine.world} processes", sequences)
     notices = [*notices, *check_before_start(c), *engine.notices]
-    weights = None if c.resume else start_weights(c)
+    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": 0, "scored": 0}
+    if not c.resume:
+        weights = transfer_weights(c, *load_model_file(c.init_from)[:2]) if c.init_from else initial_weights(c)
     log = RunLog(c, engine.rank)
-    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "eval_seconds": 0.0}
     if c.resume:
         weights, optimizer_state, state = load_checkpoint(c, log.checkpoint)
     engine.build(weights)
     if c.resume:
         engine.optimizer.load_state(optimizer_state, state["step"])
         log.forget_after(state["step"])
+        log.line(f"resume: from step:{state['step']}; later steps above are of the interrupted run and are done again")
     write_head(c, engine, log, notices, score, stream)
     stop = StopSignal()
-    schedule = parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops)
-    for loops in [count for _, count in schedule]:
+    for _, loops in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops):
         began = time.perf_counter()
         engine.warm_up(stream, loops)
         log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
     try:
-        loops = train_loop(c, engine, log, stream, score, state, stop)
-    except Stopped as error:
+        finished = train_loop(c, engine, log, stream, score, state, stop)
+    except (Stopped, InputError) as error:
         log.close()
         log.line(f"stopped: {error}")
-        return 1
+        raise InputError(str(error)) from None
     log.close()
-    if stop.number or state.get("stopped"):
-        write_result(c, engine, log, state, loops, score, {"complete": False})
-        log.line(f"stopped by a signal after step {state['step']}; go on with RUN_ID={log.folder.name} RESUME=1")
-        return 128 + (stop.number or signal.SIGTERM)
-    return finish(c, engine, log, state, loops, score)
+    if finished:
+        return finish(c, engine, log, state, score)
+    write_result(c, engine, log, state, score, {"complete": False})
+    log.line(f"stopped by a signal after step {state['step']}; go on with RUN_ID={log.folder.name} RESUME=1")
+    return 128 + (stop.number or signal.SIGTERM)
 
 
-def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, score: Score, state: dict, stop: StopSignal) -> int:
-    """Trains until a budget is used up or a signal comes; keeps `state` current; returns the active passes."""
-    clock, pending, epoch, window = time.perf_counter(), None, 0, (state["step"], state["seconds"])
-    spent, loops, last_saved = state["seconds"], 0, state["step"]
+def train_loop(
+    c: Config, engine: Engine, log: RunLog, stream: TokenStream, score: Score, state: dict, stop: StopSignal
+) -> bool:
+    """Trains until a budget is used up (True) or a signal comes (False); keeps `state` current."""
+    clock, launched, logged, saved = Clock(state["seconds"]), None, (state["step"], state["seconds"]), state["step"]
 
-    def read_pending() -> None:
+    def read_launched() -> None:
         """Waits for the step launched last, checks it and logs it."""
-        nonlocal window
-        if pending is None:
+        nonlocal launched, logged
+        if launched is None:
             return
-        step, at, lr_mul, handles = pending
-        loss, norm = float(handles[0].item()), float(handles[1].item())
-        seconds = spent + time.perf_counter() - clock
+        (step, at, loops, flops, lr_mul, handles), launched = launched, None
+        loss, norm = (float(handle.item()) for handle in handles)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Stopped(f"step {step}: expected a finite loss and gradient norm, found loss {loss} and norm {norm}; lower "
-                          "MATRIX_LR or SCALAR_LR, or set GRAD_CLIP_NORM=1")  # fmt: skip
-        rate = (step - window[0]) * c.train_batch_tokens / max(seconds - window[1], 1e-9)
-        log.progress(at, f"step {step} loss {loss:.4f} loops {loops} {rate:,.0f} tok/s, {remaining(seconds, at)} left")
+                          "MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1")  # fmt: skip
+        seconds = clock.read()
+        rate = (step - logged[0]) * c.train_batch_tokens / max(seconds - logged[1], 1e-9)
+        left = divmod(int(seconds * (1 - at) / max(at, 1e-9)), 60)
+        log.progress(at, f"step {step} loss {loss:.4f} loops {loops} {rate:,.0f} tok/s, {left[0]}m{left[1]:02d}s left")
         if step <= 10 or (c.train_log_every and step % c.train_log_every == 0):
-            flops_s = rate * 3 * flops_per_token(c, loops)
-            mfu = f" mfu:{flops_s / engine.peak_flops / engine.world:.3f}" if engine.peak_flops else ""
+            peak = (engine.peak_flops or 0) * engine.world
+            mfu = f" mfu:{rate * 3 * flops_per_token(c, loops) / peak:.3f}" if peak else ""
             log.line(f"step:{step}/{c.iterations} train_loss:{loss:.4f} loops:{loops} lr_mul:{lr_mul:.3f} grad_norm:{norm:.2f} "
                      f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms tok_s:{rate:.0f}{mfu} "
-                     f"left:{remaining(seconds, at)}")  # fmt: skip
+                     f"left:{left[0]}m{left[1]:02d}s")  # fmt: skip
             log.metrics(step=step, train_loss=loss, loops=loops, lr_mul=lr_mul, grad_norm=norm, train_time_ms=1000 * seconds,
-                        tokens=step * c.train_batch_tokens, flops=state["flops"], tok_s=rate)  # fmt: skip
-            window = (step, seconds)
+                        tokens=step * c.train_batch_tokens, flops=flops, tok_s=rate)  # fmt: skip
+            logged = (step, seconds)
 
     while True:
-        seconds, stopped = engine.agree(spent + time.perf_counter() - clock, bool(stop.number))
-        step = state["step"]
-        average = seconds / step if step else 0.0
+        seconds, stopped = engine.agree(clock.read(), bool(stop.number))
+        step, average = state["step"], seconds / max(state["step"], 1)
         at = progress_of(c, step, seconds, state["flops"])
-        loops_before, loops = loops, loops_at(c, min(at, 1 - 1e-9))
+        loops = loops_at(c, at)
         step_flops = 3 * flops_per_token(c, loops) * c.train_batch_tokens
         late = c.max_wallclock_seconds and seconds + average > c.max_wallclock_seconds
         done = at >= 1 or late or (c.max_train_flops and state["flops"] + step_flops > c.max_train_flops)
-        if done or stopped or loops != loops_before:
-            active, loops = loops, loops_before or loops
-            read_pending()  # with the passes it was launched with
-            pending, loops = None, (loops if done and loops_before else active)
-        saves = stopped or done or (c.checkpoint_every and step % c.checkpoint_every == 0 and step > last_saved)
-        scores = not stopped and not done and c.val_loss_every and step % c.val_loss_every == 0 and step > 0
-        if saves or scores:
-            read_pending()
-            pending = None
+        switch = not done and not stopped and state["loops"] not in (0, loops)
+        scores = not done and not stopped and c.val_loss_every and step % c.val_loss_every == 0 and step > state["scored"]
+        saves = done or stopped or (c.checkpoint_every and step % c.checkpoint_every == 0 and step > saved)
+        if switch or scores or saves:
+            read_launched()
             engine.sync()
-            seconds, _ = engine.agree(spent + time.perf_counter() - clock, False)
+            seconds, _ = engine.agree(clock.read(), False)
             state["seconds"] = seconds
-            if scores and step != state.get("scored"):
-                began, loss = time.perf_counter(), evaluate(c, engine, score.tokens, loops)
-                state["eval_seconds"] += time.perf_counter() - began
+            if scores:
                 state["scored"] = step
-                log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{score.bpb(loss):.4f} loops:{loops} "
-                         f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * average:.2f}ms{score.label}")  # fmt: skip
-                log.metrics(step=step, val_loss=loss, val_bpb=score.bpb(loss), loops=loops, train_time_ms=1000 * seconds,
-                            tokens=state["tokens"], flops=state["flops"], partial=score.partial)  # fmt: skip
-            if saves:
-                if engine.rank == 0 and step:
-                    save_checkpoint(c, engine, log, state, loops)
-                last_saved = step
-            spent, clock, window = seconds, time.perf_counter(), (step, seconds)
+                write_score(c, log, state, score, evaluate(c, engine, score.tokens, state["loops"]), state["loops"])
+            if saves and step and engine.rank == 0:
+                save_checkpoint(c, engine, log.checkpoint, state)
+                saved = step
+            if switch:
+                log.line(f"step:{step}/{c.iterations} loops:{state['loops']}->{loops} train_time:{1000 * seconds:.0f}ms")
+            clock.restart(seconds)
+            logged = (step, seconds)
         if done or stopped:
-            state["stopped"] = stopped and not done
-            return loops
-        if loops_before and loops != loops_before:
-            log.line(f"step:{step}/{c.iterations} loops:{loops_before}->{loops} train_time:{1000 * seconds:.0f}ms")
-        if state["tokens"] // stream.total > epoch:
-            epoch = state["tokens"] // stream.total
-            log.line(f"step:{step}/{c.iterations} epoch:{epoch + 1} the training tokens ({stream.total}) are read again")
+            state["loops"] = state["loops"] or loops
+            return not stopped or bool(done)
+        if step and state["tokens"] // stream.total > (state["tokens"] - c.train_batch_tokens) // stream.total:
+            epoch = state["tokens"] // stream.total + 1
+            log.line(f"step:{step}/{c.iterations} epoch:{epoch} the {stream.total} training tokens are read again")
         lr_mul = lr_mul_at(c, at)
         handles = engine.step(stream, state["tokens"], loops, lr_mul, momentum_at(c, step))
-        state.update(step=step + 1, tokens=state["tokens"] + c.train_batch_tokens, flops=state["flops"] + step_flops)
-        read_pending()
-        pending = (step + 1, progress_of(c, step + 1, seconds + average, state["flops"]), lr_mul, handles)
+        state |= {"step": step + 1, "tokens": state["tokens"] + c.train_batch_tokens, "flops": state["flops"] + step_flops,
+                  "loops": loops}  # fmt: skip
+        read_launched()
+        at = progress_of(c, step + 1, seconds + average, state["flops"])
+        launched = (step + 1, at, loops, state["flops"], lr_mul, handles)
 
 
-def remaining(seconds: float, progress: float) -> str:
-    """Time left, at the pace so far."""
-    left = int(seconds * (1 - progress) / max(progress, 1e-9))
-    return f"{left // 60}m{left % 60:02d}s"
+def write_score(c: Config, log: RunLog, state: dict, score: Score, loss: float, loops: int) -> None:
+    """The validation line of the log."""
+    ms = 1000 * state["seconds"]
+    log.line(f"step:{state['step']}/{c.iterations} val_loss:{loss:.4f} val_bpb:{score.bpb(loss):.4f} loops:{loops} "
+             f"train_time:{ms:.0f}ms step_avg:{ms / max(state['step'], 1):.2f}ms{score.label}")  # fmt: skip
+    log.metrics(step=state["step"], val_loss=loss, val_bpb=score.bpb(loss), loops=loops, train_time_ms=ms,
+                tokens=state["tokens"], flops=state["flops"], partial=score.partial)  # fmt: skip
 
 
-def save_checkpoint(c: Config, engine: Engine, log: RunLog, state: dict, loops: int) -> None:
+def save_checkpoint(c: Config, engine: Engine, path: Path, state: dict) -> None:
     """Weights, optimizer state, place in the data and clock: enough to go on as if nothing had happened."""
     tensors = {f"weights.{name}": value for name, value in engine.weights().items()} | engine.optimizer.state()
-    save_tensors(log.checkpoint, tensors, about(c, loops) | {"state": state})
+    save_tensors(path, tensors, about(c, state["loops"]) | {"state": state})
 
 
 def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """(weights, optimizer state, training state) for RESUME=1. Raises InputError if it is of another configuration."""
     weights, model, _ = load_model_file(str(path))
-    mine = about(c, 1)
+    mine, mend = about(c, 1), "resume with the run's own settings (its train.log states them), or use INIT_FROM in a new run"
     for name, value in mine["model"].items():
-        if model[name] != value:
-            raise InputError(f"{path}: expected {name.upper()}={value}, found {model[name]}; resume with the run's own "
-                             "settings, or start a new run with INIT_FROM")  # fmt: skip
+        require(model[name] == value, str(path), f"{name.upper()}={value}", model[name], mend)
     tensors, found = load_tensors(path)
-    if "state" not in found:
-        raise InputError(f"{path}: expected a checkpoint with optimizer state, found weights only; use INIT_FROM")
-    if found["config_sha256"] != mine["config_sha256"]:
-        raise InputError(f"{path}: expected the settings it was trained with, found others; resume with the run's own "
-                         "settings (its train.log states them), or start a new run with INIT_FROM")  # fmt: skip
+    require("state" in found, str(path), "a checkpoint with optimizer state", "weights only", "use INIT_FROM")
+    same = found["config_sha256"] == mine["config_sha256"]
+    require(same, str(path), "the settings that it was trained with", "others", mend)
     return weights, {k: v for k, v in tensors.items() if not k.startswith("weights.")}, found["state"]
 
 
@@ -1820,81 +1731,71 @@ def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score
     """The first lines of train.log: source, settings, versions, what will be trained on what."""
     layout = parse_layout(c.layout)
     log.line(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 120, console=False)
-    log.line(f"run: {log.folder}  script: {FRAMEWORK}  commit: {source_commit()}")
-    log.line("config: " + json.dumps(dataclasses.asdict(c)))
+    log.line("config: " + json.dumps(dataclasses.asdict(c)), console=False)
+    log.line(f"run: {log.folder}  script: {FRAMEWORK}  preset: {c.preset}  commit: {source_commit()}")
     log.line("versions: " + json.dumps(versions()))
     log.line(f"device: {engine.device_name}  processes: {engine.world}  dtype: {str(engine.dtype).split('.')[-1]}  "
              f"compiled: {engine.compiled}")  # fmt: skip
     log.line(f"data: {c.data_path}  train tokens: {stream.total} in {len(stream.paths)} shards  val tokens: "
              f"{len(score.tokens) - 1}  val bytes: {score.bytes}{score.label}")  # fmt: skip
     log.line(f"model: {c.layout} ({layout.blocks} blocks, {layout.depth} applied)  parameters: {count_params(c)} stored, "
-             f"{effective_params(c)} applied  forward FLOPs a token: {flops_per_token(c, layout.loops):.3g}")  # fmt: skip
-    if layout.loops > 1:
-        log.line(f"loops: {c.loop_schedule or f'0:{layout.loops}'}  gate: {c.loop_gate} from {c.loop_gate_init:.3g}")
+             f"{effective_params(c)} applied  loops: {c.loop_schedule or layout.loops}  skips: {c.skips}")  # fmt: skip
     for notice in notices:
         log.line(notice)
 
 
-def write_result(c: Config, engine: Engine, log: RunLog, state: dict, loops: int, score: Score, more: dict) -> dict:
+def write_result(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, more: dict) -> dict:
     """result.json: always the same keys, null where something does not apply."""
+    clip = f"{c.quant_sigma} sigma" if c.quant_sigma else "absmax"
     result = dict.fromkeys(RESULT_KEYS) | {
-        "run_id": log.folder.name, "framework": FRAMEWORK, "layout": c.layout, "loops": loops,
-        "eval_loops": c.eval_loops or loops, "eval_stride": c.eval_stride or c.train_seq_len,
-        "params_stored": count_params(c), "params_effective": effective_params(c), "seed": c.seed, "steps": state["step"],
+        "run_id": log.folder.name, "framework": FRAMEWORK, "layout": c.layout, "loops": state["loops"], "seed": c.seed,
+        "eval_loops": c.eval_loops or state["loops"], "eval_stride": c.eval_stride or c.train_seq_len, "codec": c.codec,
+        "params_stored": count_params(c), "params_effective": effective_params(c), "steps": state["step"],
         "tokens": state["tokens"], "train_flops": state["flops"], "train_time_ms": round(1000 * state["seconds"]),
         "tok_s": round(state["tokens"] / max(state["seconds"], 1e-9)), "peak_mem_bytes": engine.peak_memory(),
-        "val_tokens": len(score.tokens) - 1, "bytes_cap": c.bytes_cap, "codec": c.codec,
-        "quantizer": f"int6 rows, {f'{c.quant_sigma} sigma' if c.quant_sigma else 'absmax'}; embedding {c.embed_bits} bits",
-        "device": engine.device_name, "world_size": engine.world, "versions": versions(), "commit": source_commit(),
-        "config_sha256": config_sha256(c), "dataset": Path(c.data_path).name, "dataset_sha256": dataset_sha256(c), **more,
-    }  # fmt: skip
+        "val_tokens": len(score.tokens) - 1, "bytes_cap": c.bytes_cap,
+        "quantizer": f"int6 rows, {clip}; embedding {c.embed_bits} bits", "device": engine.device_name,
+        "world_size": engine.world, "versions": versions(), "commit": source_commit(), "dataset": Path(c.data_path).name,
+        "config_sha256": config_sha256(c), "dataset_sha256": dataset_sha256(c), **more}  # fmt: skip
     assert list(result) == RESULT_KEYS
     if engine.rank == 0:
         write_atomically(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
-def finish(c: Config, engine: Engine, log: RunLog, state: dict, loops: int, score: Score) -> int:
+def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score) -> int:
     """Scores the weights, writes the artifact, reads it back from disk, scores that, and closes the log."""
-    passes, path = c.eval_loops or loops, log.folder / "model.int6.rgpt"
-    began = time.perf_counter()
-    raw = evaluate(c, engine, score.tokens, passes)
-    log.line(f"step:{state['step']}/{c.iterations} val_loss:{raw:.4f} val_bpb:{score.bpb(raw):.4f} loops:{passes} "
-             f"train_time:{1000 * state['seconds']:.0f}ms step_avg:{1000 * state['seconds'] / max(state['step'], 1):.2f}ms"
-             f"{score.label}")  # fmt: skip
-    log.metrics(step=state["step"], val_loss=raw, val_bpb=score.bpb(raw), loops=passes, partial=score.partial,
-                train_time_ms=1000 * state["seconds"], tokens=state["tokens"], flops=state["flops"])  # fmt: skip
-    sizes: dict = {}
+    loops, path, sizes = c.eval_loops or state["loops"], log.folder / "model.int6.rgpt", {}
+    raw = evaluate(c, engine, score.tokens, loops)
+    write_score(c, log, state, score, raw, loops)
     if engine.rank == 0:
         weights = engine.weights()
-        save_tensors(log.folder / "model.safetensors", {f"weights.{k}": v for k, v in weights.items()}, about(c, loops))
-        sizes = write_artifact(path, c, loops, weights)
+        named = {f"weights.{name}": value for name, value in weights.items()}
+        save_tensors(log.folder / "model.safetensors", named, about(c, state["loops"]))
+        sizes = write_artifact(path, c, state["loops"], weights)
     engine.agree(0.0, False)  # the others wait for the file
     began = time.perf_counter()
     engine.set_weights(read_artifact(path)[2])
-    loss = evaluate(c, engine, score.tokens, passes)
+    loss = evaluate(c, engine, score.tokens, loops)
     eval_ms = round(1000 * (time.perf_counter() - began))
-    engine.sync()
     log.line(f"final_int6_roundtrip val_loss:{loss:.4f} val_bpb:{score.bpb(loss):.4f} eval_time:{eval_ms}ms{score.label}")
     log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f}")
     if engine.rank:
         return 0
     code = len(Path(__file__).read_bytes())
     total = code + sizes["bytes_artifact"]
-    result = write_result(c, engine, log, state, loops, score, {
-        "eval_time_ms": eval_ms, "val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "val_loss": loss,
-        "val_bpb": score.bpb(loss), "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, **sizes,
-        "complete": not score.partial,
-    })  # fmt: skip
-    verdict = "PASS" if result["fits"] else "FAIL"
+    r = write_result(c, engine, log, state, score, {
+        "eval_time_ms": eval_ms, "val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "val_loss": loss, **sizes,
+        "val_bpb": score.bpb(loss), "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap,
+        "complete": not score.partial})  # fmt: skip
     log.line(f"""---
-score:    {result["val_bpb"]:.4f} bits per byte from disk ({result["val_bpb_raw"]:.4f} before export, {passes} passes){score.label}
-size:     {total} bytes of {c.bytes_cap}: {verdict} (code {code} + artifact {sizes["bytes_artifact"]}, \
+score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {loops} passes){score.label}
+size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code} + artifact {sizes["bytes_artifact"]}, \
 {sizes["bits_per_weight"]:.3f} bits a weight, entropy {sizes["entropy_bits_per_weight"]:.3f})
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
-{result["tok_s"]} tok/s, peak memory {result["peak_mem_bytes"] / 2**20:.0f} MiB
+{r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
 files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
-    return 0 if result["fits"] else 1
+    return 0 if r["fits"] else 1
 
 
 # ======================================================================================================================
