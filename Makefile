@@ -1,0 +1,85 @@
+# Commands of this repository; `make` alone lists them. Plain make and python3 >= 3.11 are all they need.
+# Override on the command line:  make demo PYTHON=python3.12  PIP_ARGS="--extra-index-url ..."  VENV=/big/disk/venv
+# Settings of the trainer travel the same way:  make demo MAX_WALLCLOCK_SECONDS=60
+
+PYTHON ?= python3
+VENV ?= .venv
+LOG_DIR ?= logs
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+PROMPT ?= Return the
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+MACHINE := $(shell uname -sm)
+NOW := $(shell date +%Y%m%d-%H%M%S)
+DROP_VENV := if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
+CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
+
+.PHONY: help setup demo demo-mlx demo-torch test lint bench clean
+
+help:
+	@echo 'make demo        train a small model for three minutes: artifact, score, curve, sample (MLX on Apple silicon, else PyTorch)'
+	@echo 'make demo-mlx    the same with train_gpt_mlx.py'
+	@echo 'make demo-torch  the same with train_gpt.py'
+	@echo 'make test        all tests: both scripts are one model, artifacts, resume, data, bad input'
+	@echo 'make lint        ruff'
+	@echo 'make bench       time a training step of both scripts on this machine'
+	@echo 'make setup       only install requirements.txt into $(VENV)'
+	@echo 'make clean       remove $(VENV), the offline corpus and caches; runs in $(LOG_DIR)/ and downloaded data stay'
+
+setup: $(STAMP)
+
+# The stamp makes a second `make` quick; a changed requirements.txt installs again.
+$(STAMP): requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo 'error: $(PYTHON): not found; install Python 3.11 or newer, or name it: make PYTHON=...'; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: $(PYTHON): expected Python 3.11 or newer, found %d.%d; name another: make PYTHON=python3.12" % v[:2])'
+	@[ ! -e '$(VENV)' ] || [ -f '$(VENV)/pyvenv.cfg' ] || { echo 'error: VENV: $(VENV) exists and is no virtual environment; name another: make VENV=...'; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { $(DROP_VENV); $(PYTHON) -m venv '$(VENV)' >/dev/null 2>&1; } || { $(DROP_VENV); \
+	  echo 'error: $(PYTHON) -m venv $(VENV) failed; on Debian and Ubuntu: sudo apt install python3-venv'; exit 1; }
+ifeq ($(PIP_ARGS),)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! $(PY) -c 'import torch' 2>/dev/null; then \
+	  echo 'notice: no NVIDIA card found; make PIP_ARGS="$(CPU_WHEELS)" spares some GB of CUDA packages'; fi
+endif
+	@echo 'installing requirements.txt into $(VENV) (minutes the first time)'
+	@$(PY) -m pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements.txt
+	@touch $@
+
+ifeq ($(MACHINE),Darwin arm64)
+demo: demo-mlx
+else
+demo: demo-torch
+endif
+
+# $(1) script, $(2) run
+define run_demo
+	@$(PY) data/offline.py
+	@$(PY) $(1) --preset=demo --log_dir='$(LOG_DIR)' --run_id=$(2)
+	@echo '--- loss curve'
+	@$(PY) records/curve.py '$(LOG_DIR)/$(2)'
+	@echo '--- sample, from the artifact on disk'
+	@$(PY) $(1) --preset=demo --mode=sample --artifact='$(LOG_DIR)/$(2)/model.int6.rgpt' --prompt='$(PROMPT)'
+	@echo '--- done: everything lies in $(LOG_DIR)/$(2)'
+endef
+
+demo-torch: $(STAMP)
+	$(call run_demo,train_gpt.py,demo_torch_$(NOW))
+
+demo-mlx: $(STAMP)
+	$(call run_demo,train_gpt_mlx.py,demo_mlx_$(NOW))
+
+test: $(STAMP)
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+
+bench: $(STAMP)
+	@$(PY) tests/bench.py $(BENCH_ARGS)
+
+clean:
+	$(DROP_VENV)
+	rm -rf .pytest_cache .ruff_cache data/datasets/offline_sp1024 data/datasets/smoke_sp512
+	rm -f data/tokenizers/offline_1024_bpe.* data/tokenizers/smoke_512_bpe.*
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,227 @@
+"""Fixtures of all tests: both scripts, a small dataset, and a way to run a script inside this process.
+
+Most tests call `main()` of a script here instead of starting an interpreter, which costs seconds. A test that takes the
+fixture `script` runs once for each script; the MLX one is skipped, with the reason, where MLX cannot be imported.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train_gpt", "train_gpt_mlx")
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only makes them slower
+
+VOCAB = 320
+# The smallest run that has everything: prelude, core, coda, two passes, a switch. As environment variables, so that a
+# test can override each of them on the command line.
+TINY = dict(
+    PRESET="laptop", LAYOUT="1+2x2+1", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="256", VOCAB_SIZE=str(VOCAB), ITERATIONS="8", MAX_WALLCLOCK_SECONDS="0",
+    LOOP_SCHEDULE="0:1,0.5:2", VAL_LOSS_EVERY="0", VAL_MAX_TOKENS="0", TRAIN_LOG_EVERY="1", COMPILE="0",
+    DEVICE="cpu", DTYPE="float32",
+)  # fmt: skip
+
+
+def load_script(name):
+    """The module of a script, or why it cannot be had."""
+    if not (ROOT / f"{name}.py").exists():
+        return f"{name}.py does not exist"
+    if name == "train_gpt_mlx":
+        try:
+            import mlx.core  # noqa: F401
+        except ImportError as error:
+            return f"mlx cannot be imported here ({error})"
+    return importlib.import_module(name)
+
+
+def script_or_skip(name):
+    module = load_script(name)
+    if isinstance(module, str):
+        pytest.skip(module)
+    return module
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def script(request):
+    """One script's module; a test that takes it runs for both."""
+    return script_or_skip(request.param)
+
+
+@pytest.fixture(scope="session")
+def both():
+    """The modules of both scripts, or a skip."""
+    return tuple(script_or_skip(name) for name in SCRIPTS)
+
+
+@pytest.fixture(scope="session")
+def any_script():
+    """A module for what is in a shared section."""
+    return script_or_skip("train_gpt")
+
+
+class Data(NamedTuple):
+    """A dataset: its folder, its tokenizer, its tokens, and the settings that name them."""
+
+    path: Path
+    tokenizer: Path
+    train: np.ndarray
+    val: np.ndarray
+    env: dict
+
+
+def write_shard(path, ids, magic=20240520, version=1, count=None):
+    """A shard as the challenge writes it, or one that is wrong on purpose."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype="<u2").tobytes())
+    return path
+
+
+def write_dataset(folder, train_parts, val_parts):
+    """Shards of given tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, parts in (("train", train_parts), ("val", val_parts)):
+        for i, ids in enumerate(parts):
+            write_shard(folder / f"fineweb_{split}_{i:06d}.bin", ids)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The smoke text with 320 pieces: three training shards of unequal, odd sizes and two validation shards, so short
+    that a run crosses shards and begins again."""
+    module = script_or_skip("train_gpt")
+    folder = tmp_path_factory.mktemp("data")
+    c = module.Config(vocab_size=VOCAB, data_path=str(folder / "all"), tokenizer_path=str(folder / "bpe.model"))
+    module.make_smoke_data(c)
+    train, val = (
+        np.array(module.open_shard(module.find_shards(c.data_path, split, VOCAB)[0], VOCAB)) for split in ("train", "val")
+    )
+    train, val = train[:3001], val[:1500]
+    path = write_dataset(folder / "tiny", [train[:1111], train[1111:1400], train[1400:]], [val[:1000], val[1000:]])
+    env = {"DATA_PATH": str(path), "TOKENIZER_PATH": c.tokenizer_path}
+    return Data(path, Path(c.tokenizer_path), train, val, env)
+
+
+def clean_environment(**more):
+    """This process's environment without settings of the scripts, then `more`."""
+    module = load_script("train_gpt")
+    settings = {field.name.upper() for field in dataclasses.fields(module.Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    return {k: v for k, v in os.environ.items() if k not in settings} | {k: str(v) for k, v in more.items()}
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run_in_process(module, *args, **env):
+    """`main()` of a script with these flags and environment variables. An exception that is not bad input passes on."""
+    before, argv, environ = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}, sys.argv, dict(os.environ)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    cleaned = clean_environment(**env)
+    os.environ.clear()
+    os.environ.update(cleaned)
+    sys.argv = [f"{module.__name__}.py", *args]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            module.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        os.environ.clear()
+        os.environ.update(environ)
+        sys.argv = argv
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def start_cli(module, *args, **env):
+    """A script in an interpreter of its own; returns the Popen object."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"{module.__name__}.py"), *args], env=clean_environment(**env), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run_cli(module, *args, timeout=120, **env):
+    """A script in an interpreter of its own, to its end."""
+    process = start_cli(module, *args, **env)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return Outcome(process.returncode, out, err)
+
+
+def assert_refused(outcome, *patterns):
+    """Exit code 1 and one line on stderr that has all `patterns` (regular expressions), nothing on stdout."""
+    assert outcome.code == 1, outcome
+    assert outcome.err.startswith("error: ") and outcome.err.endswith("\n") and outcome.err.count("\n") == 1, outcome.err
+    assert "\r" not in outcome.err and outcome.out == "", outcome
+    for pattern in patterns:
+        assert re.search(pattern, outcome.err), f"no /{pattern}/ in: {outcome.err}"
+
+
+class Late(AssertionError):
+    """Something took too long."""
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """Interrupts what takes longer than `seconds`, such as an allocation without end."""
+
+    def late(number, frame):
+        raise Late(f"took longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def tiny(data, tmp_path):
+    """Settings of the tiny run with its log folder under tmp_path."""
+    return TINY | data.env | {"LOG_DIR": str(tmp_path / "logs")}
+
+
+@pytest.fixture
+def config(data):
+    """`config(layout="5x3", ...)` is a Config of the tiny run with these fields."""
+
+    def make(module, **fields):
+        values = module.load_config([], TINY | data.env, "smoke")[0]
+        return dataclasses.replace(values, **fields)
+
+    return make
+
+
+def tree(folder):
+    """Every file and folder under `folder` with its bytes, to see that nothing was left behind."""
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in sorted(folder.rglob("*"))}
+
+
+def random_weights(module, c, seed=0):
+    """Gaussian weights with the scales of a trained model, every parameter away from its start value."""
+    rng = np.random.default_rng(seed)
+    weights = module.initial_weights(c)
+    return {k: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) for k, v in weights.items()}

@@ -1,0 +1,593 @@
+"""The artifact and the checkpoints: exact round trips, both scripts read both, and every damage is one clear line."""
+
+import json
+import lzma
+import math
+import random
+import re
+import resource
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS, assert_refused, random_weights, run_in_process, script_or_skip, tree, within
+
+RICH = dict(layout="1+2x2+1", lora_rank=3, loop_gate="gain")  # every kind of tensor there is
+
+
+def write(module, path, c, weights=None, loops=0):
+    """An artifact of random weights, trained with all passes."""
+    return module.write_artifact(path, c, loops or module.parse_layout(c.layout).loops, weights or random_weights(module, c))
+
+
+@pytest.fixture
+def artifact(any_script, config, tmp_path):
+    """A small valid artifact."""
+    path = tmp_path / "model.int6.rgpt"
+    write(any_script, path, config(any_script, **RICH))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Round trip
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_round_trip(module, c, weights, path):
+    """Writes and reads; every value is within the error of its scheme."""
+    sizes = write(module, path, c, weights)
+    model, loops, found = module.read_artifact(path)
+    assert loops == module.parse_layout(c.layout).loops and model == {field: getattr(c, field) for field in module.MODEL_FIELDS}
+    assert sizes["bytes_artifact"] == path.stat().st_size
+    assert {name: value.shape for name, value in found.items()} == module.param_shapes(c)
+    for name, value in found.items():
+        weight, scheme = weights[name], module.scheme_of(c, name, weights[name].shape)
+        assert value.dtype == np.float32
+        if scheme == "f32":
+            assert np.array_equal(value, np.clip(weight, -65504, 65504)), name
+        elif scheme == "f16":
+            assert np.array_equal(value, np.clip(weight, -65504, 65504).astype(np.float16).astype(np.float32)), name
+        else:
+            top = 31 if scheme == "int6" else 127
+            rows, back = weight.reshape(-1, weight.shape[-1]), value.reshape(-1, weight.shape[-1])
+            absmax = not (c.quant_sigma and scheme == "int6")
+            span = np.abs(rows).max(axis=1) if absmax else c.quant_sigma * rows.std(axis=1)
+            scale = np.broadcast_to((span / top).astype(np.float16).astype(np.float32)[:, None], rows.shape)
+            inside = (np.abs(rows) <= scale * top) | absmax
+            # Half a step, and top * 2**-11 steps more where the 16-bit scale was rounded down.
+            assert (np.abs(rows - back)[inside] <= scale[inside] * (0.5001 + top * 2.0**-11) + 1e-9).all(), name
+            assert (np.abs(back) <= scale * top * 1.0001).all() and inside.mean() > 0.99, name
+            assert (np.sign(back) * np.sign(rows) >= 0).all(), name
+    return found
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"codec": "lzma"}, {"embed_bits": 16}, {"quant_sigma": 12.85}, RICH, RICH | {"codec": "lzma", "embed_bits": 16},
+    {"layout": "4", "loop_schedule": "", "skips": "none"}, {"skips": "unrolled", "layout": "1+3x2"},
+], ids=lambda fields: ",".join(map(str, fields.values())) or "tiny")  # fmt: skip
+def test_round_trip(script, config, tmp_path, fields):
+    c = config(script, **fields)
+    path = tmp_path / "a.rgpt"
+    check_round_trip(script, c, random_weights(script, c), path)
+    first = path.read_bytes()
+    write(script, path, c)
+    assert path.read_bytes() == first  # nothing of time, place or chance in it
+    assert [p.name for p in tmp_path.iterdir()] == ["a.rgpt"]  # no temporary file stays
+
+
+def test_initial_and_extreme_weights(script, config, tmp_path):
+    """Rows of zeros, constants, one large value, values beyond float16, tiny values: nothing becomes nan or infinite."""
+    c, path = config(script, **RICH), tmp_path / "a.rgpt"
+    found = check_round_trip(script, c, script.initial_weights(c), path)
+    assert not found["blocks.0.attn.proj.weight"].any()
+    weights = random_weights(script, c)
+    weights["skip_weights"][0, :4] = 1e5, -1e9, 3e38, 7e4
+    weights["blocks.0.attn_scale"][:2] = 1e6, -1e6
+    weights["tok_emb.weight"][:3] = np.array([[1e8], [0.0], [1e-7]])
+    weights["tok_emb.weight"][4, 0] = 1e4
+    weights["blocks.1.mlp.fc.weight"][:3] = np.array([[-1e8], [0.0], [1e-30]])
+    for bits in (8, 16):
+        write(script, path, config(script, **RICH, embed_bits=bits), weights)
+        found = script.read_artifact(path)[2]
+        for name, value in found.items():
+            assert np.isfinite(value).all(), name
+        assert found["skip_weights"][0, :4].tolist() == [65504, -65504, 65504, 65504]  # clipped, not infinite
+        assert not found["tok_emb.weight"][1].any() and (found["tok_emb.weight"][0] > 0).all()
+        assert found["tok_emb.weight"][4, 0] == pytest.approx(1e4, rel=0.01)
+        assert (found["blocks.1.mlp.fc.weight"][0] < 0).all() and not found["blocks.1.mlp.fc.weight"][1:3].any()
+
+
+def test_scripts_write_the_same_bytes_and_read_each_other(both, config, tmp_path):
+    for codec in ("ans", "lzma"):
+        contents, weights = [], []
+        for module in both:
+            path = tmp_path / f"{module.__name__}.{codec}"
+            write(module, path, config(module, **RICH, codec=codec))
+            contents.append(path.read_bytes())
+        assert contents[0] == contents[1]
+        for module in both:
+            weights.append(module.read_artifact(tmp_path / f"{both[0].__name__}.{codec}"))
+        assert weights[0][:2] == weights[1][:2]
+        assert all(np.array_equal(weights[0][2][name], weights[1][2][name]) for name in weights[0][2])
+
+
+def test_checkpoints_are_read_by_both(both, config, tmp_path):
+    for a in both:
+        c = config(a, **RICH)
+        weights, path = random_weights(a, c), tmp_path / f"{a.__name__}.safetensors"
+        a.save_tensors(path, {f"weights.{k}": v for k, v in weights.items()}, a.about(c, 2))
+        for b in both:
+            found, model, loops = b.load_model_file(str(path))
+            assert loops == 2 and model["layout"] == c.layout
+            assert all(np.array_equal(found[name], weights[name]) for name in weights)
+
+
+def test_lzma_needs_no_constriction_and_ans_does(script, config, tmp_path, monkeypatch):
+    for codec in ("ans", "lzma"):
+        write(script, tmp_path / codec, config(script, codec=codec))
+    find = script.importlib.util.find_spec
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name, *rest: None if name == "constriction" else find(name, *rest))
+    script.read_artifact(tmp_path / "lzma")
+    assert_refused(run_in_process(script, "--mode=eval", f"--artifact={tmp_path / 'ans'}"), "constriction", "pip install constriction")
+    with pytest.raises(script.InputError, match="pip install constriction"):
+        write(script, tmp_path / "new", config(script))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("sigma", [0.0, 12.85])
+@pytest.mark.parametrize("fields", [
+    dict(layout="3+3x3+3", model_dim=128, num_heads=4, num_kv_heads=2), dict(layout="4", model_dim=192, num_heads=4, mlp_mult=3),
+    dict(layout="1+2x2+1", model_dim=128, num_heads=2, vocab_size=1024, lora_rank=4), dict(layout="2x2", model_dim=96, embed_bits=16),
+], ids=lambda fields: fields["layout"])  # fmt: skip
+def test_estimate_is_within_15_percent(any_script, config, tmp_path, fields, sigma):
+    c = config(any_script, **fields, quant_sigma=sigma)
+    rng = np.random.default_rng(0)
+    weights = {k: (0.05 * rng.standard_normal(shape)).astype(np.float32) for k, shape in any_script.param_shapes(c).items()}
+    sizes = write(any_script, tmp_path / "a", c, weights)
+    assert any_script.estimated_bytes(c) == pytest.approx(sizes["bytes_artifact"], rel=0.15)
+    assert sizes["entropy_bits_per_weight"] < sizes["bits_per_weight"] < sizes["entropy_bits_per_weight"] + 1
+
+
+def test_coder_comes_close_to_the_entropy(any_script):
+    """A large matrix: within 2 % of the order-0 entropy of its symbols, and one symbol only costs almost nothing."""
+    rng = np.random.default_rng(0)
+    symbols = np.clip(np.rint(8 * rng.standard_normal((512, 1024))), -31, 31).astype(np.int16)
+    counts = np.bincount((symbols + 31).ravel())
+    entropy = float((counts * np.log2(counts.sum() / np.maximum(counts, 1))).sum()) / 8
+    data = any_script.encode_symbols(symbols, "ans")
+    assert entropy < len(data) < 1.02 * entropy
+    assert np.array_equal(any_script.decode_symbols(data, symbols.size, "ans"), symbols.ravel())
+    for constant in (-31, 0, 127):
+        same = np.full((64, 1024), constant, dtype=np.int16)
+        data = any_script.encode_symbols(same, "ans")
+        assert len(data) < 64 and np.array_equal(any_script.decode_symbols(data, same.size, "ans"), same.ravel())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refusal(module, path):
+    """The one line with which an artifact is refused; fails if it is read or something else is raised."""
+    with within(5), pytest.raises(module.InputError) as caught:
+        module.read_artifact(path)
+    line = str(caught.value)
+    assert str(path) in line and "\n" not in line, line
+    return line
+
+
+def test_flipped_bytes(script, artifact):
+    good, rng = artifact.read_bytes(), random.Random(0)
+    places = [*range(16), *range(len(good) - 32, len(good)), *(rng.randrange(len(good)) for _ in range(250))]
+    for place in places:
+        bad = bytearray(good)
+        bad[place] ^= 1 << rng.randrange(8)
+        artifact.write_bytes(bad)
+        refusal(script, artifact)
+    artifact.write_bytes(good)
+    script.read_artifact(artifact)
+
+
+def test_truncated_and_lengthened(script, artifact):
+    good, rng = artifact.read_bytes(), random.Random(1)
+    for length in [*range(50), *(rng.randrange(len(good)) for _ in range(100)), *range(len(good) - 40, len(good))]:
+        artifact.write_bytes(good[:length])
+        refusal(script, artifact)
+    for more in (b"\0", b"\0" * 32, good):
+        artifact.write_bytes(good + more)
+        refusal(script, artifact)
+
+
+def test_other_files(script, tmp_path, data):
+    for name, content, found in (
+        ("empty.rgpt", b"", "found 0 bytes"), ("zip.rgpt", b"PK\x03\x04" * 50, "magic"), ("text.rgpt", b"some text " * 50, "magic"),
+        ("zeros.rgpt", bytes(10_000), "magic"), ("shard.rgpt", (data.path / "fineweb_val_000000.bin").read_bytes(), "magic"),
+    ):  # fmt: skip
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert found in refusal(script, path)
+        assert_refused(run_in_process(script, "--mode=eval", f"--artifact={path}"), re.escape(str(path)), "expected", "found")
+
+
+def parts(content):
+    """(header, payload) of an artifact."""
+    size = struct.unpack_from("<4sII", content)[2]
+    return json.loads(content[12 : 12 + size]), content[12 + size : -32]
+
+
+def signed(module, header, payload, version=None, magic=b"RGPT"):
+    """An artifact whose length and checksum are right, whatever its header says."""
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    body = struct.pack("<4sII", magic, module.ARTIFACT_VERSION if version is None else version, len(head)) + head + payload
+    return body + module.hashlib.sha256(body).digest()
+
+
+def set_at(*path, to):
+    """A change of a header: header[path[0]][path[1]]... = to."""
+
+    def change(header):
+        for key in path[:-1]:
+            header = header[key]
+        header[path[-1]] = to
+
+    return change
+
+
+def without(*path):
+    def change(header):
+        for key in path[:-1]:
+            header = header[key]
+        del header[path[-1]]
+
+    return change
+
+
+def swap_entries(header):
+    header["tensors"][1], header["tensors"][2] = header["tensors"][2], header["tensors"][1]
+
+
+CHANGES = {
+    "shape": set_at("tensors", 1, "shape", to=[32, 33]), "shape transposed": set_at("tensors", 0, "shape", to=[32, 320]),
+    "shape flat": set_at("tensors", 1, "shape", to=[1024]), "shape a word": set_at("tensors", 1, "shape", to="ab"),
+    "shape null": set_at("tensors", 1, "shape", to=None), "shape negative": set_at("tensors", 1, "shape", to=[-32, -32]),
+    "name": set_at("tensors", 1, "name", to="blocks.0.attn.r.weight"), "name twice": set_at("tensors", 1, "name", to="tok_emb.weight"),
+    "name a path": set_at("tensors", 1, "name", to="../../x"), "order": swap_entries,
+    "tensor left out": lambda h: h["tensors"].pop(), "tensor doubled": lambda h: h["tensors"].append(h["tensors"][-1]),
+    "no tensors": set_at("tensors", to=[]), "tensors null": set_at("tensors", to=None), "tensors a dict": set_at("tensors", to={}),
+    "offset": set_at("tensors", 1, "offset", to=0), "offset negative": set_at("tensors", 1, "offset", to=-1),
+    "offset far": set_at("tensors", 1, "offset", to=2**70), "offset text": set_at("tensors", 1, "offset", to="0"),
+    "offset missing": without("tensors", 1, "offset"), "bytes": set_at("tensors", 1, "bytes", to=7),
+    "bytes negative": set_at("tensors", 1, "bytes", to=-7), "bytes far": set_at("tensors", 1, "bytes", to=2**70),
+    "bytes a fraction": set_at("tensors", 1, "bytes", to=7.5), "bytes null": set_at("tensors", 1, "bytes", to=None),
+    "bytes infinite": set_at("tensors", 1, "bytes", to=math.inf), "scheme": set_at("tensors", 1, "scheme", to="int8"),
+    "scheme unknown": set_at("tensors", 1, "scheme", to="int4"), "scheme null": set_at("tensors", 1, "scheme", to=None),
+    "codec": set_at("codec", to="lzma"), "codec unknown": set_at("codec", to="zstd"), "codec null": set_at("codec", to=None),
+    "codec list": set_at("codec", to=["ans"]), "codec missing": without("codec"),
+    "loops 0": set_at("loops", to=0), "loops 3": set_at("loops", to=3), "loops text": set_at("loops", to="many"),
+    "loops infinite": set_at("loops", to=math.inf), "loops nan": set_at("loops", to=math.nan), "loops list": set_at("loops", to=[2]),
+    "loops missing": without("loops"), "embed_bits": set_at("embed_bits", to=16), "embed_bits 4": set_at("embed_bits", to=4),
+    "embed_bits null": set_at("embed_bits", to=None), "embed_bits list": set_at("embed_bits", to=[8]),
+    "model missing": without("model"), "model null": set_at("model", to=None), "model list": set_at("model", to=[]),
+    "model field missing": without("model", "rope_base"), "layout": set_at("model", "layout", to="1+2x3+1"),
+    "layout word": set_at("model", "layout", to="deep"), "layout number": set_at("model", "layout", to=4),
+    "dim": set_at("model", "model_dim", to=64), "dim text": set_at("model", "model_dim", to="32"), "dim 0": set_at("model", "model_dim", to=0),
+    "heads": set_at("model", "num_heads", to=3), "heads true": set_at("model", "num_heads", to=True),
+    "vocabulary": set_at("model", "vocab_size", to=321), "skips": set_at("model", "skips", to="unet"),
+    "gate": set_at("model", "loop_gate", to="none"), "lora": set_at("model", "lora_rank", to=4),
+    "lora negative": set_at("model", "lora_rank", to=-1), "softcap": set_at("model", "logit_softcap", to=1e9),
+    "softcap nan": set_at("model", "logit_softcap", to=math.nan), "rope nan": set_at("model", "rope_base", to=math.nan),
+    "rope infinite": set_at("model", "rope_base", to=math.inf), "rope 0": set_at("model", "rope_base", to=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_signed_header_with_another_meaning(script, artifact, case):
+    header, payload = parts(artifact.read_bytes())
+    CHANGES[case](header)
+    artifact.write_bytes(signed(script, header, payload))
+    refusal(script, artifact)
+
+
+def test_signed_files_of_another_structure(script, artifact):
+    content = artifact.read_bytes()
+    header, payload = parts(content)
+    artifact.write_bytes(signed(script, header, payload))
+    script.read_artifact(artifact)  # the helper itself signs well
+    artifact.write_bytes(signed(script, header, payload, version=2))
+    assert "expected version 1, found 2" in refusal(script, artifact)
+    artifact.write_bytes(signed(script, header, payload, magic=b"RGPU"))
+    assert "expected magic b'RGPT', found b'RGPU'" in refusal(script, artifact)
+    deep = b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    for head in (b"", b"{}", b"[]", b"null", b"1", b'"RGPT"', b"{", b"\xff\xfe", b"[" * 100_000, deep, b'{"embed_bits":8}'):
+        artifact.write_bytes(signed(script, head, payload))
+        refusal(script, artifact)
+    for other in (b"", payload[:-1], payload + b"\0", payload[1:]):
+        artifact.write_bytes(signed(script, header, other))
+        refusal(script, artifact)
+    for size in (0, 1, len(content), 2**31, 2**32 - 1):  # a length of the header that is wrong
+        body = content[:8] + struct.pack("<I", size) + content[12:-32]
+        artifact.write_bytes(body + script.hashlib.sha256(body).digest())
+        refusal(script, artifact)
+
+
+@pytest.mark.parametrize("codec", ["ans", "lzma"])
+def test_signed_payload_with_damaged_symbols(script, config, tmp_path, codec):
+    """A checksum is no proof: a coded tensor cut, emptied or overwritten is refused, or read as finite numbers."""
+    path = tmp_path / "a.rgpt"
+    write(script, path, config(script, codec=codec))
+    header, payload = parts(path.read_bytes())
+    rng = random.Random(2)
+    entry = next(e for e in header["tensors"] if e["scheme"] == "int6")
+    for _ in range(60):
+        bad = bytearray(payload)
+        for _ in range(rng.choice([1, 4, 64])):
+            bad[entry["offset"] + 2 * entry["shape"][0] + rng.randrange(entry["bytes"] - 2 * entry["shape"][0])] = rng.randrange(256)
+        path.write_bytes(signed(script, header, bytes(bad)))
+        with within(5):
+            try:
+                assert set(script.read_artifact(path)[2]) == set(e["name"] for e in header["tensors"])
+            except script.InputError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+    for kept in (0, 2, 2 * entry["shape"][0], 2 * entry["shape"][0] + 3, 2 * entry["shape"][0] + 6):
+        changed = json.loads(json.dumps(header))
+        for e in changed["tensors"]:
+            e["offset"] -= (entry["bytes"] - kept) if e["offset"] > entry["offset"] else 0
+            e["bytes"] = kept if e["name"] == entry["name"] else e["bytes"]
+        rest = payload[: entry["offset"] + kept] + payload[entry["offset"] + entry["bytes"] :]
+        path.write_bytes(signed(script, changed, rest))
+        refusal(script, path)
+
+
+BOMB_READER = """
+import json, resource, signal, sys, time
+import {name} as module
+def used():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+limit = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmSize")).split()[1]) + (1 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+def late(number, frame):
+    raise TimeoutError
+signal.signal(signal.SIGALRM, late)
+for path in sys.argv[1:]:
+    began, memory = time.time(), used()
+    signal.alarm(2)
+    try:
+        module.load_model_file(path)
+        said = "read"
+    except module.InputError as error:
+        said = "refused: " + str(error)
+    except BaseException as error:
+        said = type(error).__name__ + ": " + str(error)[:200]
+    signal.alarm(0)
+    print(json.dumps([path, said, time.time() - began, (used() - memory) / 1024]), flush=True)
+"""
+
+
+def bombs(module, c, folder):
+    """Small, signed, consistent files whose header asks for a huge model."""
+    (folder / "valid").mkdir(parents=True)
+    for codec in ("ans", "lzma"):
+        base = folder / f"base.{codec}"
+        write(module, base, module.dataclasses.replace(c, codec=codec), loops=1)
+        header, payload = parts(base.read_bytes())
+        base.unlink()
+        for name, fields in {
+            "dim": dict(model_dim=2**34), "dim and hidden": dict(model_dim=2**21, mlp_mult=2**21), "lora": dict(layout="1+2x2+1", lora_rank=2**40),
+            "heads": dict(model_dim=2**40 + 2), "vocabulary": dict(vocab_size=2**40),
+        }.items():  # fmt: skip
+            model = header["model"] | fields
+            # The first tensor lies where the file has bytes, so that a reader that trusts its shape decodes it.
+            values = module.Config(**model, train_batch_tokens=model["train_seq_len"])
+            try:
+                with within(1):
+                    shapes = module.param_shapes(values)
+            except BaseException:
+                continue
+            entries = [{"name": n, "shape": list(s), "scheme": module.scheme_of(values, n, s), "offset": 0, "bytes": 0} for n, s in shapes.items()]
+            entries[0]["bytes"] = len(payload)
+            for e in entries[1:]:
+                e["offset"] = len(payload)
+            changed = header | {"model": model, "tensors": entries, "loops": 1}
+            (folder / f"{codec} {name}").write_bytes(signed(module, changed, payload))
+        for name, fields in {
+            "blocks": dict(layout="1000000000"), "passes": dict(layout="1+2x1000000000+1"), "odd dim": dict(model_dim=2**40 + 1),
+            "sequence": dict(train_seq_len=10**13),
+        }.items():  # fmt: skip
+            changed = header | {"model": header["model"] | fields}
+            (folder / f"{codec} {name}").write_bytes(signed(module, changed, payload))
+    # One symbol takes no bits: an honest tensor and a bomb look alike but for the size that the model has.
+    (folder / "valid").rmdir()
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory in use from /proc")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_allocation_bombs(name, config, tmp_path):
+    """A few kilobytes that ask for terabytes: refused within a second, in a process whose memory is limited, because an
+    allocation that fails inside the coder ends the process."""
+    module = script_or_skip(name)
+    paths = bombs(module, config(module), tmp_path / "bombs")
+    assert len(paths) >= 12
+    code = BOMB_READER.format(name=name)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    rows = {row[0]: row[1:] for row in map(json.loads, done.stdout.splitlines())}
+    wrong = {}
+    for path in paths:
+        said, seconds, mebibytes = rows.get(str(path), ("the process ended: " + done.stderr[:100], 0, 0))
+        if not said.startswith("refused") or seconds > 1 or mebibytes > 200:
+            wrong[path.name] = f"{said[:120]} ({seconds:.1f} s, {mebibytes:.0f} MiB)"
+    assert not wrong, "\n".join(f"{k}: {v}" for k, v in wrong.items())
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 << 20
+
+
+def test_lzma_bomb_is_not_unpacked(any_script, config, tmp_path):
+    """Coded bytes that unpack to 4 GiB give no more than the tensor holds."""
+    import tracemalloc
+
+    data = struct.pack("<hH", 0, 2) + lzma.compress(bytes(1 << 24)) * 3
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="instead of"):
+        any_script.decode_symbols(data, 1000, "lzma")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24  # the decoder's own window is 8 MiB
+    tracemalloc.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_checkpoints(script, config, tiny, tmp_path):
+    c = config(script)
+    good_path = tmp_path / "good.safetensors"
+    tensors = {f"weights.{k}": v for k, v in random_weights(script, c).items()}
+    about = script.about(c, 2)
+    script.save_tensors(good_path, tensors, about)
+    good = good_path.read_bytes()
+    script.load_model_file(str(good_path))
+    path, rng = tmp_path / "bad.safetensors", random.Random(3)
+
+    def check():
+        for flags in ((f"--init_from={path}",), ("--mode=eval", f"--checkpoint={path}")):
+            outcome = run_in_process(script, *flags, **tiny)
+            assert_refused(outcome, re.escape(str(path)), "expected", "found")
+
+    for length in (0, 3, 8, 100, len(good) // 2, len(good) - 1, *(rng.randrange(len(good)) for _ in range(20))):
+        path.write_bytes(good[:length])
+        with pytest.raises(script.InputError, match="bad.safetensors"):
+            script.load_model_file(str(path))
+    check()
+    for content in (b"PK\x03\x04" * 1000, bytes(1000), b"\xff" * 1000, b"text " * 1000):
+        path.write_bytes(content)
+        check()
+    script.save_file({"a": np.zeros(3, np.float32)}, path)
+    check()
+    for note in ("{}", "[]", "null", "{", '{"model": 1}', '{"model": {}}', '{"model": {"layout": "4"}, "loops": 1}'):
+        script.save_file(tensors, path, metadata={"recurrent_gpt": note})
+        check()
+    notes = (
+        about | {"loops": None}, about | {"loops": "x"}, about | {"loops": 0}, about | {"loops": 10**9},
+        {k: v for k, v in about.items() if k != "loops"}, about | {"model": about["model"] | {"model_dim": "32"}},
+        about | {"model": about["model"] | {"layout": "5"}}, about | {"model": about["model"] | {"layout": "1000000000"}},
+        about | {"model": about["model"] | {"train_seq_len": 10**13}},
+    )  # fmt: skip
+    for note in notes:
+        script.save_tensors(path, tensors, note)
+        with within(10):
+            check()
+    for change in (
+        {k: v for k, v in tensors.items() if "mlp" not in k}, tensors | {"weights.more": np.zeros(2, np.float32)},
+        tensors | {"weights.tok_emb.weight": np.zeros((320, 31), np.float32)}, {},
+    ):  # fmt: skip
+        script.save_tensors(path, change, about)
+        check()
+
+
+def test_checkpoint_that_is_not_finite_is_refused(script, config, tiny, tmp_path):
+    """A flipped bit in a checkpoint has no checksum to tell, but a weight that is no number is seen."""
+    c, path = config(script), tmp_path / "bad.safetensors"
+    weights = random_weights(script, c)
+    weights["tok_emb.weight"][3, 3] = np.nan
+    script.save_tensors(path, {f"weights.{k}": v for k, v in weights.items()}, script.about(c, 2))
+    outcome = run_in_process(script, f"--init_from={path}", **tiny)
+    assert outcome.code == 1 and not list(tmp_path.rglob("*.rgpt")), outcome
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a run to a score
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The run folder of a trained tiny model of each script that there is: {name: folder}."""
+    from conftest import TINY, load_script
+
+    logs, folders = tmp_path_factory.mktemp("trained"), {}
+    for name in SCRIPTS:
+        module = load_script(name)
+        if not isinstance(module, str):
+            env = TINY | data.env | {"LOG_DIR": str(logs), "RUN_ID": name, "ITERATIONS": "20"}
+            outcome = run_in_process(module, **env)
+            assert outcome.code == 0, outcome
+            folders[name] = logs / name
+    return folders
+
+
+def scored(outcome):
+    """(loss, bpb) of MODE=eval."""
+    assert outcome.code == 0 and outcome.err == "", outcome
+    loss, bpb = re.search(r"val_loss:([\d.]+) val_bpb:([\d.]+)", outcome.out).groups()
+    return float(loss), float(bpb)
+
+
+@pytest.mark.parametrize("maker", SCRIPTS)
+def test_eval_of_every_file_in_both_scripts(script, maker, trained, data):
+    """MODE=eval repeats the score of the run from the artifact, and the score before export from a checkpoint."""
+    script_or_skip(maker)
+    result = json.loads((trained[maker] / "result.json").read_text())
+    for flag, key in (
+        ("--artifact=model.int6.rgpt", ""), ("--checkpoint=model.safetensors", "_raw"), ("--checkpoint=checkpoint.safetensors", "_raw"),
+    ):  # fmt: skip
+        flag = flag.replace("=", f"={trained[maker]}/")
+        loss, bpb = scored(run_in_process(script, "--mode=eval", flag, "--device=cpu", "--dtype=float32", "--compile=0", **data.env))
+        assert loss == pytest.approx(result[f"val_loss{key}"], abs=1e-4)
+        assert bpb == pytest.approx(result[f"val_bpb{key}"], abs=1e-3)
+    assert result["val_bpb"] != result["val_bpb_raw"]  # the file was scored, not the weights in memory
+
+
+def test_eval_with_other_settings(script, trained, data):
+    """More passes and a stride change the score; settings that do not fit the file's model are refused."""
+    flags = ("--mode=eval", f"--artifact={trained[script.__name__]}/model.int6.rgpt", "--device=cpu", "--dtype=float32", "--compile=0")
+    plain = scored(run_in_process(script, *flags, **data.env))
+    for more in ("--eval_loops=1", "--eval_loops=4", "--eval_stride=8"):
+        assert scored(run_in_process(script, *flags, more, **data.env)) != plain
+    outcome = run_in_process(script, *flags, "--val_max_tokens=320", **data.env | {"TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "32"})
+    assert scored(outcome) and "partial" in outcome.out
+    for more, name in (("--eval_stride=512", "EVAL_STRIDE"), ("--eval_stride=64", "EVAL_STRIDE")):  # the model's sequence is 32
+        assert_refused(run_in_process(script, *flags, more, **data.env), name, "32", "found")
+    small = {"TRAIN_SEQ_LEN": "16", "TRAIN_BATCH_TOKENS": "16", "VAL_MAX_TOKENS": "16"}
+    assert_refused(run_in_process(script, *flags, **data.env | small), "VAL_MAX_TOKENS", "32", "found 16")
+    assert_refused(run_in_process(script, *flags, f"--data_path={data.path}/none", **data.env), "none", "expected", "found none")
+
+
+@pytest.mark.parametrize("maker", SCRIPTS)
+def test_sample_from_every_file_in_both_scripts(script, maker, trained, data):
+    script_or_skip(maker)
+    texts = []
+    for flag in ("--artifact=model.int6.rgpt", "--checkpoint=checkpoint.safetensors", "--checkpoint=model.safetensors"):
+        flag = flag.replace("=", f"={trained[maker]}/")
+        flags = ("--mode=sample", flag, "--prompt=The early", "--sample_tokens=40", "--device=cpu", "--dtype=float32")
+        outcome = run_in_process(script, *flags, **data.env)
+        assert outcome.code == 0 and outcome.err == "" and outcome.out.startswith("The early"), outcome
+        assert len(outcome.out) > 30 and run_in_process(script, *flags, **data.env) == outcome  # the seed decides
+        assert run_in_process(script, *flags, "--seed=2", **data.env) != outcome
+        greedy = run_in_process(script, *flags, "--temperature=0", "--seed=2", **data.env)
+        assert greedy == run_in_process(script, *flags, "--temperature=0", **data.env)
+        texts.append(outcome.out)
+    assert texts[1] == texts[2]
+    no_prompt = run_in_process(script, "--mode=sample", flag, "--sample_tokens=5", "--device=cpu", "--top_k=0", **data.env)
+    assert no_prompt.code == 0 and no_prompt.err == ""
+
+
+def test_cap(script, trained, tiny, tmp_path):
+    """PASS and FAIL by one byte, in result.json, in the log and in the exit code; hopeless sizes are refused first."""
+    result = json.loads((trained[script.__name__] / "result.json").read_text())
+    code, size = result["bytes_code"], result["bytes_artifact"]
+    assert code == (ROOT / f"{script.__name__}.py").stat().st_size
+    assert size == (trained[script.__name__] / "model.int6.rgpt").stat().st_size
+    assert result["bytes_total"] == code + size and result["bytes_cap"] == 16_000_000 and result["fits"] is True
+    for cap, fits in ((code + size, True), (code + size - 1, False)):
+        outcome = run_in_process(script, f"--bytes_cap={cap}", f"--run_id=cap{cap}", "--iterations=20", **tiny)
+        folder = tmp_path / "logs" / f"cap{cap}"
+        found, log = json.loads((folder / "result.json").read_text()), (folder / "train.log").read_text()
+        assert found["bytes_total"] == code + size, "the same run, another size"
+        assert (found["fits"], found["bytes_cap"], outcome.code) == (fits, cap, 0 if fits else 1)
+        assert re.search(rf"^size: .*{cap}: {'PASS' if fits else 'FAIL'}", log.rsplit("---", 1)[1], re.M)
+        assert bool(re.search("PASS", log.rsplit("---", 1)[1])) == fits
+    before = tree(tmp_path)
+    assert_refused(run_in_process(script, f"--bytes_cap={code + size // 2}", **tiny), "BYTES_CAP", "expected", "found")
+    assert tree(tmp_path) == before

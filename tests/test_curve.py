@@ -1,0 +1,87 @@
+"""records/curve.py: draws what a run wrote, and refuses what it cannot draw in one line."""
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
+import curve
+
+
+def write_run(folder: Path, steps: int = 60, tail: str = "", every: int = 20) -> Path:
+    """A made-up run with a loop switch in the middle and a validation every `every` steps."""
+    folder.mkdir(parents=True)
+    rows = []
+    for step in range(1, steps + 1):
+        row = {"step": step, "loops": 1 + (step > steps // 2), "train_time_ms": 50.0 * step, "tokens": 4096 * step,
+               "flops": 1e11 * step}  # fmt: skip
+        rows.append(row | {"train_loss": 7 - 0.05 * step})
+        if step % every == 0:
+            rows.append(row | {"val_loss": 7 - 0.05 * step, "val_bpb": (7 - 0.05 * step) / 1.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return folder
+
+
+def test_takes_the_switch_from_the_log(tmp_path):
+    run = write_run(tmp_path / "a")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if row["step"] % 20 == 0]  # the metrics know it to 20 steps only
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert curve.read_curve(run, "steps", "a").switches == [(40, "1→2 passes")]
+    (run / "train.log").write_text("source\nstep:30/60 loops:1->2 train_time:1500ms\n")
+    assert curve.read_curve(run, "steps", "a").switches == [(30, "1→2 passes")]
+    assert curve.read_curve(run, "time", "a").switches == [(pytest.approx(30 * 50 / 60e3), "1→2 passes")]
+
+
+def is_png(path: Path) -> bool:
+    """A PNG of at least 800 x 400 pixels."""
+    head = path.read_bytes()[:24]
+    width, height = struct.unpack(">II", head[16:])
+    return head[:8] == b"\x89PNG\r\n\x1a\n" and width >= 800 and height >= 400
+
+
+def test_reads_the_numbers_of_a_run(tmp_path):
+    run = write_run(tmp_path / "a", tail='{"step": 61, "train_lo')  # the run is writing its next line
+    (run / "result.json").write_text('{"val_bpb": 2.75}')
+    read = curve.read_curve(run, "tokens", "a")
+    assert read.val == [pytest.approx((4096e-6 * step, (7 - 0.05 * step) / 1.5)) for step in (20, 40, 60)]
+    assert read.train[9] == pytest.approx((0.04096, 6.5 / 1.5))
+    assert read.switches == [(pytest.approx(4096e-6 * 31), "1→2 passes")]
+    assert read.final == 2.75 and not read.partial and len(read.train) == 60
+
+
+@pytest.mark.parametrize("axis", curve.X_AXES)
+def test_draws_every_axis_beside_the_run(tmp_path, axis, capsys):
+    run = write_run(tmp_path / "a")
+    assert curve.main([str(run), f"--x={axis}"]) == 0
+    assert is_png(run / "curve.png")
+    assert capsys.readouterr().out == f"curve: {run / 'curve.png'}\n"
+
+
+def test_draws_many_runs(tmp_path):
+    runs = [write_run(tmp_path / name / "run", steps) for name, steps in (("a", 20), ("b", 60), ("c", 100))]
+    assert curve.labels_of(runs) == [str(run) for run in runs]  # equal names: whole paths
+    assert curve.main([*map(str, runs), f"--out={tmp_path / 'all.png'}"]) == 0
+    assert is_png(tmp_path / "all.png")
+
+
+def test_one_line_errors(tmp_path, capsys):
+    good = str(write_run(tmp_path / "good"))
+    early = str(write_run(tmp_path / "early", steps=10))
+    torn = str(write_run(tmp_path / "torn", tail="not json\n"))
+    lost = write_run(tmp_path / "lost")
+    (lost / "result.json").write_text("{}")
+    cases = [
+        ([str(tmp_path / "none")], "found no file"), ([early], "at least one validation"), ([torn], "line 64"),
+        ([str(lost)], "result.json"), ([good, "--x=miles"], "invalid choice"), ([], "RUN"),
+        ([good, "--label=a", "--label=b"], "--label"), ([good] * 15, "at most 14"),
+        ([good, f"--out={tmp_path / 'no' / 'x.png'}"], "cannot write"),
+    ]  # fmt: skip
+    for argv, expected in cases:
+        assert curve.main(argv) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and expected in printed and printed.count("\n") == 1, printed
+    assert not (tmp_path / "good" / "curve.png").exists()

@@ -1,0 +1,509 @@
+"""Both scripts are one model: shared sections, weights, logits, gradients, updates, controls, identities, checkpoints.
+
+Everything runs in float32 on the CPU at tiny sizes. Tolerances are the promises of design.md section 9.
+"""
+
+import ast
+import dataclasses
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "golden")]
+
+import rebuild  # noqa: E402
+import sync_shared  # noqa: E402
+import train_gpt_mlx as mlx_script  # noqa: E402  (before torch: it chooses the BLAS that MLX uses)
+
+mx = mlx_script.mx
+
+import train_gpt as torch_script  # noqa: E402
+
+torch = torch_script.torch
+SCRIPTS = {"torch": torch_script, "mlx": mlx_script}
+PATHS = {"torch": ROOT / "train_gpt.py", "mlx": ROOT / "train_gpt_mlx.py"}
+LAYOUTS = ("9", "4", "5x3", "1+3x3+2", "2+2x2+1")
+SKIPS, GATES = ("per_loop", "unrolled", "official", "none"), ("x0", "gain", "none")
+
+
+def tiny(layout: str, **changes):
+    """A Config of the torch script; the MLX script takes it as well, since CONFIG is shared."""
+    sizes = dict(vocab_size=48, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16, train_batch_tokens=64)
+    c = torch_script.Config(layout=layout, compile=False, device="cpu", dtype="float32", **{**sizes, **changes})
+    torch_script.check_config(c)
+    return c
+
+
+def perturbed(c, seed: int = 5) -> dict[str, np.ndarray]:
+    """Initial weights moved away from zero and from the identity, so that every parameter matters."""
+    rng = np.random.RandomState(seed)
+    weights = torch_script.initial_weights(c)
+    for name, value in weights.items():
+        spread = {"tok_emb.weight": 0.5, "loop_embed": 0.5}.get(name, 0.15)
+        weights[name] = (value + spread * rng.standard_normal(value.shape)).astype(np.float32)
+    return weights
+
+
+class Fixed:
+    """A token stream of random ids, or of given batches [step, sequence, length + 1]."""
+
+    def __init__(self, c, batches: np.ndarray | None = None):
+        self.c, self.batches = c, batches
+        self.ids = np.random.RandomState(9).randint(0, c.vocab_size, 4096)
+
+    def microbatches(self, start, c, rank, world, largest):
+        if self.batches is not None:
+            rows = self.batches[start]
+            yield rows[:, :-1], rows[:, 1:]
+            return
+        length = c.train_seq_len
+        for a, b in torch_script.microbatch_bounds(c.train_batch_tokens // length, length, largest):
+            part = self.ids[start + a * length : start + b * length + 1].astype(np.int64)
+            yield part[:-1].reshape(b - a, length), part[1:].reshape(b - a, length)
+
+
+def engine_of(script: str, c, weights):
+    engine = SCRIPTS[script].Engine(c)
+    engine.build(weights)
+    return engine
+
+
+def logits_of(script: str, engine, ids: np.ndarray, loops: int) -> np.ndarray:
+    if script == "torch":
+        with torch.no_grad():
+            return engine.model(torch.from_numpy(ids), loops).numpy()
+    engine.next_logits(ids[0], loops)  # puts the weights into the model
+    return np.array(engine.model(mx.array(ids.astype(np.int32)), loops))
+
+
+def gradients_of(script: str, engine, ids: np.ndarray, targets: np.ndarray, loops: int) -> dict[str, np.ndarray]:
+    """Of the sum of the losses over TRAIN_BATCH_TOKENS, as in a step."""
+    if script == "mlx":
+        params, arrays = engine.params, (mx.array(ids.astype(np.int32)), mx.array(targets.astype(np.int32)))
+        return {name: np.array(g) for name, g in engine.function("gradients", loops)(params, *arrays)[1].items()}
+    params, losses = dict(engine.model.named_parameters()), engine.losses
+    loss = losses(torch.from_numpy(ids), torch.from_numpy(targets), loops).sum() / engine.config.train_batch_tokens
+    engine.optimizer.grads.zero_()
+    loss.backward()
+    found = {name: p.grad.numpy().copy() for name, p in params.items()}
+    engine.optimizer.grads.zero_()
+    return found
+
+
+def train(script: str, c, weights, loops: list[int], stream=None) -> tuple[list[float], dict[str, np.ndarray], object]:
+    """Losses, weights and the engine after one step for each entry of `loops`."""
+    engine, stream = engine_of(script, c, weights), stream or Fixed(c)
+    size = 1 if stream.batches is not None else c.train_batch_tokens
+    losses = [
+        float(engine.step(stream, step * size, passes, 1.0, torch_script.momentum_at(c, step))[0].item())
+        for step, passes in enumerate(loops)
+    ]
+    return losses, engine.weights(), engine
+
+
+def assert_close(mine: dict, theirs: dict, tolerance: float, base: dict | None = None) -> None:
+    """Every array equal to `tolerance` times its norm (or the norm of how far it went from `base`)."""
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        size = np.linalg.norm(theirs[name] - (base[name] if base else 0))
+        assert np.linalg.norm(value - theirs[name]) <= tolerance * size + 1e-7, name
+
+
+def same(a: dict, b: dict) -> bool:
+    """Equal to the last bit."""
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+# ---- one design in two files
+
+
+def test_shared_sections_are_equal_byte_for_byte():
+    parts = {script: sync_shared.sections(path.read_text()) for script, path in PATHS.items()}
+    titles = {script: [sync_shared.title(part) for part in found[1:]] for script, found in parts.items()}
+    assert titles["torch"] == titles["mlx"]
+    named = [title.removesuffix(" [shared]") for title in titles["torch"]]
+    expected = "CONFIG, DATA, TOKENIZER BYTES, SCHEDULES, MODEL, OPTIMIZER, DEVICE AND STEP, ARTIFACT, RUN LOG, "
+    assert ", ".join(named) == expected + "TRAIN AND EVALUATE, SAMPLE, MAIN"
+    assert [t for t in titles["torch"] if not t.endswith("[shared]")] == ["MODEL", "OPTIMIZER", "DEVICE AND STEP"]
+    for title, mine, theirs in zip(titles["torch"], parts["torch"][1:], parts["mlx"][1:]):
+        if title.endswith("[shared]"):
+            assert mine == theirs, title
+
+
+# What only one framework needs.
+ONLY = {
+    "torch": {"Engine.can_compile"},
+    "mlx": {"Engine.function", "Engine.sum_over_ranks", "Engine.gather", "Optimizer.rule"},
+}
+
+
+def framework_names(script: str) -> list[str]:
+    """Classes, methods and functions of the three framework sections, in order."""
+    parts = sync_shared.sections(PATHS[script].read_text())[1:]
+    tree = ast.parse("".join(part for part in parts if not sync_shared.title(part).endswith("[shared]")))
+    names = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ClassDef):
+            inner = [n.name.replace("forward", "__call__") for n in node.body if isinstance(n, ast.FunctionDef)]
+            names += [node.name, *(f"{node.name}.{name}" for name in inner)]
+    return [name for name in names if name not in ONLY[script]]
+
+
+def test_framework_sections_have_the_same_names():
+    assert framework_names("torch") == framework_names("mlx")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_length_limits(script):
+    lines = PATHS[script].read_text().splitlines()
+    assert max(len(line) for line in lines) <= 120
+    assert len(lines) <= 1500
+
+
+# ---- weights, logits, gradients, updates
+
+
+@pytest.mark.parametrize("layout,skips", list(itertools.product(LAYOUTS, SKIPS)))
+def test_names_shapes_and_initial_weights(layout, skips):
+    c = tiny(layout, skips=skips, lora_rank=2 if "x" in layout else 0)
+    weights = torch_script.initial_weights(c)
+    assert {name: value.shape for name, value in weights.items()} == torch_script.param_shapes(c)
+    for script in SCRIPTS:
+        assert same(engine_of(script, c, weights).weights(), weights), script
+        assert same(SCRIPTS[script].initial_weights(c), weights), script
+
+
+def model_cases():
+    for layout, skips, gate, rank in itertools.product(LAYOUTS, SKIPS, GATES, (0, 2)):
+        if "x" in layout or (gate == "none" and not rank):
+            yield layout, skips, gate, rank
+
+
+@pytest.mark.parametrize("layout,skips,gate,rank", list(model_cases()))
+def test_logits_gradients_and_three_steps(layout, skips, gate, rank):
+    clip = 0.5 if rank else 0.0
+    c = tiny(layout, skips=skips, loop_gate=gate, lora_rank=rank, grad_clip_norm=clip, core_lr_scale=0.7)
+    weights, stream = perturbed(c), Fixed(c)
+    engines = {script: engine_of(script, c, weights) for script in SCRIPTS}
+    passes = range(1, torch_script.parse_layout(layout).loops + 1)
+    ((ids, targets),) = stream.microbatches(0, c, 0, 1, 64)
+    for loops in passes:
+        logits = {script: logits_of(script, engine, ids, loops) for script, engine in engines.items()}
+        assert np.abs(logits["torch"] - logits["mlx"]).max() < 1e-4
+        losses = {script: engine.token_losses(ids, targets, loops) for script, engine in engines.items()}
+        assert np.abs(losses["torch"] - losses["mlx"]).max() < 1e-4
+        grads = {script: gradients_of(script, engine, ids, targets, loops) for script, engine in engines.items()}
+        assert_close(grads["mlx"], grads["torch"], 1e-3)
+    loops = passes[(SKIPS.index(skips) + GATES.index(gate) + rank) % len(passes)]
+    mine, theirs = (train(script, c, weights, [loops] * 3) for script in ("mlx", "torch"))
+    assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-4)
+    assert_close(mine[1], theirs[1], 1e-3, base=weights)
+    assert_close(mine[2].optimizer.state(), theirs[2].optimizer.state(), 1e-3)  # the updates alone do not show clipping
+
+
+def test_long_sequences_and_microbatches():
+    """128 positions take the CPU's path of two halves; microbatches change nothing but rounding."""
+    c = tiny("1+2x2+1", train_seq_len=160, train_batch_tokens=960)
+    weights = perturbed(c)
+    whole = {script: train(script, c, weights, [2, 2]) for script in SCRIPTS}
+    for script, tokens in itertools.product(SCRIPTS, (160, 400)):
+        parts = train(script, dataclasses.replace(c, microbatch_tokens=tokens), weights, [2, 2])
+        assert np.allclose(parts[0], whole["torch"][0], rtol=0, atol=1e-4)
+        assert_close(parts[1], whole["torch"][1], 1e-3, base=weights)
+    assert_close(whole["mlx"][1], whole["torch"][1], 1e-3, base=weights)
+
+
+# ---- the controls
+
+GOLDEN = {
+    "baseline": dict(layout="9", skips="official", loop_gate="none"),
+    "pr319": dict(layout="5x3", skips="none", loop_gate="x0", loop_gate_init=1 / 3),
+}
+
+
+@pytest.mark.parametrize("script,case", list(itertools.product(SCRIPTS, GOLDEN)))
+def test_controls_are_the_published_models(script, case):
+    preset = torch_script.PRESETS[case]
+    assert {k: preset[k] for k in GOLDEN[case] if k in preset}.items() <= GOLDEN[case].items()
+    c = tiny(**GOLDEN[case], vocab_size=rebuild.VOCAB, model_dim=64, train_seq_len=rebuild.SEQ,
+             train_batch_tokens=rebuild.SEQ * rebuild.BATCH)  # fmt: skip
+    weights = rebuild.golden_weights(torch_script.param_shapes(c))
+    batches, golden = rebuild.golden_ids(), rebuild.golden_numbers(ROOT / "tests" / "golden" / "controls.npz", case)
+    loops, engine = torch_script.parse_layout(c.layout).loops, engine_of(script, c, weights)
+    logits = logits_of(script, engine, batches[0][:, :-1], loops)
+    assert np.abs(logits - golden["logits"]).max() < 1e-4
+    grads = gradients_of(script, engine, batches[0][:, :-1], batches[0][:, 1:], loops)
+    losses, after, _ = train(script, c, weights, [loops] * 3, Fixed(c, batches))
+    assert np.allclose(losses, golden["loss"], rtol=0, atol=1e-4)
+    for name in weights:
+        for found, key in ((grads[name], "grad"), (after[name], "weights3")):
+            shown = golden[f"{key}/{name}"]
+            part = found.ravel()[: shown.size].reshape(shown.shape) if found.size > 64 else found
+            assert np.abs(part - shown).max() < 1e-4, f"{key} {name}"
+        assert math.isclose(np.linalg.norm(grads[name]), golden[f"grad_norm/{name}"], rel_tol=1e-4, abs_tol=1e-6), name
+        moved = np.linalg.norm(after[name] - weights[name])
+        assert math.isclose(moved, golden[f"weights3_norm/{name}"], rel_tol=1e-3, abs_tol=1e-6), name
+
+
+def array(script: str, value: np.ndarray):
+    return torch.from_numpy(value) if script == "torch" else mx.array(value)
+
+
+def numbers(value) -> np.ndarray:
+    return value.numpy() if isinstance(value, torch.Tensor) else np.array(value)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rms_norm_eps(script):
+    """At the size of a fresh embedding the eps counts; the golden numbers do not see it."""
+    x = np.random.RandomState(0).standard_normal((4, 32)).astype(np.float32) * 1e-3
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt(np.square(wide).mean(axis=-1, keepdims=True) + 2.0**-23)
+    found = numbers(SCRIPTS[script].rms_norm(array(script, x)))
+    assert np.allclose(found, expected, rtol=1e-5, atol=0)
+
+
+def test_momentum_warm_up():
+    c = tiny("9", muon_momentum_warmup_start=0.85, muon_momentum=0.95, muon_momentum_warmup_steps=500)
+    expected = {0: 0.85, 1: 0.8502, 250: 0.9, 500: 0.95, 9999: 0.95}
+    for script in SCRIPTS.values():
+        assert all(math.isclose(script.momentum_at(c, step), value, rel_tol=1e-9) for step, value in expected.items())
+
+
+@pytest.mark.parametrize("script,shape", list(itertools.product(SCRIPTS, [(2, 8, 8), (3, 16, 8), (2, 8, 16)])))
+def test_newton_schulz(script, shape):
+    """Against float64, at a size where its eps counts; and a zero gradient stays zero."""
+    g = np.random.RandomState(1).standard_normal(shape).astype(np.float32) * np.float32(3e-9)
+    x = g.astype(np.float64)
+    x = x / (np.sqrt(np.square(x).sum(axis=(1, 2), keepdims=True)) + 1e-7)
+    for _ in range(5):
+        xx = x @ x.swapaxes(1, 2)
+        x = 3.4445 * x + (-4.7750 * xx + 2.0315 * xx @ xx) @ x
+    found = numbers(SCRIPTS[script].newton_schulz(array(script, g), 5))
+    assert np.allclose(found, x, rtol=1e-3, atol=1e-4)
+    assert not numbers(SCRIPTS[script].newton_schulz(array(script, g * 0), 5)).any()
+
+
+def test_rotary_sign():
+    """The sign in MLX's own terms: rope with scale=-1."""
+    x = np.random.RandomState(2).standard_normal((2, 16, 4, 8)).astype(np.float32)
+    cos, sin = (table[:, None] for table in torch_script.rotary_tables(16, 8, 10000.0))
+    a, b = np.split(x, 2, axis=-1)
+    expected = np.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+    rope = mx.fast.rope(mx.array(x).swapaxes(1, 2), 8, traditional=False, base=10000.0, scale=-1.0, offset=0)
+    assert np.abs(np.array(rope.swapaxes(1, 2)) - expected).max() < 1e-5
+    for script, module in SCRIPTS.items():
+        found = module.rotate(array(script, x), array(script, cos), array(script, sin))
+        assert np.abs(numbers(found) - expected).max() < 1e-6, script
+
+
+# ---- identity: the recurrence adds nothing of its own
+
+
+def plain_gpt(script: str, c, weights: dict, ids: np.ndarray, order: list[int], skips: bool) -> np.ndarray:
+    """Logits of a GPT without any recurrence that applies the blocks of `order` one after the other, with a U-Net
+    shortcut from application i to n-1-i. Written for this test; only the leaf functions are the script's own."""
+    m = SCRIPTS[script]
+    lib = torch if script == "torch" else mx
+    w = {name: array(script, value) for name, value in weights.items()}
+    ids = array(script, ids.astype(np.int64 if script == "torch" else np.int32))
+    n, t = ids.shape
+    width = c.model_dim // c.num_heads
+    cos, sin = (array(script, table[:t, None]) for table in m.rotary_tables(t, width, c.rope_base))
+    x = x0 = m.rms_norm(w["tok_emb.weight"][ids])
+    outputs = []
+    for number, i in enumerate(order):
+        mirror = len(order) - 1 - number
+        if skips and mirror < number:
+            x = x + w["skip_weights"][mirror] * outputs[mirror]
+        b = {name.removeprefix(f"blocks.{i}."): value for name, value in w.items() if name.startswith(f"blocks.{i}.")}
+        x = b["resid_mix"][0] * x + b["resid_mix"][1] * x0
+        h = m.rms_norm(x)
+        q = (h @ b["attn.q.weight"].T).reshape(n, t, c.num_heads, width)
+        k = (h @ b["attn.k.weight"].T).reshape(n, t, c.num_kv_heads, width)
+        v = (h @ b["attn.v.weight"].T).reshape(n, t, c.num_kv_heads, width)
+        q = m.rotate(m.rms_norm(q), cos, sin) * b["attn.q_gain"][:, None]
+        k = m.rotate(m.rms_norm(k), cos, sin)
+        x = x + b["attn_scale"] * (m.attend(q, k, v) @ b["attn.proj.weight"].T)
+        h = m.rms_norm(x) @ b["mlp.fc.weight"].T
+        h = lib.where(h > 0, h, h * 0)
+        x = x + b["mlp_scale"] * ((h * h) @ b["mlp.proj.weight"].T)
+        outputs.append(x)
+    logits = m.rms_norm(x) @ w["tok_emb.weight"].T
+    return numbers(c.logit_softcap * lib.tanh(logits / c.logit_softcap))
+
+
+def at_identity(c) -> dict[str, np.ndarray]:
+    """Perturbed blocks with per-pass parameters at their identity: zero embeddings and LoRA products, unit gates."""
+    weights = perturbed(c)
+    for name, value in weights.items():
+        if name == "loop_embed" or name.endswith("lora_b"):
+            value[:] = 0
+        elif name == "loop_gate":
+            value[:] = 1
+    return weights
+
+
+@pytest.mark.parametrize("script,core,skips", list(itertools.product(SCRIPTS, (4, 5), ("none", "unrolled"))))
+def test_one_pass_is_the_plain_gpt(script, core, skips):
+    ids = np.random.RandomState(3).randint(0, 48, (2, 16))
+    for layout in (f"{core}", f"{core}x1"):
+        c = tiny(layout, skips=skips)
+        weights = perturbed(c)
+        assert not {"loop_embed", "loop_gate"} & weights.keys()
+        found = logits_of(script, engine_of(script, c, weights), ids, 1)
+        assert np.array_equal(found, plain_gpt(script, c, weights, ids, list(range(core)), skips == "unrolled"))
+
+
+@pytest.mark.parametrize("skips", ("none", "unrolled"))
+@pytest.mark.parametrize("script,gate,core", list(itertools.product(SCRIPTS, GATES, (2, 3))))
+def test_two_passes_at_the_identity_are_the_blocks_listed_twice(script, gate, core, skips):
+    c = tiny(f"{core}x2", skips=skips, loop_gate=gate, lora_rank=2)
+    weights, ids = at_identity(c), np.random.RandomState(3).randint(0, 48, (2, 16))
+    found = logits_of(script, engine_of(script, c, weights), ids, 2)
+    assert np.array_equal(found, plain_gpt(script, c, weights, ids, list(range(core)) * 2, skips == "unrolled"))
+    for name in ("loop_embed", "loop_gate", "blocks.0.mlp.fc.lora_b"):  # and each of them can leave the identity
+        if name in weights:
+            moved = engine_of(script, c, weights | {name: weights[name] + np.float32(0.5)})
+            assert not np.array_equal(logits_of(script, moved, ids, 2), found), name
+
+
+@pytest.mark.parametrize("script,gate,skips", list(itertools.product(SCRIPTS, GATES, ("none", "per_loop"))))
+def test_passes_beyond_the_trained_ones_reuse_the_last_row(script, gate, skips):
+    c = tiny("1+2x2+1", skips=skips, loop_gate=gate, lora_rank=2)
+    longer = dataclasses.replace(c, layout="1+2x4+1")
+    weights, ids = perturbed(c), np.random.RandomState(3).randint(0, 48, (2, 16))
+    stretched = {
+        name: np.concatenate([value, value[-1:], value[-1:]]) if name.startswith("loop_") or ".lora_" in name else value
+        for name, value in weights.items()
+    }
+    found = logits_of(script, engine_of(script, c, weights), ids, 4)
+    assert np.array_equal(found, logits_of(script, engine_of(script, longer, stretched), ids, 4))
+
+
+# ---- switching passes on
+
+
+@pytest.mark.parametrize("skips", ("per_loop", "unrolled"))
+def test_a_switch_leaves_every_shortcut_between_its_blocks(skips):
+    for p, core, d in itertools.product(range(4), range(1, 6), range(4)):
+        layout = torch_script.Layout(p, core, 3, d)
+        ends: dict[int, tuple[int, int]] = {}
+        before: set[int] = set()
+        for loops in (1, 2, 3):
+            plan = torch_script.visits(layout, skips, loops)
+            rows = {v.skip_row: (plan[v.skip_from].block, v.block) for v in plan if v.skip_from >= 0}
+            if skips == "per_loop" or p <= core + d and d <= core + p:  # else `unrolled` loses shortcuts within one end
+                assert before <= rows.keys(), f"{layout}: {loops} passes drop a trained shortcut"
+            for row, pair in rows.items():
+                assert ends.setdefault(row, pair) == pair, f"{layout}: row {row} moves at {loops} passes"
+            before = set(rows)
+
+
+def test_the_official_rule_moves_shortcuts():
+    """So that the test above is seen to tell the rules apart."""
+    layout = torch_script.Layout(2, 3, 3, 2)
+    pairs = []
+    for loops in (1, 3):
+        plan = torch_script.visits(layout, "official", loops)
+        pairs.append({v.skip_row: (plan[v.skip_from].block, v.block) for v in plan if v.skip_from >= 0})
+    assert any(pairs[0][row] != pairs[1][row] for row in pairs[0])
+
+
+@pytest.mark.parametrize("script,layout", list(itertools.product(SCRIPTS, ("1+3x3+2", "2+2x3+1"))))
+def test_a_switch_moves_no_weight_and_no_state(script, layout):
+    c = tiny(layout, lora_rank=2)
+    _, _, engine = train(script, c, perturbed(c), [1, 1])
+    for loops in (1, 2, 3):
+        weights, state, steps = engine.weights(), engine.optimizer.state(), engine.optimizer.steps
+        engine.warm_up(Fixed(c), loops)
+        assert same(engine.weights(), weights) and same(engine.optimizer.state(), state)
+        assert engine.optimizer.steps == steps
+        engine.step(Fixed(c), 0, loops, 0.0, 0.9)  # a step at rate 0: state moves, weights do not
+        assert same(engine.weights(), weights) and not same(engine.optimizer.state(), state)
+
+
+@pytest.mark.parametrize("skips", ("per_loop", "unrolled"))
+def test_training_across_switches_agrees(skips):
+    """A pass that is off has zero gradients, for which Adam still decays its moments, in both scripts."""
+    c = tiny("1+3x3+2", skips=skips, lora_rank=2)
+    weights = perturbed(c)
+    mine, theirs = (train(script, c, weights, [1, 1, 2, 2, 3, 3]) for script in ("mlx", "torch"))
+    assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-3)
+    assert_close(mine[1], theirs[1], 2e-3, base=weights)
+    one = train("mlx", c, weights, [1, 1])[1]
+    assert np.array_equal(one["loop_embed"][1:], weights["loop_embed"][1:])  # never touched, never moved
+
+
+@pytest.mark.parametrize("first,second", list(itertools.product(SCRIPTS, SCRIPTS)))
+def test_a_checkpoint_of_either_script_resumes_in_either(first, second, tmp_path):
+    c = tiny("1+2x2+1", lora_rank=2, loop_schedule="0:1,0.5:2")
+    weights, stream, size = perturbed(c), Fixed(c), c.train_batch_tokens
+    _, _, engine = train(first, c, weights, [1, 1])
+    path = tmp_path / "checkpoint.safetensors"
+    state = {"step": 2, "tokens": 2 * size, "flops": 0.0, "seconds": 1.5, "loops": 1}
+    SCRIPTS[first].save_checkpoint(c, engine, path, state)
+    loaded, optimizer_state, found = SCRIPTS[second].load_checkpoint(c, path)
+    assert found == state and same(loaded, engine.weights()) and same(optimizer_state, engine.optimizer.state())
+    resumed = SCRIPTS[second].Engine(c)
+    resumed.build(loaded)
+    resumed.optimizer.load_state(optimizer_state, found["step"])
+    for run in (engine, resumed):
+        for step in (2, 3):
+            run.step(stream, step * size, 2, 0.8, 0.9)
+    assert resumed.optimizer.steps == engine.optimizer.steps == 4
+    if first == second:
+        assert same(resumed.weights(), engine.weights()) and same(resumed.optimizer.state(), engine.optimizer.state())
+    else:
+        assert_close(resumed.weights(), engine.weights(), 1e-3, base=weights)
+
+
+# ---- optimizer groups
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_parameter_is_in_exactly_one_group(script, monkeypatch):
+    m = SCRIPTS[script]
+    c = tiny("1+3x3+2", lora_rank=2)
+    groups = {name: m.param_group(name) for name in m.param_shapes(c)}
+    assert set(groups.values()) == {"embed", "scalar", "lora", "matrix"}
+    assert {name for name, group in groups.items() if group == "matrix"} == {
+        name for name in groups if name.startswith("blocks.") and name.endswith(".weight")
+    }
+    kinds = {name: set() for name in groups}
+    for name in engine_of(script, c, perturbed(c)).optimizer.state():
+        kind, _, parameter = name.partition(".")
+        kinds[parameter].add(kind)
+    for name, found in kinds.items():
+        assert found == ({"momentum"} if groups[name] == "matrix" else {"exp_avg", "exp_avg_sq"}), name
+    for patterns in ({"scalar": "nothing"}, {"lora": r"loop_gate|.*lora_[ab]"}):
+        monkeypatch.setattr(m, "PARAM_GROUPS", m.PARAM_GROUPS | patterns)
+        with pytest.raises(ValueError, match="parameter (skip_weights|loop_|blocks)"):
+            engine_of(script, c, perturbed(c))
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rates_of_the_groups(script):
+    """One step at one group's rate moves that group alone; CORE_LR_SCALE reaches the looped matrices alone."""
+    rates = {"embed": "tied_embed_lr", "scalar": "scalar_lr", "lora": "lora_lr", "matrix": "matrix_lr"}
+    off = dict.fromkeys(rates.values(), 0.0)
+    for group, rate in rates.items():
+        c = tiny("1+2x2+1", lora_rank=2, **(off | {rate: 0.01}))
+        weights = perturbed(c)
+        after = train(script, c, weights, [2])[1]
+        moved = {name for name in weights if not np.array_equal(weights[name], after[name])}
+        assert moved == {name for name in weights if torch_script.param_group(name) == group}
+    plain, scaled = (train(script, dataclasses.replace(c, core_lr_scale=s), weights, [2])[1] for s in (1.0, 0.5))
+    for name in moved:
+        factor = 0.5 if 1 <= int(name.split(".")[1]) <= 2 else 1.0
+        assert np.allclose(scaled[name] - weights[name], (plain[name] - weights[name]) * factor, atol=1e-6), name
+
+
