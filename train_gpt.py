@@ -277,9 +277,10 @@ def check_config(c: Config) -> None:
         name, value = field.name, getattr(c, field.name)
         if field.type in ("int", "float") and name != "loop_gate_init":
             require(value > 0 or name not in above_zero, name.upper(), "a number above 0", value)
-            require(value >= 0, name.upper(), "0 or more", value)
+            require(0 <= value <= 1e38, name.upper(), "0 or more, and at most 1e38", value)
     require(c.vocab_size <= 65536, "VOCAB_SIZE", "at most 65536 (shards hold 16-bit ids)", c.vocab_size)
-    for name, limit in {"logit_softcap": 60, "seed": 2**32 - 1, "beta1": 0.9999, "beta2": 0.9999}.items():
+    limits = {"train_seq_len": 2**20, "logit_softcap": 60, "seed": 2**32 - 1, "beta1": 0.9999, "beta2": 0.9999}
+    for name, limit in limits.items():
         require(getattr(c, name) <= limit, name.upper(), f"at most {limit}", getattr(c, name))
     for name in ("warmdown_frac", "muon_momentum", "muon_momentum_warmup_start"):
         require(getattr(c, name) <= 1, name.upper(), "a number from 0 to 1", getattr(c, name))
@@ -328,12 +329,14 @@ GET_DATA = "get data with `python data/fineweb.py` or `python data/offline.py` (
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
-    size, head, repair = path.stat().st_size, SHARD_HEADER_BYTES, "delete it and run the data tool again"
+    head, repair = SHARD_HEADER_BYTES, "delete it and run the data tool again"
+    require(path.is_file(), path, "a shard", "no file (a broken link?)", repair)
+    size = path.stat().st_size
     require(size >= head, path, f"a shard with a header of {head} bytes", f"{size} bytes", repair)
     magic, version, tokens = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
     known, right = f"magic {SHARD_MAGIC} version {SHARD_VERSION}", head + 2 * tokens
     is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION)
-    require(is_shard, path, known, f"{magic} version {version}", "not a token shard of the challenge")
+    require(is_shard, path, known, f"{magic} version {version}", GET_DATA)
     require(tokens > 0, path, "tokens", "an empty shard", repair)
     require(size == right, path, f"{right} bytes for {tokens} tokens", f"{size} (half copied?)", repair)
     shard = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
@@ -388,10 +391,13 @@ def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[i
 def load_validation(c: Config) -> tuple[np.ndarray, bool]:
     """Validation tokens, uint16 [n * train_seq_len + 1], and whether VAL_MAX_TOKENS left some out."""
     paths, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
-    tokens = np.concatenate([open_shard(path, c.vocab_size) for path in paths])
+    shards = [open_shard(path, c.vocab_size) for path in paths]
+    for path, shard in zip(paths, shards):
+        check_ids(shard, c.vocab_size, path)
+    tokens = np.concatenate(shards)
     usable = (len(tokens) - 1) // length * length
-    require(usable, c.data_path, f"a validation set longer than TRAIN_SEQ_LEN={length}", f"{len(tokens)} tokens")
-    check_ids(tokens, c.vocab_size, paths[0])
+    require(usable, c.data_path, f"a validation set longer than TRAIN_SEQ_LEN={length}", f"{len(tokens)} tokens",
+            "lower TRAIN_SEQ_LEN")  # fmt: skip
     kept = min(usable, c.val_max_tokens // length * length or usable)
     return tokens[: kept + 1], kept < usable
 
@@ -583,6 +589,10 @@ def param_group(name: str) -> str:
     if len(groups) != 1:
         raise ValueError(f"parameter {name}: expected in exactly one of PARAM_GROUPS, found in {groups or 'none'}")
     return groups[0]
+
+def state_kinds(name: str) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter."""
+    return ("momentum",) if param_group(name) == "matrix" else ("exp_avg", "exp_avg_sq")
 
 def initial_weights(c: Config) -> dict[str, np.ndarray]:
     """float32 start values from one generator: equal seeds give equal weights in both scripts, and equal block weights
@@ -908,6 +918,7 @@ class Engine:
         fast = kind != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         self.dtype = getattr(torch, c.dtype or ("bfloat16" if fast else "float32"))
         self.largest = c.microbatch_tokens or (65536 if kind == "cuda" else 8192)
+        self.runs_ahead = kind != "cpu"  # step() returns before the device has done it
         torch.use_deterministic_algorithms(c.deterministic)
         if c.deterministic and kind == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -938,7 +949,7 @@ class Engine:
         self.losses = torch.compile(losses, dynamic=False) if self.compiled else losses
         self.set_weights(weights)
     def tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
     def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float):
         """One optimizer step on the tokens from `start` on; returns loss and gradient norm, tensors on the device."""
         total = torch.zeros((), device=self.device)
@@ -990,6 +1001,7 @@ class Engine:
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_process_memory()
     def close(self) -> None:
         if self.world > 1:
+            dist.barrier()  # a rank that leaves early makes gloo abort the others
             dist.destroy_process_group()
 
 def keep_freed_memory() -> None:
@@ -1105,6 +1117,8 @@ def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
         header = json.loads(data[ARTIFACT_HEAD.size : ARTIFACT_HEAD.size + head_bytes])
         c = model_config(Config(embed_bits=header["embed_bits"]), header["model"])
         loops, codec, entries, shapes = int(header["loops"]), header["codec"], header["tensors"], param_shapes(c)
+        if count_params(c) > 64 * len(data):  # before anything of that size is made
+            raise ValueError(f"{len(data)} bytes for {count_params(c)} parameters")
         if codec not in CHOICES["codec"] or not 1 <= loops <= parse_layout(c.layout).loops:
             raise ValueError(f"codec {codec}, {loops} passes")
         if [(e["name"], tuple(e["shape"])) for e in entries] != list(shapes.items()):
@@ -1118,7 +1132,8 @@ def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
             offset += e["bytes"]
         if offset != len(payload):
             raise ValueError(f"{len(payload) - offset} bytes too many")
-    except (ValueError, KeyError, TypeError, OverflowError, struct.error, lzma.LZMAError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error,
+            lzma.LZMAError) as error:  # fmt: skip
         raise InputError(f"{path}: unreadable ({str(error)[:120]}); {mend}") from None
     return header["model"], loops, weights
 
@@ -1149,8 +1164,8 @@ def model_config(c: Config, model: dict) -> Config:
     fields = {name: model.get(name) for name in MODEL_FIELDS}
     for name, value in fields.items():
         kind = type(getattr(Config, name))
-        if type(value) is not kind and (kind, type(value)) != (float, int):
-            raise InputError(f"{name}: expected another type than {type(value).__name__}")
+        if (type(value) is not kind and (kind, type(value)) != (float, int)) or value in (math.inf, -math.inf):
+            raise InputError(f"{name}: expected a finite {kind.__name__}, found {value!r}")
     found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="")
     check_config(found)
     return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
@@ -1170,7 +1185,7 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
         head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(head["__metadata__"]["recurrent_gpt"])
         return parse_tensors(data), about | {"loops": int(about["loops"]), "model": dict(about["model"])}
-    except (SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None
 
 def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
@@ -1183,9 +1198,13 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
         return weights, model, loops
     tensors, about = load_tensors(Path(path))
     weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
-    shapes, layout = param_shapes(model_config(Config(), about["model"])), about["model"]["layout"]
-    same = {name: value.shape for name, value in weights.items()} == shapes
-    require(same, path, f"the tensors of LAYOUT={layout}", "others", "the file is damaged")
+    try:
+        c = model_config(Config(), about["model"])
+        same = {name: value.shape for name, value in weights.items()} == param_shapes(c)
+        require(same, "tensors", f"those of LAYOUT={c.layout}", "others")
+        require(1 <= about["loops"] <= parse_layout(c.layout).loops, "loops", "passes of its layout", about["loops"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}; the file is damaged") from None
     return weights, about["model"], about["loops"]
 # ======================================================================================================================
 # RUN LOG [shared]
@@ -1204,19 +1223,22 @@ class RunLog:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset}_{FRAMEWORK}_s{c.seed}"
         self.folder = Path(c.log_dir) / (c.run_id or name)
         self.checkpoint = self.folder / "checkpoint.safetensors"
-        there = not c.resume or self.checkpoint.is_file()
-        require(there, self.checkpoint, "a checkpoint to go on from", "none", "leave RESUME out")
+        there, mend = self.checkpoint.is_file(), "set another RUN_ID, or delete the folder"
+        require(there or not c.resume, self.checkpoint, "a checkpoint to go on from", "none", f"without RESUME {mend}")
         if rank:
             return
         try:
+            home = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+            free, need = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
+            require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
             self.file = open(self.folder / "train.log", "a", encoding="utf-8")
         except FileExistsError:
-            require(False, "RUN_ID", "a new name", self.folder, "set another, or RESUME=1 to go on")
+            require(False, "RUN_ID", "a new name", self.folder, f"{mend}{', or RESUME=1 to go on' if there else ''}")
         except OSError as error:
             require(False, "LOG_DIR", "a folder to write to", f"{self.folder}: {error.strerror}", "set LOG_DIR")
-        free, need = shutil.disk_usage(self.folder).free, 16 * count_params(c) + (1 << 20)
-        require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free} in {c.log_dir}")
+        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
     def line(self, text: str, console: bool = True) -> None:
         """One line to train.log and, above any progress bar, to the console."""
         if self.rank == 0:
@@ -1322,8 +1344,9 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     stream = TokenStream(find_shards(c.data_path, "train", c.vocab_size), c.vocab_size)
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences)
-    notices = [*notices, *check_before_start(c), *engine.notices]
-    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": 0, "scored": 0}
+    notices = [*notices, *engine.notices]
+    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": 0, "scored": 0, "seed": c.seed,
+             "data": dataset_sha256(c), "config_sha256": config_sha256(c)}  # fmt: skip
     weights = transfer_weights(c, *load_model_file(c.init_from)[:2]) if c.init_from else initial_weights(c)
     log = RunLog(c, engine.rank)
     if c.resume:
@@ -1342,7 +1365,7 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     try:
         finished = train_loop(c, engine, log, stream, score, state, stop)
     except InputError as error:
-        log.line(f"stopped: {error}")
+        log.line(f"stopped: {error}", console=False)
         raise
     finally:
         log.close()
@@ -1357,17 +1380,18 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
     """Trains until a budget is used up (True) or a signal comes (False); keeps `state` current."""
     launched, logged, saved = None, (state["step"], state["seconds"]), state["step"]
     started = time.perf_counter() - state["seconds"]  # moved forward by whatever is not training
-    batch = c.train_batch_tokens
+    batch, before = c.train_batch_tokens, state["seconds"]
     def read_launched() -> None:
         """Waits for the step launched last, checks it and logs it."""
         nonlocal launched, logged
         if launched is None:
             return
-        (step, at, loops, flops, lr_mul, handles), launched = launched, None
+        (step, loops, flops, lr_mul, handles, seconds), launched = launched, None
         loss, norm = (handle.item() for handle in handles)
         require(math.isfinite(loss) and math.isfinite(norm), f"step {step}", "a finite loss and gradient norm",
                 f"loss {loss} and norm {norm}", "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1")  # fmt: skip
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started if engine.runs_ahead else seconds
+        at = progress_of(c, step, seconds, flops)
         ms, rate = 1000 * seconds, (step - logged[0]) * batch / max(seconds - logged[1], 1e-9)
         left = "{}m{:02d}s".format(*divmod(int(seconds * (1 - at) / max(at, 1e-9)), 60))
         log.progress(at, f"step {step} loss {loss:.4f} loops {loops} {rate:,.0f} tok/s, {left} left")
@@ -1385,7 +1409,8 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
         at = progress_of(c, step, seconds, state["flops"])
         loops = loops_at(c, at)
         step_flops = 3 * flops_per_token(c, loops) * batch
-        late = c.max_wallclock_seconds and seconds + average > c.max_wallclock_seconds
+        pace, before = max(average, seconds - before), seconds  # a switch makes steps longer at once
+        late = c.max_wallclock_seconds and seconds + pace * (1 + engine.runs_ahead) > c.max_wallclock_seconds
         done = at >= 1 or late or (c.max_train_flops and state["flops"] + step_flops > c.max_train_flops)
         ends = done or stopped
         switch = not ends and state["loops"] not in (0, loops)
@@ -1405,7 +1430,7 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
             if switch:
                 was = state["loops"]
                 log.line(f"step:{step}/{c.iterations} loops:{was}->{loops} train_time:{1000 * seconds:.0f}ms")
-            started, logged = time.perf_counter() - seconds, (step, seconds)
+            started, logged, before = time.perf_counter() - seconds, (step, seconds), seconds
         if ends:
             state["loops"] = state["loops"] or loops
             return bool(done)
@@ -1417,12 +1442,12 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
         tokens, flops = state["tokens"] + batch, state["flops"] + step_flops
         state |= {"step": step + 1, "tokens": tokens, "flops": flops, "loops": loops}
         read_launched()
-        launched = (step + 1, progress_of(c, step + 1, seconds + average, flops), loops, flops, lr_mul, handles)
+        launched = (step + 1, loops, flops, lr_mul, handles, time.perf_counter() - started)
 
 def write_score(c: Config, log: RunLog, state: dict, score: Score, loss: float, loops: int) -> None:
     step, ms, bpb = state["step"], 1000 * state["seconds"], score.bpb(loss)
-    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} loops:{loops} train_time:{ms:.0f}ms "
-             f"step_avg:{ms / max(step, 1):.2f}ms{score.label}")  # fmt: skip
+    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
+             f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
     log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state["tokens"],
                 flops=state["flops"], partial=score.partial)  # fmt: skip
 
@@ -1433,16 +1458,26 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[
     for name in MODEL_FIELDS:
         require(model[name] == getattr(c, name), path, f"{name.upper()}={getattr(c, name)}", model[name], mend)
     tensors, found = load_tensors(path)
-    require("state" in found, path, "a checkpoint with optimizer state", "weights only", "use INIT_FROM")
-    require(found["config_sha256"] == config_sha256(c), path, "the settings that it was trained with", "others", mend)
-    return weights, {k: v for k, v in tensors.items() if not k.startswith("weights.")}, found["state"]
+    state = found["state"] if isinstance(found.get("state"), dict) else {}
+    mine = {"config_sha256": config_sha256(c), "seed": c.seed, "data": dataset_sha256(c)}
+    fields = {"step", "tokens", "flops", "seconds", "loops", "scored", "seed", "data", "config_sha256"}
+    require(fields <= state.keys(), path, "a checkpoint with training state", "weights only", "use INIT_FROM")
+    for name, value in mine.items():
+        require(state[name] == value, path, f"the {name} that it was trained with", f"{state[name]}, not {value}", mend)
+    kept = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
+    needed = {f"{kind}.{name}": shape for name, shape in param_shapes(c).items() for kind in state_kinds(name)}
+    require({k: v.shape for k, v in kept.items()} == needed, path, "the optimizer state of its layout", "another", mend)
+    return weights, kept, state
 
-def save_checkpoint(c: Config, engine: Engine, path: Path, state: dict, whole: bool = True) -> None:
-    """The weights; if `whole`, optimizer state, place in the data and clock, too: enough to go on bit for bit."""
-    about = {"model": {name: getattr(c, name) for name in MODEL_FIELDS}, "loops": state["loops"]}
-    about |= {"config_sha256": config_sha256(c)} | ({"state": state} if whole else {})
-    tensors = {f"weights.{name}": value for name, value in engine.weights().items()}
-    save_tensors(path, tensors | (engine.optimizer.state() if whole else {}), about)
+def about(c: Config, loops: int) -> dict:
+    """What a file of weights says of itself."""
+    model = {name: getattr(c, name) for name in MODEL_FIELDS}
+    return {"model": model, "loops": loops}
+
+def save_checkpoint(c: Config, engine: Engine, path: Path, state: dict) -> None:
+    """Weights, optimizer state, place in the data and clock: enough to go on as if nothing had happened."""
+    tensors = {f"weights.{name}": value for name, value in engine.weights().items()} | engine.optimizer.state()
+    save_tensors(path, tensors, about(c, state["loops"]) | {"state": state})
 
 def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score: Score, stream: TokenStream) -> None:
     """The first lines of train.log: source, settings, versions, what will be trained on what."""
@@ -1484,8 +1519,10 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score) ->
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
     if engine.rank == 0:
-        save_checkpoint(c, engine, log.folder / "model.safetensors", state, whole=False)
-        sizes = write_artifact(path, c, state["loops"], engine.weights())
+        weights = engine.weights()
+        named = {f"weights.{name}": value for name, value in weights.items()}
+        save_tensors(log.folder / "model.safetensors", named, about(c, state["loops"]))
+        sizes = write_artifact(path, c, state["loops"], weights)
     engine.agree(0.0, False)  # the others wait for the file
     began = time.perf_counter()
     engine.set_weights(read_artifact(path)[2])
@@ -1536,13 +1573,15 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         print(__doc__ + "\nSettings (as --name=value or NAME=value):\n\n" + inspect.getsource(Config))
         return 0
     c, notices = load_config(argv, environ, DEFAULT_PRESET)
-    if c.mode != "train":
+    if c.mode == "train":
+        notices += check_before_start(c)
+    else:
         weights, model, trained_loops = load_model_file(c.artifact or c.checkpoint)
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode == "eval"), model)
-    engine = Engine(c)
-    try:
-        if c.mode == "train":
-            return train(c, engine, notices)
+    engine, code = Engine(c), 0
+    if c.mode == "train":
+        code = train(c, engine, notices)
+    else:
         engine.build(weights, training=False)
         loops = c.eval_loops or trained_loops
         if c.mode == "sample":
@@ -1553,9 +1592,8 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
             text = f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
         if engine.rank == 0:
             print("\n".join([*notices, *engine.notices, text]))
-    finally:
-        engine.close()
-    return 0
+    engine.close()
+    return code
 
 def main() -> None:
     try:

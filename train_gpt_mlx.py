@@ -52,8 +52,6 @@ from tqdm import tqdm
 OPENBLAS = False
 if sys.platform == "linux":  # the BLAS of MLX's Linux package is 20 to 50 times slower; the one loaded first serves
     with contextlib.suppress(OSError):
-        if "avx512dq" in Path("/proc/cpuinfo").read_text():  # Debian 12's OpenBLAS takes new AMD processors for Haswell
-            os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")
         OPENBLAS = bool(ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL))
 
 import mlx.core as mx  # noqa: E402
@@ -65,9 +63,8 @@ DEFAULT_PRESET = "laptop"
 
 # ======================================================================================================================
 # CONFIG [shared]
-# One frozen dataclass. A value comes from the command line (--num_heads=8), else from the environment (NUM_HEADS=8, the
-# habit of the challenge), else from the preset, else from the default here. 0 or "" means "off" or "choose for me".
-# Whatever is wrong raises InputError, which MAIN prints as one line.
+# A value comes from the command line (--num_heads=8), else the environment (NUM_HEADS=8, the challenge's habit), else
+# the preset, else the default here. 0 or "" means "off" or "choose for me". What is wrong raises InputError.
 # ======================================================================================================================
 class InputError(ValueError):
     """Bad input: one line that says what, where, expected, found and how to mend it. MAIN exits with code 1."""
@@ -178,7 +175,6 @@ CHOICES = {
     "loop_gate": ("x0", "gain", "none"), "codec": ("ans", "lzma"), "dtype": ("", "bfloat16", "float32"),
     "embed_bits": (8, 16), "preset": ("", *PRESETS), "device": ("", "cuda", "mps", "gpu", "cpu"),
 }  # fmt: skip
-
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9", "NUM_UNIQUE_LAYERS": "LAYOUT=5x3", "NUM_LOOPS": "LAYOUT=5x3",
@@ -189,12 +185,10 @@ REPLACED = {
     "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS", "MLX_EAGER_EVAL": "EAGER_EVAL", "HEAD_LR": "TIED_EMBED_LR",
     "MUON_BACKEND_STEPS": "MUON_NS_STEPS", "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN", "OUT_DIR": "LOG_DIR",
 }  # fmt: skip
-
 # Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
 NOT_IN_CONFIG_HASH = """mode run_id resume artifact checkpoint log_dir seed data_path tokenizer_path microbatch_tokens
     train_log_every checkpoint_every prompt sample_tokens temperature top_k device compile deterministic eager_eval
     mlx_wired_gb mlx_cache_gb""".split()
-
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult rope_base logit_softcap skips loop_gate
     lora_rank train_seq_len""".split()
@@ -204,11 +198,9 @@ class Layout(NamedTuple):
     core: int  # blocks that run `loops` times
     loops: int
     coda: int  # blocks that run once, last
-
     @property
     def blocks(self) -> int:  # stored
         return self.prelude + self.core + self.coda
-
     @property
     def depth(self) -> int:  # applied, with all passes on
         return self.prelude + self.core * self.loops + self.coda
@@ -220,12 +212,12 @@ def require(holds: object, name: object, expected: str, found: object, mend: str
 
 def parse_layout(text: str) -> Layout:
     """Reads "9", "5x3", "3+3x3+5", "3+3x3" or "3x3+5"; raises InputError."""
-    match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)(?:\+(\d+))?|(\d+)", text)
-    require(match, "LAYOUT", 'P+CxR+D such as "3+3x3+5", "5x3" or "9"', f'"{text}"')
+    match, found = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)(?:\+(\d+))?|(\d+)", text), f'"{text}"'
+    require(match, "LAYOUT", 'P+CxR+D such as "3+3x3+5", "5x3" or "9"', found)
     p, c, r, d, plain = (int(part or 0) for part in match.groups())
     layout = Layout(0, plain, 1, 0) if match.group(5) else Layout(p, c, r, d)
-    require(layout.core and layout.loops, "LAYOUT", "at least one core block and one pass", f'"{text}"')
-    require(layout.depth <= 1000, "LAYOUT", "at most 1000 applied blocks", f'"{text}"')
+    require(layout.core and layout.loops, "LAYOUT", "at least one core block and one pass", found)
+    require(layout.depth <= 1000, "LAYOUT", "at most 1000 applied blocks", found)
     return layout
 
 def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
@@ -236,14 +228,14 @@ def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
     except ValueError:
         schedule = []
     require(schedule, name, 'fraction:passes,... such as "0:1,0.35:3"', found)
-    starts, counts = zip(*schedule)
-    require(starts[0] == 0, name, "a start at 0", found, 'begin with "0:1"')
+    (start, fewest), (end, most) = schedule[0], schedule[-1]
+    require(start == 0, name, "a start at 0", found, 'begin with "0:1"')
     rising = all(a < b and m < n for (a, m), (b, n) in zip(schedule, schedule[1:]))
     require(rising, name, "fractions and passes that increase", found)
-    require(starts[-1] < 1 and counts[0] >= 1, name, "fractions below 1 and at least one pass", found)
-    what = "never reaches" if counts[-1] < loops else "exceeds"
-    require(counts[-1] == loops, name, f"an end at the {loops} passes of LAYOUT", f"{found}, which {what} them",
-            f'end it with ":{loops}", or set LOOP_SCHEDULE= for all passes throughout')  # fmt: skip
+    require(end < 1 and fewest >= 1, name, "fractions below 1 and at least one pass", found)
+    found += ", which never reaches them" if most < loops else ", which exceeds them"
+    mend = f'end it with ":{loops}", or set LOOP_SCHEDULE= for all passes throughout'
+    require(most == loops, name, f"an end at the {loops} passes of LAYOUT", found, mend)
     return schedule
 
 def parse_value(name: str, text: str, kind: str, where: str) -> object:
@@ -272,22 +264,20 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
     for argument in argv:
         flag, _, text = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_").lower()
-        if not flag.startswith("--") or name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.6)
-            hint = f"did you mean --{near[0]}=...?" if near else "see --help"
-            hint = f"write {REPLACED[name.upper()]}" if name.upper() in REPLACED else hint
-            raise InputError(f"{argument}: expected a setting, found an unknown flag; {hint}")
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean --{near[0]}=...?" if near else "see --help"
+        hint = f"write {REPLACED[name.upper()]}" if name.upper() in REPLACED else hint
+        require(flag.startswith("--") and name in kinds, argument, "a setting", "an unknown flag", hint)
         require("=" in argument or kinds[name] == "bool", flag, "a value", "none", f"write {flag}=...")
         values[name] = parse_value(name, text if "=" in argument else "1", kinds[name], "flag")
-    preset = str(values.get("preset") or default_preset)
+    preset = values.get("preset") or default_preset
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
     require(preset in PRESETS, "PRESET", f"one of {', '.join(PRESETS)}", f'"{preset}"', f"did you mean {near[0]}?")
-    config = Config(**{**PRESETS[preset], **values, "preset": preset})
-    check_config(config)
-    return config, notices
+    c = Config(**PRESETS[preset] | values | {"preset": preset})
+    check_config(c)
+    return c, notices
 
 def check_config(c: Config) -> None:
-    """Raises InputError for values that cannot work, before any file is opened."""
     for name, allowed in CHOICES.items():
         shown = ", ".join(str(value) for value in allowed if value != "")
         require(getattr(c, name) in allowed, name.upper(), f"one of {shown}", f'"{getattr(c, name)}"')
@@ -297,24 +287,23 @@ def check_config(c: Config) -> None:
         name, value = field.name, getattr(c, field.name)
         if field.type in ("int", "float") and name != "loop_gate_init":
             require(value > 0 or name not in above_zero, name.upper(), "a number above 0", value)
-            require(value >= 0, name.upper(), "0 or more", value)
-    limits = {"vocab_size": (65536, " (shards hold 16-bit ids)"), "logit_softcap": (60, ""), "seed": (2**32 - 1, "")}
-    for name, (limit, why) in limits.items():
-        require(getattr(c, name) <= limit, name.upper(), f"at most {limit}{why}", getattr(c, name))
-    for name in ("warmdown_frac", "beta1", "beta2", "muon_momentum", "muon_momentum_warmup_start"):
+            require(0 <= value <= 1e38, name.upper(), "0 or more, and at most 1e38", value)
+    require(c.vocab_size <= 65536, "VOCAB_SIZE", "at most 65536 (shards hold 16-bit ids)", c.vocab_size)
+    limits = {"train_seq_len": 2**20, "logit_softcap": 60, "seed": 2**32 - 1, "beta1": 0.9999, "beta2": 0.9999}
+    for name, limit in limits.items():
+        require(getattr(c, name) <= limit, name.upper(), f"at most {limit}", getattr(c, name))
+    for name in ("warmdown_frac", "muon_momentum", "muon_momentum_warmup_start"):
         require(getattr(c, name) <= 1, name.upper(), "a number from 0 to 1", getattr(c, name))
-        require(getattr(c, name) < 1 or "beta" not in name, name.upper(), "a number below 1", getattr(c, name))
     layout, length, batch = parse_layout(c.layout), c.train_seq_len, c.train_batch_tokens
     parse_loop_schedule(c.loop_schedule, layout.loops)
     fits = [h for h in range(1, min(c.model_dim, 65536) + 1) if c.model_dim % (2 * h) == 0]
     near, dim = min(fits, key=lambda h: abs(h - c.num_heads), default="an even MODEL_DIM"), c.model_dim
     require(c.num_heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", c.num_heads, f"try {near}")
-    divides = c.num_heads % c.num_kv_heads == 0
-    require(divides, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={c.num_heads}", c.num_kv_heads)
+    heads, kv_heads, stride = c.num_heads, c.num_kv_heads, c.eval_stride
+    require(heads % kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", kv_heads)
     multiple, near = f"a multiple of TRAIN_SEQ_LEN={length}", max(batch // length, 1) * length
     require(batch % length == 0, "TRAIN_BATCH_TOKENS", multiple, batch, f"try {near}")
-    divides = not c.eval_stride or length % c.eval_stride == 0
-    require(divides, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", c.eval_stride)
+    require(length % (stride or 1) == 0, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", stride)
     for name in ("microbatch_tokens", "val_max_tokens"):
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
     require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
@@ -331,15 +320,14 @@ def check_config(c: Config) -> None:
         require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
         require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
     else:
-        found = "both" if c.artifact and c.checkpoint else "neither"
-        one = bool(c.artifact) != bool(c.checkpoint)
-        require(one, f"MODE={c.mode}", "one of ARTIFACT=<file> and CHECKPOINT=<file>", found)
+        given = bool(c.artifact) + bool(c.checkpoint)
+        found = "both" if given == 2 else "neither"
+        require(given == 1, f"MODE={c.mode}", "one of ARTIFACT=<file> and CHECKPOINT=<file>", found)
 
 def config_sha256(c: Config) -> str:
     """Hash of the settings that decide what is trained; equal for the seeds of one configuration."""
-    kept = {k: v for k, v in dataclasses.asdict(c).items() if k not in NOT_IN_CONFIG_HASH}
+    kept = {name: value for name, value in dataclasses.asdict(c).items() if name not in NOT_IN_CONFIG_HASH}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
 # ======================================================================================================================
 # DATA [shared]
 # Shards are the challenge's: 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens. The training
@@ -351,17 +339,18 @@ GET_DATA = "get data with `python data/fineweb.py` or `python data/offline.py` (
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
-    size, head, repair = path.stat().st_size, SHARD_HEADER_BYTES, "delete it and run the data tool again"
+    head, repair = SHARD_HEADER_BYTES, "delete it and run the data tool again"
+    require(path.is_file(), path, "a shard", "no file (a broken link?)", repair)
+    size = path.stat().st_size
     require(size >= head, path, f"a shard with a header of {head} bytes", f"{size} bytes", repair)
     magic, version, tokens = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
     known, right = f"magic {SHARD_MAGIC} version {SHARD_VERSION}", head + 2 * tokens
     is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION)
-    require(is_shard, path, known, f"{magic} version {version}", "not a token shard of the challenge")
+    require(is_shard, path, known, f"{magic} version {version}", GET_DATA)
     require(tokens > 0, path, "tokens", "an empty shard", repair)
     require(size == right, path, f"{right} bytes for {tokens} tokens", f"{size} (half copied?)", repair)
     shard = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
-    for edge in (shard[:65536], shard[-65536:]):
-        check_ids(edge, vocab_size, path)
+    check_ids(np.concatenate((shard[:65536], shard[-65536:])), vocab_size, path)
     return shard
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: object) -> None:
@@ -378,13 +367,11 @@ def find_shards(data_path: str, split: str, vocab_size: int) -> list[Path]:
 
 class TokenStream:
     """The endless sequence of training tokens. `read(start, count)` returns int64 [count] from token `start` on."""
-
     def __init__(self, paths: list[Path], vocab_size: int):
         self.paths, self.vocab_size = paths, vocab_size
         self.shards = [open_shard(path, vocab_size) for path in paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         self.total = int(self.starts[-1])
-
     def read(self, start: int, count: int) -> np.ndarray:
         parts = []
         while count > 0:
@@ -395,7 +382,6 @@ class TokenStream:
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts).astype(np.int64)
-
     def microbatches(self, step_start: int, c: Config, rank: int, world: int, largest: int):
         """Yields (inputs, targets), int64 [sequences, train_seq_len], of this rank's share of the step at token
         `step_start`, in microbatches of at most `largest` tokens whose sizes differ by at most one sequence."""
@@ -408,7 +394,6 @@ class TokenStream:
 def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
     """Bounds of `parts` contiguous shares of range(count) whose sizes differ by at most one."""
     return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-
 def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[int, int]]:
     """Bounds of the microbatches, in sequences, of a share of `sequences`; each has at most `largest` tokens."""
     return split_evenly(sequences, -(-sequences // max(1, largest // length)))
@@ -416,10 +401,13 @@ def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[i
 def load_validation(c: Config) -> tuple[np.ndarray, bool]:
     """Validation tokens, uint16 [n * train_seq_len + 1], and whether VAL_MAX_TOKENS left some out."""
     paths, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
-    tokens = np.concatenate([open_shard(path, c.vocab_size) for path in paths])
+    shards = [open_shard(path, c.vocab_size) for path in paths]
+    for path, shard in zip(paths, shards):
+        check_ids(shard, c.vocab_size, path)
+    tokens = np.concatenate(shards)
     usable = (len(tokens) - 1) // length * length
-    require(usable, c.data_path, f"a validation set longer than TRAIN_SEQ_LEN={length}", f"{len(tokens)} tokens")
-    check_ids(tokens, c.vocab_size, paths[0])
+    require(usable, c.data_path, f"a validation set longer than TRAIN_SEQ_LEN={length}", f"{len(tokens)} tokens",
+            "lower TRAIN_SEQ_LEN")  # fmt: skip
     kept = min(usable, c.val_max_tokens // length * length or usable)
     return tokens[: kept + 1], kept < usable
 
@@ -437,16 +425,15 @@ def make_smoke_data(c: Config) -> None:
     if Path(c.tokenizer_path).exists() and list(Path(c.data_path).glob("fineweb_train_*.bin")):
         return
     rng = np.random.RandomState(0)
-    words = """the a small deep shared early late quiet plain long identical loop block gate depth pass core stack token
-        layer curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens measures""".split()
+    words = """the a small deep shared early late quiet plain long identical loop block gate depth pass core stack
+        token layer curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens
+        measures""".split()
     order = {word: rng.choice(words, 4) for word in words}  # each word has four that may follow
-
     def sentence() -> str:
         n, said = int(rng.randint(2, 60)), [words[rng.randint(len(words))]]
         while len(said) < 4 + n % 6:
             said.append(str(order[said[-1]][rng.randint(4)]))
         return f"{n} plus {n} is {2 * n}." if n % 3 == 0 else " ".join(said).capitalize() + "."
-
     documents = [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(2000)]
     prefix = f"{c.tokenizer_path}.{os.getpid()}"
     try:
@@ -455,17 +442,16 @@ def make_smoke_data(c: Config) -> None:
         spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_prefix=prefix, vocab_size=c.vocab_size,
                                        model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2)  # fmt: skip
     except RuntimeError:
-        raise InputError(f"VOCAB_SIZE: expected a few hundred pieces for the smoke text, found {c.vocab_size}") from None
+        require(False, "VOCAB_SIZE", "a few hundred pieces for the smoke text", c.vocab_size)
     except OSError as error:
-        raise InputError(f"{folder}: expected a folder to write to, found {error.strerror}; set DATA_PATH") from None
+        require(False, folder, "a folder to write to", error.strerror, "set DATA_PATH and TOKENIZER_PATH")
     os.replace(f"{prefix}.model", c.tokenizer_path)
     os.remove(f"{prefix}.vocab")
     tokenizer = spm.SentencePieceProcessor(model_file=c.tokenizer_path)
     for split, texts in (("val", documents[:100]), ("train", documents[100:])):
         ids = np.array([i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]], dtype="<u2")
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = SHARD_MAGIC, SHARD_VERSION, len(ids)
-        write_atomically(Path(c.data_path) / f"fineweb_{split}_000000.bin", header.tobytes() + ids.tobytes())
+        header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(ids)).ljust(SHARD_HEADER_BYTES, b"\0")
+        write_atomically(Path(c.data_path) / f"fineweb_{split}_000000.bin", header + ids.tobytes())
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes to a temporary name beside `path`, then renames: a reader sees the old file or the new one, never half."""
@@ -475,7 +461,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
 # ======================================================================================================================
 # TOKENIZER BYTES [shared]
 # Bits per byte needs the number of UTF-8 bytes that each token stands for, counted as the challenge counts: a piece
@@ -483,7 +468,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 # piece is one byte; control pieces are none. Per document the sum is the length of decode(ids).
 # ======================================================================================================================
 def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
-    """Opens a SentencePiece model of VOCAB_SIZE pieces. Raises InputError."""
     require(Path(path).is_file(), path, "a SentencePiece model", "no file", f"set TOKENIZER_PATH, or {GET_DATA}")
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=path)
@@ -499,20 +483,17 @@ def byte_tables(tokenizer: spm.SentencePieceProcessor, vocab_size: int) -> tuple
     size = np.zeros(vocab_size, dtype=np.int64)
     space, control = np.zeros(vocab_size, dtype=bool), np.ones(vocab_size, dtype=bool)
     for i in range(min(vocab_size, tokenizer.vocab_size())):
-        if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
-            continue
-        control[i] = False
-        piece = tokenizer.id_to_piece(i)
-        space[i] = piece.startswith("\u2581") and not tokenizer.is_byte(i)
-        size[i] = 1 if tokenizer.is_byte(i) else len(piece[int(space[i]) :].encode("utf-8"))
+        control[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        if not control[i]:
+            piece, is_byte = tokenizer.id_to_piece(i), tokenizer.is_byte(i)
+            space[i] = piece.startswith("\u2581") and not is_byte
+            size[i] = 1 if is_byte else len(piece[int(space[i]) :].encode("utf-8"))
     return size, space, control
 
 def count_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarray]) -> int:
     """Bytes that tokens[1:] stand for, each given the token before it."""
-    size, space, control = tables
-    before, targets = tokens[:-1], tokens[1:]
+    (size, space, control), before, targets = tables, tokens[:-1], tokens[1:]
     return int(size[targets].sum() + (space[targets] & ~control[before]).sum())
-
 # ======================================================================================================================
 # SCHEDULES [shared]
 # What happens when, as functions of progress, the fraction of training done. And the plan of the model: which block
@@ -522,14 +503,11 @@ def progress_of(c: Config, step: int, seconds: float, flops: float) -> float:
     """Fraction of training done, from 0 to 1: the largest over the budgets that are set."""
     budgets = ((step, c.iterations), (seconds, c.max_wallclock_seconds), (flops, c.max_train_flops))
     return min(1.0, max(used / cap for used, cap in budgets if cap))
-
 def loops_at(c: Config, progress: float) -> int:
     return [n for at, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops) if at <= progress][-1]
-
 def lr_mul_at(c: Config, progress: float) -> float:
     """Factor on every learning rate: 1, then down to 0 over the last warmdown_frac of training."""
     return 1.0 if c.warmdown_frac == 0 else min(1.0, (1.0 - progress) / c.warmdown_frac)
-
 def momentum_at(c: Config, step: int) -> float:
     """Muon's momentum: rises over the first steps, as in the official script."""
     part = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
@@ -537,7 +515,6 @@ def momentum_at(c: Config, step: int) -> float:
 
 class Visit(NamedTuple):
     """One application of a block. Visits are numbered from 0 to the virtual depth."""
-
     block: int  # index into the stored blocks
     loop: int  # pass, from 0; -1 outside the core
     opens: bool  # first block of a pass
@@ -553,7 +530,7 @@ def block_order(layout: Layout, loops: int) -> list[tuple[int, int]]:
     return [(i, -1) for i in range(p)] + core + [(p + c + i, -1) for i in range(d)]
 
 def skip_pairs(layout: Layout, skips: str, loops: int) -> list[tuple[int, int, tuple]]:
-    """(source visit, target visit, key) of every shortcut with `loops` passes active. A key is a row of skip_weights: it
+    """(source visit, target visit, key) of every shortcut with `loops` passes on. A key is a row of skip_weights: it
     names the blocks, so that a pass that is switched on leaves every trained row between the blocks it was trained on.
     `official` is the published rule, whose key is the order of popping (and which does move them)."""
     order = block_order(layout, loops)
@@ -590,10 +567,9 @@ def linear_shapes(c: Config) -> dict[str, tuple[int, int]]:
             "mlp.fc": (hidden, dim), "mlp.proj": (dim, hidden)}  # fmt: skip
 
 def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, in the order in which they are drawn. Layouts with the same number of blocks
-    have the same block names; with one pass there are no per-pass parameters."""
+    """Name and shape of every parameter, in the order in which they are drawn; with one pass none is per pass."""
     layout, dim = parse_layout(c.layout), c.model_dim
-    shapes: dict[str, tuple[int, ...]] = {"tok_emb.weight": (c.vocab_size, dim)}
+    shapes = {"tok_emb.weight": (c.vocab_size, dim)}
     for i in range(layout.blocks):
         shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in linear_shapes(c).items()}
         shapes |= {f"blocks.{i}.attn.q_gain": (c.num_heads,), f"blocks.{i}.attn_scale": (dim,),
@@ -624,6 +600,10 @@ def param_group(name: str) -> str:
         raise ValueError(f"parameter {name}: expected in exactly one of PARAM_GROUPS, found in {groups or 'none'}")
     return groups[0]
 
+def state_kinds(name: str) -> tuple[str, ...]:
+    """What the optimizer keeps of a parameter."""
+    return ("momentum",) if param_group(name) == "matrix" else ("exp_avg", "exp_avg_sq")
+
 def initial_weights(c: Config) -> dict[str, np.ndarray]:
     """float32 start values from one generator: equal seeds give equal weights in both scripts, and equal block weights
     in every layout with the same blocks. Per-pass parameters start as the identity (but for a gate other than 1)."""
@@ -644,12 +624,12 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
     return weights
 
 def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dict) -> dict[str, np.ndarray]:
-    """Start values of `c` with all of the same name taken from a model of another layout with the same blocks. Rows of
+    """Start values of `c`, with those of the same name from a model of another layout with the same blocks. Rows of
     skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as the identity."""
     weights, layout, their_layout = initial_weights(c), parse_layout(c.layout), parse_layout(their_config["layout"])
+    blocks, their_blocks, rows = layout.blocks, their_layout.blocks, skip_rows(layout, c.skips)
+    require(their_blocks == blocks, "INIT_FROM", f"the {blocks} blocks of LAYOUT={c.layout}", their_blocks)
     mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and VOCAB_SIZE must be those of the file"
-    blocks, rows = layout.blocks, skip_rows(layout, c.skips)
-    require(their_layout.blocks == blocks, "INIT_FROM", f"the {blocks} blocks of LAYOUT={c.layout}", their_layout.blocks)
     for name, value in theirs.items():
         mine = weights.get(name)
         if name == "skip_weights":
@@ -682,7 +662,6 @@ def flops_per_token(c: Config, loops: int) -> float:
     matrices = sum(out * inp for out, inp in linears)
     lora = c.lora_rank * sum(out + inp for out, inp in linears) * layout.core * loops
     return 2.0 * (applications * (matrices + c.train_seq_len * c.model_dim) + lora + c.vocab_size * c.model_dim)
-
 # ======================================================================================================================
 # MODEL
 # The blocks are the official baseline's. The recurrence is the plain loop in `RecurrentGPT.hidden`. Activations have
@@ -955,7 +934,7 @@ class Engine:
         self.group = mx.distributed.init()
         self.rank, self.world = self.group.rank(), self.group.size()
         self.device_name = str(mx.device_info()["device_name"]) if kind == "gpu" else f"cpu {cpu_name()}"
-        self.peak_flops = None
+        self.peak_flops, self.runs_ahead = None, False  # step() returns when all is computed
         self.dtype = getattr(mx, c.dtype or ("bfloat16" if kind == "gpu" else "float32"))
         self.on_gpu, self.largest = kind == "gpu", c.microbatch_tokens or 8192
         self.compiled = c.compile and self.on_gpu  # the CPU's fused kernels are slower than its plain ones
@@ -1074,16 +1053,14 @@ def keep_freed_memory() -> None:
 
 # ======================================================================================================================
 # ARTIFACT [shared]
-# One file: magic, version, length of the header, header (JSON: model, passes trained, one entry a tensor), payload,
-# SHA-256 of all before. Matrices are int6 per output row, the embedding int8 per row (or float16), LoRA int8 per row,
-# vectors float16, a handful of numbers float32. Quantized symbols are coded by an ANS coder with the tensor's own
-# histogram. Reading runs no code and allocates only the shapes that the checked header's model has.
+# One file: magic, version, length of the header, header (JSON: model, passes trained, an entry a tensor), payload,
+# SHA-256 of all before. Matrices are int6 per output row, embedding and LoRA int8 per row (EMBED_BITS=16: float16),
+# vectors float16, a few numbers float32. Symbols are ANS-coded with the tensor's histogram. Reading runs no code.
 # ======================================================================================================================
 ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 1, struct.Struct("<4sII")
 LARGEST_SYMBOL, FLOATS = {"int6": 31, "int8": 127}, {"f16": "<f2", "f32": "<f4"}  # of each scheme
 
 def scheme_of(c: Config, name: str, shape: tuple[int, ...]) -> str:
-    """How a tensor is stored: int6, int8, f16 or f32."""
     group = param_group(name)
     if group == "scalar":
         return "f32" if math.prod(shape) <= 64 else "f16"
@@ -1094,8 +1071,8 @@ def quantize_rows(rows: np.ndarray, top: int, sigma: float) -> tuple[np.ndarray,
     spans its largest weight, or `sigma` of its standard deviations."""
     span = sigma * rows.std(axis=1) if sigma else np.abs(rows).max(axis=1)
     scale = np.minimum(span / top, 65504).astype(np.float16)
-    divisor = np.where(scale > 0, scale.astype(np.float32), np.float32(1))
-    symbols = np.where(scale[:, None] > 0, np.rint(rows / divisor[:, None]), 0)
+    divisor = np.where(scale > 0, scale, np.inf).astype(np.float32)  # a row of zeros stays one
+    symbols = np.rint(rows / divisor[:, None])
     return np.clip(symbols, -top, top).astype(np.int16), scale
 
 def encode_symbols(symbols: np.ndarray, codec: str) -> bytes:
@@ -1181,6 +1158,8 @@ def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
         header = json.loads(data[ARTIFACT_HEAD.size : ARTIFACT_HEAD.size + head_bytes])
         c = model_config(Config(embed_bits=header["embed_bits"]), header["model"])
         loops, codec, entries, shapes = int(header["loops"]), header["codec"], header["tensors"], param_shapes(c)
+        if count_params(c) > 64 * len(data):  # before anything of that size is made
+            raise ValueError(f"{len(data)} bytes for {count_params(c)} parameters")
         if codec not in CHOICES["codec"] or not 1 <= loops <= parse_layout(c.layout).loops:
             raise ValueError(f"codec {codec}, {loops} passes")
         if [(e["name"], tuple(e["shape"])) for e in entries] != list(shapes.items()):
@@ -1194,7 +1173,8 @@ def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
             offset += e["bytes"]
         if offset != len(payload):
             raise ValueError(f"{len(payload) - offset} bytes too many")
-    except (ValueError, KeyError, TypeError, OverflowError, struct.error, lzma.LZMAError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error,
+            lzma.LZMAError) as error:  # fmt: skip
         raise InputError(f"{path}: unreadable ({str(error)[:120]}); {mend}") from None
     return header["model"], loops, weights
 
@@ -1202,11 +1182,9 @@ def decode_tensor(data: bytes, scheme: str, shape: tuple[int, ...], codec: str) 
     """One tensor of an artifact as float32. Raises ValueError on damage."""
     if scheme in FLOATS:
         return np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape)
-    count = math.prod(shape)
-    rows = count // shape[-1]
-    scales = np.frombuffer(data, dtype="<f2", count=rows).astype(np.float32)
-    symbols = decode_symbols(data[2 * rows :], count, codec).reshape(rows, shape[-1])
-    return (symbols * scales[:, None]).reshape(shape)
+    scales = np.frombuffer(data, dtype="<f2", count=math.prod(shape[:-1])).astype(np.float32)
+    symbols = decode_symbols(data[scales.size * 2 :], math.prod(shape), codec)
+    return (symbols.reshape(scales.size, -1) * scales[:, None]).reshape(shape)
 
 def estimated_bytes(c: Config) -> int:
     """Bytes of the artifact for Gaussian weights: entropy of the symbols, scales, vectors and some for the header."""
@@ -1224,11 +1202,11 @@ def estimated_bytes(c: Config) -> int:
 
 def model_config(c: Config, model: dict) -> Config:
     """`c` with the model settings of a file. Raises InputError if they are not those of a model."""
-    fields = {name: model[name] for name in MODEL_FIELDS}
+    fields = {name: model.get(name) for name in MODEL_FIELDS}
     for name, value in fields.items():
         kind = type(getattr(Config, name))
-        if type(value) is not kind and (kind, type(value)) != (float, int):
-            raise InputError(f"{name}: expected another type than {type(value).__name__}")
+        if (type(value) is not kind and (kind, type(value)) != (float, int)) or value in (math.inf, -math.inf):
+            raise InputError(f"{name}: expected a finite {kind.__name__}, found {value!r}")
     found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="")
     check_config(found)
     return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
@@ -1246,8 +1224,9 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     data, expected = path.read_bytes(), "expected a checkpoint of this project, found a damaged or foreign file"
     try:
         head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return parse_tensors(data), json.loads(head["__metadata__"]["recurrent_gpt"])
-    except (SafetensorError, ValueError, KeyError, TypeError, MemoryError) as error:
+        about = json.loads(head["__metadata__"]["recurrent_gpt"])
+        return parse_tensors(data), about | {"loops": int(about["loops"]), "model": dict(about["model"])}
+    except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None
 
 def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
@@ -1260,11 +1239,14 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
         return weights, model, loops
     tensors, about = load_tensors(Path(path))
     weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
-    c = model_config(Config(), about["model"])
-    same = {name: value.shape for name, value in weights.items()} == param_shapes(c)
-    require(same, path, f"the tensors of LAYOUT={c.layout}", "others", "the file is damaged")
-    return weights, about["model"], int(about["loops"])
-
+    try:
+        c = model_config(Config(), about["model"])
+        same = {name: value.shape for name, value in weights.items()} == param_shapes(c)
+        require(same, "tensors", f"those of LAYOUT={c.layout}", "others")
+        require(1 <= about["loops"] <= parse_layout(c.layout).loops, "loops", "passes of its layout", about["loops"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}; the file is damaged") from None
+    return weights, about["model"], about["loops"]
 # ======================================================================================================================
 # RUN LOG [shared]
 # One folder a run: train.log (source, settings, versions, steps), metrics.jsonl (an object a logged step), result.json,
@@ -1277,28 +1259,27 @@ RESULT_KEYS = """run_id framework layout loops eval_loops eval_stride params_sto
 
 class RunLog:
     """The files of one run. Its folder is claimed here: a name in use is refused, unless the run is resumed."""
-
     def __init__(self, c: Config, rank: int):
         self.rank, self.bar = rank, None
-        name = c.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset}_{FRAMEWORK}_s{c.seed}"
-        self.folder = Path(c.log_dir) / name
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset}_{FRAMEWORK}_s{c.seed}"
+        self.folder = Path(c.log_dir) / (c.run_id or name)
         self.checkpoint = self.folder / "checkpoint.safetensors"
-        there = not c.resume or self.checkpoint.is_file()
-        require(there, self.checkpoint, "a checkpoint to go on from", "none", "leave RESUME out")
+        there, mend = self.checkpoint.is_file(), "set another RUN_ID, or delete the folder"
+        require(there or not c.resume, self.checkpoint, "a checkpoint to go on from", "none", f"without RESUME {mend}")
         if rank:
             return
         try:
+            home = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+            free, need = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
+            require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
             self.file = open(self.folder / "train.log", "a", encoding="utf-8")
         except FileExistsError:
-            found = f"found {self.folder}; set another, or RESUME=1 to go on"
-            raise InputError(f"RUN_ID: expected a new name, {found}") from None
+            require(False, "RUN_ID", "a new name", self.folder, f"{mend}{', or RESUME=1 to go on' if there else ''}")
         except OSError as error:
-            found = f"found {self.folder}: {error.strerror}; set LOG_DIR"
-            raise InputError(f"LOG_DIR: expected a folder to write to, {found}") from None
-        free, need = shutil.disk_usage(self.folder).free, 16 * count_params(c) + (1 << 20)
-        require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free} in {c.log_dir}")
-
+            require(False, "LOG_DIR", "a folder to write to", f"{self.folder}: {error.strerror}", "set LOG_DIR")
+        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
     def line(self, text: str, console: bool = True) -> None:
         """One line to train.log and, above any progress bar, to the console."""
         if self.rank == 0:
@@ -1306,34 +1287,27 @@ class RunLog:
             self.file.flush()
             if console:
                 tqdm.write(text)
-
     def metrics(self, **values: object) -> None:
-        """One object to metrics.jsonl."""
         if self.rank == 0:
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
-
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that a resumed run will do again."""
         path = self.folder / "metrics.jsonl"
         if self.rank == 0 and path.exists():
             rows = [row for row in path.read_text().splitlines() if row.endswith("}")]  # a killed run leaves half a row
             write_atomically(path, "".join(row + "\n" for row in rows if json.loads(row)["step"] <= step).encode())
-
     def progress(self, part: float, text: str) -> None:
-        """The live bar, on a terminal only."""
         if self.rank == 0:
             form = "{percentage:3.0f}% |{bar}| {postfix}"
             self.bar = self.bar or tqdm(total=100, disable=None, leave=False, bar_format=form)
             self.bar.n = round(100 * part, 1)
             self.bar.set_postfix_str(text)
-
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results."""
     found = {d.metadata["Name"]: d.version for d in distributions()} | {"python": platform.python_version()}
     names = ("python", "torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction")
     return {name: found[name] for name in names if name in found}
@@ -1350,11 +1324,8 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
     return f"{found.group(1) if found else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
-
 def peak_process_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
 # ======================================================================================================================
 # TRAIN AND EVALUATE [shared]
 # The loop reads the loss of a step only after it has launched the next, so that a GPU never waits for Python. The clock
@@ -1362,25 +1333,21 @@ def peak_process_memory() -> int:
 # ======================================================================================================================
 class StopSignal:
     """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second one ends the process at once."""
-
     def __init__(self):
         self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.note)
-
     def note(self, number, frame) -> None:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
 class Score:
     """The validation tokens and what turns a loss on them into bits per byte."""
-
     def __init__(self, c: Config):
         self.tokens, self.partial = load_validation(c)
         tokenizer = load_tokenizer(c.tokenizer_path, c.vocab_size)
         self.bytes = count_bytes(self.tokens, byte_tables(tokenizer, c.vocab_size))
         self.label = f" partial:first_{len(self.tokens) - 1}_tokens" if self.partial else ""
-
     def bpb(self, loss: float) -> float:
         return loss * (len(self.tokens) - 1) / (math.log(2) * self.bytes)
 
@@ -1418,10 +1385,10 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     stream = TokenStream(find_shards(c.data_path, "train", c.vocab_size), c.vocab_size)
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences)
-    notices = [*notices, *check_before_start(c), *engine.notices]
-    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": 0, "scored": 0}
-    if not c.resume:
-        weights = transfer_weights(c, *load_model_file(c.init_from)[:2]) if c.init_from else initial_weights(c)
+    notices = [*notices, *engine.notices]
+    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": 0, "scored": 0, "seed": c.seed,
+             "data": dataset_sha256(c), "config_sha256": config_sha256(c)}  # fmt: skip
+    weights = transfer_weights(c, *load_model_file(c.init_from)[:2]) if c.init_from else initial_weights(c)
     log = RunLog(c, engine.rank)
     if c.resume:
         weights, optimizer_state, state = load_checkpoint(c, log.checkpoint)
@@ -1439,7 +1406,7 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     try:
         finished = train_loop(c, engine, log, stream, score, state, stop)
     except InputError as error:
-        log.line(f"stopped: {error}")
+        log.line(f"stopped: {error}", console=False)
         raise
     finally:
         log.close()
@@ -1454,18 +1421,18 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
     """Trains until a budget is used up (True) or a signal comes (False); keeps `state` current."""
     launched, logged, saved = None, (state["step"], state["seconds"]), state["step"]
     started = time.perf_counter() - state["seconds"]  # moved forward by whatever is not training
-    batch = c.train_batch_tokens
-
+    batch, before = c.train_batch_tokens, state["seconds"]
     def read_launched() -> None:
         """Waits for the step launched last, checks it and logs it."""
         nonlocal launched, logged
         if launched is None:
             return
-        (step, at, loops, flops, lr_mul, handles), launched = launched, None
+        (step, loops, flops, lr_mul, handles, seconds), launched = launched, None
         loss, norm = (handle.item() for handle in handles)
         require(math.isfinite(loss) and math.isfinite(norm), f"step {step}", "a finite loss and gradient norm",
                 f"loss {loss} and norm {norm}", "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1")  # fmt: skip
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started if engine.runs_ahead else seconds
+        at = progress_of(c, step, seconds, flops)
         ms, rate = 1000 * seconds, (step - logged[0]) * batch / max(seconds - logged[1], 1e-9)
         left = "{}m{:02d}s".format(*divmod(int(seconds * (1 - at) / max(at, 1e-9)), 60))
         log.progress(at, f"step {step} loss {loss:.4f} loops {loops} {rate:,.0f} tok/s, {left} left")
@@ -1477,14 +1444,14 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
             log.metrics(step=step, train_loss=loss, loops=loops, lr_mul=lr_mul, grad_norm=norm, train_time_ms=ms,
                         tokens=step * batch, flops=flops, tok_s=rate)  # fmt: skip
             logged = (step, seconds)
-
     while True:
         seconds, stopped = engine.agree(time.perf_counter() - started, bool(stop.number))
         step, average = state["step"], seconds / max(state["step"], 1)
         at = progress_of(c, step, seconds, state["flops"])
         loops = loops_at(c, at)
         step_flops = 3 * flops_per_token(c, loops) * batch
-        late = c.max_wallclock_seconds and seconds + average > c.max_wallclock_seconds
+        pace, before = max(average, seconds - before), seconds  # a switch makes steps longer at once
+        late = c.max_wallclock_seconds and seconds + pace * (1 + engine.runs_ahead) > c.max_wallclock_seconds
         done = at >= 1 or late or (c.max_train_flops and state["flops"] + step_flops > c.max_train_flops)
         ends = done or stopped
         switch = not ends and state["loops"] not in (0, loops)
@@ -1504,7 +1471,7 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
             if switch:
                 was = state["loops"]
                 log.line(f"step:{step}/{c.iterations} loops:{was}->{loops} train_time:{1000 * seconds:.0f}ms")
-            started, logged = time.perf_counter() - seconds, (step, seconds)
+            started, logged, before = time.perf_counter() - seconds, (step, seconds), seconds
         if ends:
             state["loops"] = state["loops"] or loops
             return bool(done)
@@ -1516,20 +1483,14 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
         tokens, flops = state["tokens"] + batch, state["flops"] + step_flops
         state |= {"step": step + 1, "tokens": tokens, "flops": flops, "loops": loops}
         read_launched()
-        launched = (step + 1, progress_of(c, step + 1, seconds + average, flops), loops, flops, lr_mul, handles)
+        launched = (step + 1, loops, flops, lr_mul, handles, time.perf_counter() - started)
 
 def write_score(c: Config, log: RunLog, state: dict, score: Score, loss: float, loops: int) -> None:
-    """The validation line of the log."""
     step, ms, bpb = state["step"], 1000 * state["seconds"], score.bpb(loss)
-    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} loops:{loops} train_time:{ms:.0f}ms "
-             f"step_avg:{ms / max(step, 1):.2f}ms{score.label}")  # fmt: skip
+    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
+             f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
     log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state["tokens"],
                 flops=state["flops"], partial=score.partial)  # fmt: skip
-
-def save_checkpoint(c: Config, engine: Engine, path: Path, state: dict) -> None:
-    """Weights, optimizer state, place in the data and clock: enough to go on as if nothing had happened."""
-    tensors = {f"weights.{name}": value for name, value in engine.weights().items()} | engine.optimizer.state()
-    save_tensors(path, tensors, about(c, state["loops"]) | {"state": state})
 
 def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
     """(weights, optimizer state, training state) for RESUME=1. Raises InputError if it is of another configuration."""
@@ -1538,14 +1499,26 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[
     for name in MODEL_FIELDS:
         require(model[name] == getattr(c, name), path, f"{name.upper()}={getattr(c, name)}", model[name], mend)
     tensors, found = load_tensors(path)
-    require("state" in found, path, "a checkpoint with optimizer state", "weights only", "use INIT_FROM")
-    require(found["config_sha256"] == config_sha256(c), path, "the settings that it was trained with", "others", mend)
-    return weights, {k: v for k, v in tensors.items() if not k.startswith("weights.")}, found["state"]
+    state = found["state"] if isinstance(found.get("state"), dict) else {}
+    mine = {"config_sha256": config_sha256(c), "seed": c.seed, "data": dataset_sha256(c)}
+    fields = {"step", "tokens", "flops", "seconds", "loops", "scored", "seed", "data", "config_sha256"}
+    require(fields <= state.keys(), path, "a checkpoint with training state", "weights only", "use INIT_FROM")
+    for name, value in mine.items():
+        require(state[name] == value, path, f"the {name} that it was trained with", f"{state[name]}, not {value}", mend)
+    kept = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
+    needed = {f"{kind}.{name}": shape for name, shape in param_shapes(c).items() for kind in state_kinds(name)}
+    require({k: v.shape for k, v in kept.items()} == needed, path, "the optimizer state of its layout", "another", mend)
+    return weights, kept, state
 
 def about(c: Config, loops: int) -> dict:
-    """What a checkpoint says of itself."""
+    """What a file of weights says of itself."""
     model = {name: getattr(c, name) for name in MODEL_FIELDS}
-    return {"model": model, "loops": loops, "config_sha256": config_sha256(c)}
+    return {"model": model, "loops": loops}
+
+def save_checkpoint(c: Config, engine: Engine, path: Path, state: dict) -> None:
+    """Weights, optimizer state, place in the data and clock: enough to go on as if nothing had happened."""
+    tensors = {f"weights.{name}": value for name, value in engine.weights().items()} | engine.optimizer.state()
+    save_tensors(path, tensors, about(c, state["loops"]) | {"state": state})
 
 def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score: Score, stream: TokenStream) -> None:
     """The first lines of train.log: source, settings, versions, what will be trained on what."""
@@ -1604,7 +1577,7 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score) ->
     total = code + artifact
     r = write_result(c, engine, log, state, score, sizes | {
         "eval_time_ms": ms, "val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "val_loss": loss, "val_bpb": bpb,
-        "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial})  # fmt: skip
+        "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial})
     log.line(f"""---
 score:    {bpb:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {loops} passes){score.label}
 size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code} + artifact {artifact}, \
@@ -1613,7 +1586,6 @@ training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} 
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
 files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
     return 0 if r["fits"] else 1
-
 # ======================================================================================================================
 # SAMPLE [shared]
 # Naive: every token runs the whole model on the last train_seq_len tokens.
@@ -1627,7 +1599,6 @@ def pick_token(logits: np.ndarray, temperature: float, top_k: int, rng: np.rando
     return int(rng.choice(kept, p=weights / weights.sum()))
 
 def sample(c: Config, engine: Engine, loops: int) -> str:
-    """Text that goes on from PROMPT."""
     tokenizer, rng = load_tokenizer(c.tokenizer_path, c.vocab_size), np.random.default_rng(c.seed)
     start = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
     ids = start + tokenizer.encode(c.prompt) or [0]
@@ -1635,38 +1606,35 @@ def sample(c: Config, engine: Engine, loops: int) -> str:
         logits = engine.next_logits(np.array(ids[-c.train_seq_len :]), loops)
         ids.append(pick_token(logits, c.temperature, c.top_k, rng))
     return tokenizer.decode([i for i in ids if i not in start])
-
 # ======================================================================================================================
 # MAIN [shared]
 # ======================================================================================================================
 def run(argv: list[str], environ: dict[str, str]) -> int:
-    """Trains, scores or samples as the settings say; returns the exit code. Raises InputError."""
     if "--help" in argv or "-h" in argv:
         print(__doc__ + "\nSettings (as --name=value or NAME=value):\n\n" + inspect.getsource(Config))
         return 0
     c, notices = load_config(argv, environ, DEFAULT_PRESET)
     if c.mode == "train":
-        engine = Engine(c)
-        try:
-            return train(c, engine, notices)
-        finally:
-            engine.close()
-    weights, model, trained_loops = load_model_file(c.artifact or c.checkpoint)
-    c = model_config(dataclasses.replace(c, compile=c.compile and c.mode == "eval"), model)
-    loops = c.eval_loops or trained_loops
-    engine = Engine(c)
-    engine.build(weights, training=False)
-    for notice in notices + engine.notices:
-        print(notice)
-    if c.mode == "sample":
-        print(sample(c, engine, loops))
-        return 0
-    score = Score(c)
-    loss, count = evaluate(c, engine, score.tokens, loops), len(score.tokens) - 1
-    if engine.rank == 0:
-        print(f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}")
+        notices += check_before_start(c)
+    else:
+        weights, model, trained_loops = load_model_file(c.artifact or c.checkpoint)
+        c = model_config(dataclasses.replace(c, compile=c.compile and c.mode == "eval"), model)
+    engine, code = Engine(c), 0
+    if c.mode == "train":
+        code = train(c, engine, notices)
+    else:
+        engine.build(weights, training=False)
+        loops = c.eval_loops or trained_loops
+        if c.mode == "sample":
+            text = sample(c, engine, loops)
+        else:
+            score = Score(c)
+            loss, count = evaluate(c, engine, score.tokens, loops), len(score.tokens) - 1
+            text = f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
+        if engine.rank == 0:
+            print("\n".join([*notices, *engine.notices, text]))
     engine.close()
-    return 0
+    return code
 
 def main() -> None:
     try:

@@ -240,9 +240,21 @@ def bench_passes(args, script: str, data: dict[str, str], folder: Path) -> list[
         rate = work / ms / 1e6
         one = statistics.median([statistics.median(run["steps"][0][1:]) for run in runs])
         cost, need = ms / one, work / runs[0]["flops"][0]
-        rows.append([script if i == 0 else "", str(i + 1), f"{ms:.0f}", f"{1000 * BATCH / ms:,.0f}", f"{rate:.0f}",
-                     f"{cost:.2f}", f"{need:.2f}", f"{need / cost:.2f}", f"{statistics.median(first):.2f}",
-                     f"{runs[0]['warm_up'][i]:.1f} s", f"{runs[-1]['warm_up'][i]:.1f} s"])  # fmt: skip
+        rows.append(
+            [
+                script if i == 0 else "",
+                str(i + 1),
+                f"{ms:.0f}",
+                f"{1000 * BATCH / ms:,.0f}",
+                f"{rate:.0f}",
+                f"{cost:.2f}",
+                f"{need:.2f}",
+                f"{need / cost:.2f}",
+                f"{statistics.median(first):.2f}",
+                seconds(runs[0]["warm_up"][i]),
+                seconds(runs[-1]["warm_up"][i] if len(runs) > 1 else None),
+            ]
+        )
     return rows
 
 
@@ -351,6 +363,8 @@ def main(argv: list[str] | None = None) -> int:
         if not scripts:
             raise InputError("train_gpt.py, train_gpt_mlx.py: expected one that can be imported; run: make setup")
         print(machine(scripts))
+        if os.getloadavg()[0] > 0.5:
+            print("notice: something else was running; times and ratios will be off")
         data = find_data(args.data.resolve()) if args.data else make_data(folder)
         if "baseline" in args.parts:
             bench_baseline(args, scripts, peers, data, folder)

@@ -28,11 +28,24 @@ VOCAB = 320
 # The smallest run that has everything: prelude, core, coda, two passes, a switch. As environment variables, so that a
 # test can override each of them on the command line.
 TINY = dict(
-    PRESET="laptop", LAYOUT="1+2x2+1", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", TRAIN_SEQ_LEN="32",
-    TRAIN_BATCH_TOKENS="256", VOCAB_SIZE=str(VOCAB), ITERATIONS="8", MAX_WALLCLOCK_SECONDS="0",
-    LOOP_SCHEDULE="0:1,0.5:2", VAL_LOSS_EVERY="0", VAL_MAX_TOKENS="0", TRAIN_LOG_EVERY="1", COMPILE="0",
-    DEVICE="cpu", DTYPE="float32",
-)  # fmt: skip
+    PRESET="laptop",
+    LAYOUT="1+2x2+1",
+    MODEL_DIM="32",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    TRAIN_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="256",
+    VOCAB_SIZE=str(VOCAB),
+    ITERATIONS="8",
+    MAX_WALLCLOCK_SECONDS="0",
+    LOOP_SCHEDULE="0:1,0.5:2",
+    VAL_LOSS_EVERY="0",
+    VAL_MAX_TOKENS="0",
+    TRAIN_LOG_EVERY="1",
+    COMPILE="0",
+    DEVICE="cpu",
+    DTYPE="float32",
+)
 
 
 def load_script(name):
@@ -108,7 +121,8 @@ def data(tmp_path_factory):
     c = module.Config(vocab_size=VOCAB, data_path=str(folder / "all"), tokenizer_path=str(folder / "bpe.model"))
     module.make_smoke_data(c)
     train, val = (
-        np.array(module.open_shard(module.find_shards(c.data_path, split, VOCAB)[0], VOCAB)) for split in ("train", "val")
+        np.array(module.open_shard(module.find_shards(c.data_path, split, VOCAB)[0], VOCAB))
+        for split in ("train", "val")
     )
     train, val = train[:3001], val[:1500]
     path = write_dataset(folder / "tiny", [train[:1111], train[1111:1400], train[1400:]], [val[:1000], val[1000:]])
@@ -119,7 +133,11 @@ def data(tmp_path_factory):
 def clean_environment(**more):
     """This process's environment without settings of the scripts, then `more`."""
     module = load_script("train_gpt")
-    settings = {field.name.upper() for field in dataclasses.fields(module.Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    settings = {field.name.upper() for field in dataclasses.fields(module.Config)} | {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    }
     return {k: v for k, v in os.environ.items() if k not in settings} | {k: str(v) for k, v in more.items()}
 
 
@@ -131,7 +149,11 @@ class Outcome(NamedTuple):
 
 def run_in_process(module, *args, **env):
     """`main()` of a script with these flags and environment variables. An exception that is not bad input passes on."""
-    before, argv, environ = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}, sys.argv, dict(os.environ)
+    before, argv, environ = (
+        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
+        sys.argv,
+        dict(os.environ),
+    )
     out, err, code = io.StringIO(), io.StringIO(), 0
     cleaned = clean_environment(**env)
     os.environ.clear()
@@ -154,9 +176,12 @@ def run_in_process(module, *args, **env):
 def start_cli(module, *args, **env):
     """A script in an interpreter of its own; returns the Popen object."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / f"{module.__name__}.py"), *args], env=clean_environment(**env), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / f"{module.__name__}.py"), *args],
+        env=clean_environment(**env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def run_cli(module, *args, timeout=120, **env):
@@ -172,7 +197,9 @@ def run_cli(module, *args, timeout=120, **env):
 def assert_refused(outcome, *patterns):
     """Exit code 1 and one line on stderr that has all `patterns` (regular expressions), nothing on stdout."""
     assert outcome.code == 1, outcome
-    assert outcome.err.startswith("error: ") and outcome.err.endswith("\n") and outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("error: ") and outcome.err.endswith("\n") and outcome.err.count("\n") == 1, (
+        outcome.err
+    )
     assert "\r" not in outcome.err and outcome.out == "", outcome
     for pattern in patterns:
         assert re.search(pattern, outcome.err), f"no /{pattern}/ in: {outcome.err}"

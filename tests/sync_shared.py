@@ -1,5 +1,6 @@
-"""Copies the sections marked [shared] of train_gpt.py into train_gpt_mlx.py; with --check only says whether they differ."""
+"""Copies the sections marked [shared] of train_gpt.py into train_gpt_mlx.py; --check only says whether they differ."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def sections(text: str) -> list[str]:
     starts = []
     lines = text.splitlines(keepends=True)
     for i, line in enumerate(lines):
-        if line.rstrip() == RULE and i + 1 < len(lines) and lines[i + 1].startswith("# ") and lines[i + 1][2:4].isupper():
+        if line.rstrip() == RULE and re.match(r"# [A-Z]{2}", (lines + [""])[i + 1]):
             starts.append(i)
     bounds = [0, *starts, len(lines)]
     return ["".join(lines[a:b]) for a, b in zip(bounds, bounds[1:])]

@@ -34,7 +34,11 @@ BAD_SETTINGS = {
     "choice preset": ("--preset=smok", "PRESET", "smoke, .*pr319", '"smok"', "did you mean smoke\\?"),
     "width 0": ("--model_dim=0", "MODEL_DIM", "expected", "found 0"),
     "width of a billion": ("--model_dim=1000000000", "MODEL_DIM|BYTES_CAP", "expected", "found"),
-    "sequence of a trillion": ("--train_seq_len=1000000000000 --train_batch_tokens=1000000000000", "TRAIN_SEQ_LEN", "found"),
+    "sequence of a trillion": (
+        "--train_seq_len=1000000000000 --train_batch_tokens=1000000000000",
+        "TRAIN_SEQ_LEN",
+        "found",
+    ),
     "heads 0": ("--num_heads=0", "NUM_HEADS", "expected", "found 0"),
     "heads do not divide": ("--num_heads=3", "NUM_HEADS", "MODEL_DIM=32", "found 3", "try [24]"),
     "heads of odd width": ("--num_heads=32", "NUM_HEADS", "even width", "found 32", "try 16"),
@@ -57,9 +61,22 @@ BAD_SETTINGS = {
     "beta2 of 1": ("--beta2=1", "BETA2", "expected", "found 1"),
     "seed beyond 32 bits": ("--seed=4294967296", "SEED", "expected", "found 4294967296"),
     "cap that cannot be kept": ("--bytes_cap=20000", "BYTES_CAP", "expected", "found", "lower MODEL_DIM"),
-    "no budget": ("--iterations=0", "ITERATIONS", "MAX_WALLCLOCK_SECONDS", "MAX_TRAIN_FLOPS", "expected one", "set one"),
+    "no budget": (
+        "--iterations=0",
+        "ITERATIONS",
+        "MAX_WALLCLOCK_SECONDS",
+        "MAX_TRAIN_FLOPS",
+        "expected one",
+        "set one",
+    ),
     "lora without passes": ("--layout=4 --loop_schedule= --lora_rank=2", "LORA_RANK", "LAYOUT", "pass", "found"),
-    "more passes than trained, unrolled": ("--skips=unrolled --eval_loops=3", "EVAL_LOOPS", "at most 2", "found 3", "per_loop"),
+    "more passes than trained, unrolled": (
+        "--skips=unrolled --eval_loops=3",
+        "EVAL_LOOPS",
+        "at most 2",
+        "found 3",
+        "per_loop",
+    ),
     "more passes than trained, official": ("--skips=official --eval_loops=3", "EVAL_LOOPS", "at most 2", "found 3"),
     "layout word": ("--layout=deep", "LAYOUT", "3\\+3x3\\+5", '"deep"'),
     "layout empty": ("--layout=", "LAYOUT", "3\\+3x3\\+5"),
@@ -84,7 +101,12 @@ BAD_SETTINGS = {
     "schedule exceeds R": ("--loop_schedule=0:1,0.5:3", "LOOP_SCHEDULE", "exceeds", "2 passes", '":2"'),
     "eval of nothing": ("--mode=eval", "ARTIFACT=<file>", "CHECKPOINT=<file>", "found neither"),
     "eval of two": ("--mode=eval --artifact=a --checkpoint=b", "ARTIFACT=<file>", "found both"),
-    "eval of a missing file": ("--mode=eval --artifact=none.rgpt", "none.rgpt", "expected an artifact", "found no file"),
+    "eval of a missing file": (
+        "--mode=eval --artifact=none.rgpt",
+        "none.rgpt",
+        "expected an artifact",
+        "found no file",
+    ),
     "sample of a missing file": ("--mode=sample --checkpoint=none", "none", "checkpoint", "found no file"),
     "training with an artifact": ("--artifact=a.rgpt", "ARTIFACT", "MODE=eval", "INIT_FROM"),
     "init from a missing file": ("--init_from=none.safetensors", "none.safetensors", "expected", "found no file"),
@@ -93,9 +115,21 @@ BAD_SETTINGS = {
     "resume of nothing": ("--resume --run_id=a", "a.checkpoint.safetensors", "expected a checkpoint", "found none"),
     "name that is a path": ("--run_id=a/b", "RUN_ID", "expected letters", "a/b"),
     "name above the folder": ("--run_id=..", "RUN_ID", "expected letters"),
-    "data missing": ("--data_path=nowhere", "nowhere", "expected fineweb_train|expected fineweb_val", "DATA_PATH", "data/offline.py"),
-    "tokenizer missing": ("--tokenizer_path=none.model", "none.model", "SentencePiece", "found no file", "TOKENIZER_PATH"),
-}  # fmt: skip
+    "data missing": (
+        "--data_path=nowhere",
+        "nowhere",
+        "expected fineweb_train|expected fineweb_val",
+        "DATA_PATH",
+        "data/offline.py",
+    ),
+    "tokenizer missing": (
+        "--tokenizer_path=none.model",
+        "none.model",
+        "SentencePiece",
+        "found no file",
+        "TOKENIZER_PATH",
+    ),
+}
 
 
 @pytest.fixture
@@ -112,16 +146,22 @@ def test_bad_setting(script, case, tiny, tmp_path, quiet):
     flags, *patterns = BAD_SETTINGS[case]
     flags = flags.split(" ") if "\n" not in flags else [flags]
     before = tree(tmp_path)
-    with within(3):
+    with within(30):
         outcome = run_in_process(script, *flags, **tiny)
     assert_refused(outcome, *patterns)
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(("name", "text", "pattern"), [
-    ("NUM_HEADS", "four", "whole number"), ("COMPILE", "", "0 or 1"), ("MATRIX_LR", "0,04", "expected a number"),
-    ("LAYOUT", "3x", "P\\+CxR\\+D"), ("SEED", "-1", "found -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "pattern"),
+    [
+        ("NUM_HEADS", "four", "whole number"),
+        ("COMPILE", "", "0 or 1"),
+        ("MATRIX_LR", "0,04", "expected a number"),
+        ("LAYOUT", "3x", "P\\+CxR\\+D"),
+        ("SEED", "-1", "found -1"),
+    ],
+)
 def test_bad_environment_names_the_variable(script, name, text, pattern, tiny, tmp_path, quiet):
     before = tree(tmp_path)
     assert_refused(run_in_process(script, **tiny | {name: text}), f"{name}\\b", pattern, re.escape(text))
@@ -134,7 +174,9 @@ def test_bad_tokenizers(script, tiny, data, tmp_path, quiet):
     empty.write_bytes(b"")
     before = tree(tmp_path)
     for path in (foreign, empty, quiet):
-        assert_refused(run_in_process(script, f"--tokenizer_path={path}", **tiny), re.escape(str(path)), "expected", "found")
+        assert_refused(
+            run_in_process(script, f"--tokenizer_path={path}", **tiny), re.escape(str(path)), "expected", "found"
+        )
     outcome = run_in_process(script, "--vocab_size=512", **tiny)  # the tokenizer of another vocabulary
     assert_refused(outcome, re.escape(str(data.tokenizer)), "VOCAB_SIZE=512", "found 320", "set VOCAB_SIZE=320")
     assert tree(tmp_path) == before
@@ -160,15 +202,22 @@ def test_run_id_in_use(script, tiny, tmp_path, quiet):
     (folder / "train.log").write_text("an earlier run\n")
     before = tree(tmp_path)
     outcome = run_in_process(script, "--run_id=mine", **tiny)
-    assert_refused(outcome, "RUN_ID", "mine", "another", "RESUME=1")
+    assert_refused(outcome, "RUN_ID", "mine", "another")
+    assert "RESUME" not in outcome.err  # there is nothing to go on from
     assert tree(tmp_path) == before
+    (folder / "checkpoint.safetensors").write_bytes(b"")
+    assert_refused(run_in_process(script, "--run_id=mine", **tiny), "RUN_ID", "mine", "another", "RESUME=1")
 
 
 def test_codec_missing(script, tiny, tmp_path, quiet, monkeypatch):
     found = script.importlib.util.find_spec
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name, *rest: None if name == "constriction" else found(name, *rest))
+    monkeypatch.setattr(
+        script.importlib.util, "find_spec", lambda name, *rest: None if name == "constriction" else found(name, *rest)
+    )
     before = tree(tmp_path)
-    assert_refused(run_in_process(script, **tiny), "CODEC=ans", "constriction", "pip install constriction", "CODEC=lzma")
+    assert_refused(
+        run_in_process(script, **tiny), "CODEC=ans", "constriction", "pip install constriction", "CODEC=lzma"
+    )
     assert tree(tmp_path) == before
 
 
@@ -178,7 +227,9 @@ def test_smoke_data_cannot_be_made(script, tiny, tmp_path, quiet):
     paths = {"DATA_PATH": quiet / "new" / "d", "TOKENIZER_PATH": quiet / "new" / "t.model", "PRESET": "smoke"}
     outcome = run_in_process(script, "--vocab_size=100", **tiny | paths)
     assert_refused(outcome, "VOCAB_SIZE", "100")
-    assert not list(quiet.rglob("*.bin")) and not [p for p in quiet.rglob("*") if "model" in p.name or "vocab" in p.name]
+    assert not list(quiet.rglob("*.bin")) and not [
+        p for p in quiet.rglob("*") if "model" in p.name or "vocab" in p.name
+    ]
     outcome = run_in_process(script, **tiny | paths | {"DATA_PATH": quiet / "file" / "d"})
     assert_refused(outcome, re.escape(str(quiet / "file")))
 

@@ -24,7 +24,17 @@ def test_read_crosses_shards_and_wraps(script, data):
     stream = stream_of(script, data)
     assert stream.total == len(data.train) == 3001 and len(stream.shards) == 3
     endless = np.concatenate([data.train] * 4).astype(np.int64)
-    for start, count in [(0, 1), (1100, 40), (1110, 300), (0, 3001), (2990, 20), (3000, 2), (3001, 5), (2999, 6010), (5000, 7)]:
+    for start, count in [
+        (0, 1),
+        (1100, 40),
+        (1110, 300),
+        (0, 3001),
+        (2990, 20),
+        (3000, 2),
+        (3001, 5),
+        (2999, 6010),
+        (5000, 7),
+    ]:
         got = stream.read(start, count)
         assert got.dtype == np.int64 and np.array_equal(got, endless[start : start + count]), (start, count)
 
@@ -66,7 +76,9 @@ def test_steps_see_the_same_tokens_in_training(script, data, tiny, tmp_path, mon
         return read(self, start, count)
 
     monkeypatch.setattr(script.TokenStream, "read", note)
-    outcome = run_in_process(script, "--run_id=a", "--iterations=14", "--microbatch_tokens=96", "--loop_schedule=", **tiny)
+    outcome = run_in_process(
+        script, "--run_id=a", "--iterations=14", "--microbatch_tokens=96", "--loop_schedule=", **tiny
+    )
     assert outcome.code == 0, outcome
     expected = [(256 * step + 32 * a, 32 * (b - a) + 1) for step in range(14) for a, b in ((0, 2), (2, 5), (5, 8))]
     assert seen[-len(expected) :] == expected  # before them come those of the warm-up
@@ -86,13 +98,21 @@ BAD_SHARDS = {
     "foreign": (lambda p: p.write_bytes(b"PK\x03\x04" * 1000), "expected magic 20240520", "found"),
     "other magic": (lambda p: write_shard(p, GOOD, magic=20240519), "expected magic 20240520", "found 20240519"),
     "other version": (lambda p: write_shard(p, GOOD, version=2), "expected .*version 1", "found .*2"),
-    "cut short": (lambda p: (write_shard(p, GOOD), p.write_bytes(p.read_bytes()[:-100])), "expected 5024 bytes", "found 4924"),
+    "cut short": (
+        lambda p: (write_shard(p, GOOD), p.write_bytes(p.read_bytes()[:-100])),
+        "expected 5024 bytes",
+        "found 4924",
+    ),
     "half copied": (lambda p: write_shard(p, GOOD[:1000], count=2000), "expected 5024 bytes", "found 3024"),
     "oversized": (lambda p: write_shard(p, GOOD, count=1990), "expected 5004 bytes", "found 5024"),
-    "odd size": (lambda p: (write_shard(p, GOOD), p.write_bytes(p.read_bytes() + b"x")), "expected 5024 bytes", "found 5025"),
+    "odd size": (
+        lambda p: (write_shard(p, GOOD), p.write_bytes(p.read_bytes() + b"x")),
+        "expected 5024 bytes",
+        "found 5025",
+    ),
     "out of vocabulary": (lambda p: write_shard(p, [*GOOD[:500], 320]), "VOCAB_SIZE=320", "found 320"),
     "link to nothing": (lambda p: p.symlink_to("gone.bin"), "expected", "found"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -114,7 +134,9 @@ def test_missing_shards(script, tiny, tmp_path):
     for split in ("train", "val"):
         folder = write_dataset(tmp_path / split, *([[], [GOOD]] if split == "train" else [[GOOD], []]))
         outcome = run_in_process(script, **tiny | {"DATA_PATH": folder})
-        assert_refused(outcome, re.escape(str(folder)), f"expected fineweb_{split}_", "found none", "DATA_PATH", "python data/")
+        assert_refused(
+            outcome, re.escape(str(folder)), f"expected fineweb_{split}_", "found none", "DATA_PATH", "python data/"
+        )
     assert not (tmp_path / "logs").exists()
 
 
@@ -177,12 +199,29 @@ def test_validation_prefix_is_labelled_partial(any_script, config, tiny, tmp_pat
 def real_documents():
     """Text that every machine with Python has, and characters that no tokenizer of 512 pieces knows."""
     topics = list(pydoc_data.topics.topics.values())
-    docstrings = [x.__doc__ for m in (io, math, types, re, np.linalg, spm) for x in vars(m).values() if getattr(x, "__doc__", None)]
+    docstrings = [
+        x.__doc__
+        for m in (io, math, types, re, np.linalg, spm)
+        for x in vars(m).values()
+        if getattr(x, "__doc__", None)
+    ]
     written = [
-        "Crème brûlée, naïve façade, Łódź, Ærøskøbing; ½ of 10 € is 5 €.", "日本語の文章です。漢字とかな。", "Привет, мир! Ещё раз.",
-        "😀 at the start, 👩‍👩‍👧‍👦 in the middle, at the end 🏴‍☠️", "🦜", "é", "a", " ", "x" * 1000, "שלום עולם, مرحبا", "tab\tline\nend\n\n",
-        "  two spaces before,  two between, two after  ", "zero width​joined", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 and ﬁ ligature, Ⅷ, ①", "▁ the marker itself ▁▁",
-    ]  # fmt: skip
+        "Crème brûlée, naïve façade, Łódź, Ærøskøbing; ½ of 10 € is 5 €.",
+        "日本語の文章です。漢字とかな。",
+        "Привет, мир! Ещё раз.",
+        "😀 at the start, 👩‍👩‍👧‍👦 in the middle, at the end 🏴‍☠️",
+        "🦜",
+        "é",
+        "a",
+        " ",
+        "x" * 1000,
+        "שלום עולם, مرحبا",
+        "tab\tline\nend\n\n",
+        "  two spaces before,  two between, two after  ",
+        "zero width​joined",
+        "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 and ﬁ ligature, Ⅷ, ①",
+        "▁ the marker itself ▁▁",
+    ]
     return [text for text in topics + docstrings + written if isinstance(text, str) and text]
 
 
@@ -192,9 +231,14 @@ def trained(request):
     texts = [line for text in real_documents()[:60:3] for line in text.splitlines() if line.isascii()]
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=512, model_type=request.param, byte_fallback=True,
-        num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=512,
+        model_type=request.param,
+        byte_fallback=True,
+        num_threads=1,
+        minloglevel=2,
+    )
     return spm.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -206,7 +250,9 @@ def test_bytes_of_a_document_are_those_of_its_text(script, trained):
     for text in documents:
         ids = [trained.bos_id(), *trained.encode(text)]
         decoded = trained.decode(ids)
-        assert script.count_bytes(np.array(ids, dtype=np.uint16), tables) == len(decoded.encode("utf-8")), repr(text[:80])
+        assert script.count_bytes(np.array(ids, dtype=np.uint16), tables) == len(decoded.encode("utf-8")), repr(
+            text[:80]
+        )
         multibyte += not decoded.isascii()
         fallback += any(trained.is_byte(i) for i in ids)
         total += len(decoded.encode("utf-8"))
@@ -282,7 +328,9 @@ def test_evaluate_equals_naive_scoring(script, config, data, engine_of, stride):
     for t in range(1, len(tokens)):
         start = 0 if t <= length else -(-(t - length) // step) * step
         if t <= length or start + length == t:  # the last token of a window: score its new ones
-            row = engine.token_losses(tokens[None, start : start + length], tokens[None, start + 1 : start + length + 1], 2)[0]
+            row = engine.token_losses(
+                tokens[None, start : start + length], tokens[None, start + 1 : start + length + 1], 2
+            )[0]
             first = 1 if start == 0 else start + length - step + 1
             losses[first : start + length + 1] = row[first - start - 1 :]
     assert (losses[1:] > 0).all()

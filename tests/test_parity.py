@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "golden")]
 
 import rebuild  # noqa: E402
 import sync_shared  # noqa: E402
+
 import train_gpt_mlx as mlx_script  # noqa: E402  (before torch: it chooses the BLAS that MLX uses)
 
 mx = mlx_script.mx
@@ -407,6 +408,26 @@ def test_a_switch_leaves_every_shortcut_between_its_blocks(skips):
             before = set(rows)
 
 
+@pytest.mark.parametrize("skips", ("per_loop", "unrolled"))
+def test_shortcuts_are_those_of_the_design(skips):
+    """per_loop: prelude i to coda D-1-i, core c to C-1-c with one row for all passes; unrolled: application i to n-1-i,
+    one row each."""
+    for p, core, d, loops in itertools.product(range(4), range(1, 6), range(4), (1, 2, 3)):
+        layout = torch_script.Layout(p, core, 3, d)
+        plan = torch_script.visits(layout, skips, loops)
+        n = len(plan)
+        found = {(v.skip_from, number): v.skip_row for number, v in enumerate(plan) if v.skip_from >= 0}
+        assert {number for number, v in enumerate(plan) if v.saves} == {source for source, _ in found}
+        if skips == "unrolled":
+            assert found.keys() == {(i, n - 1 - i) for i in range(n // 2)} and len(set(found.values())) == n // 2
+            continue
+        ends = {(i, n - 1 - i) for i in range(min(p, d))}
+        inner = [{(p + a * core + i, p + a * core + core - 1 - i) for i in range(core // 2)} for a in range(loops)]
+        assert found.keys() == ends.union(*inner)
+        assert len({tuple(sorted(found[pair] for pair in pairs)) for pairs in inner}) == 1
+        assert len(set(found.values())) == min(p, d) + core // 2 == len(torch_script.skip_rows(layout, skips))
+
+
 def test_the_official_rule_moves_shortcuts():
     """So that the test above is seen to tell the rules apart."""
     layout = torch_script.Layout(2, 3, 3, 2)
@@ -444,11 +465,14 @@ def test_training_across_switches_agrees(skips):
 
 @pytest.mark.parametrize("first,second", list(itertools.product(SCRIPTS, SCRIPTS)))
 def test_a_checkpoint_of_either_script_resumes_in_either(first, second, tmp_path):
-    c = tiny("1+2x2+1", lora_rank=2, loop_schedule="0:1,0.5:2")
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(b"only its hash is looked at")
+    c = tiny("1+2x2+1", lora_rank=2, loop_schedule="0:1,0.5:2", tokenizer_path=str(tokenizer), data_path=str(tmp_path))
     weights, stream, size = perturbed(c), Fixed(c), c.train_batch_tokens
     _, _, engine = train(first, c, weights, [1, 1])
     path = tmp_path / "checkpoint.safetensors"
-    state = {"step": 2, "tokens": 2 * size, "flops": 0.0, "seconds": 1.5, "loops": 1}
+    state = {"step": 2, "tokens": 2 * size, "flops": 0.0, "seconds": 1.5, "loops": 1, "scored": 0, "seed": c.seed,
+             "data": torch_script.dataset_sha256(c), "config_sha256": torch_script.config_sha256(c)}  # fmt: skip
     SCRIPTS[first].save_checkpoint(c, engine, path, state)
     loaded, optimizer_state, found = SCRIPTS[second].load_checkpoint(c, path)
     assert found == state and same(loaded, engine.weights()) and same(optimizer_state, engine.optimizer.state())

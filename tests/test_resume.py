@@ -1,4 +1,4 @@
-"""A run that is killed, stopped, resumed, started from other weights, or goes wrong; and what every run leaves behind."""
+"""A run that is killed, stopped, resumed, started from other weights, or goes wrong; and what runs leave behind."""
 
 import json
 import os
@@ -11,8 +11,22 @@ import numpy as np
 import pytest
 from conftest import assert_refused, random_weights, run_cli, run_in_process, start_cli, tree
 
-RUN = {"ITERATIONS": "60", "CHECKPOINT_EVERY": "1", "VAL_LOSS_EVERY": "8", "LOOP_SCHEDULE": "0:1,0.4:2", "GRAD_CLIP_NORM": "1"}
-TIMES = {"run_id", "train_time_ms", "eval_time_ms", "tok_s", "peak_mem_bytes", "calib_time_ms"}  # differ between equal runs
+RUN = {
+    "ITERATIONS": "60",
+    "CHECKPOINT_EVERY": "1",
+    "VAL_LOSS_EVERY": "8",
+    "LOOP_SCHEDULE": "0:1,0.4:2",
+    "GRAD_CLIP_NORM": "1",
+}
+TIMES = {
+    "run_id",
+    "commit",
+    "train_time_ms",
+    "eval_time_ms",
+    "tok_s",
+    "peak_mem_bytes",
+    "calib_time_ms",
+}  # differ between equal runs
 
 
 def result_of(folder):
@@ -75,8 +89,8 @@ def kill_while_a_checkpoint_is_written(process, folder):
 
 
 def test_killed_and_stopped_runs_end_like_one_left_alone(script, tiny, tmp_path):
-    """One run killed three times, the second time while it writes a checkpoint, then stopped by SIGTERM, against the same
-    run left alone. All in processes of their own: in this one, the two frameworks share their matrix library."""
+    """One run killed three times, the second time while it writes a checkpoint, then stopped by SIGTERM, against the
+    same run left alone. All in processes of their own: in this one, the two frameworks share their matrix library."""
     env = tiny | RUN
     alone, killed = tmp_path / "logs" / "alone", tmp_path / "logs" / "killed"
     other = start_cli(script, "--run_id=alone", "--checkpoint_every=0", **env)
@@ -135,10 +149,14 @@ def test_resume_needs_the_same_settings(script, tiny, tmp_path, monkeypatch):
         assert run_in_process(script, **env).code == 143
     content = (folder / "checkpoint.safetensors").read_bytes()
     for flag, name in (
-        ("--layout=1+2x3+1 --loop_schedule=", "LAYOUT"), ("--model_dim=64", "MODEL_DIM"), ("--matrix_lr=0.1", "settings"),
-        ("--iterations=20", "settings"), ("--train_batch_tokens=512", "settings"), ("--skips=none", "SKIPS"),
+        ("--layout=1+2x3+1 --loop_schedule=", "LAYOUT"),
+        ("--model_dim=64", "MODEL_DIM"),
+        ("--matrix_lr=0.1", "settings"),
+        ("--iterations=20", "settings"),
+        ("--train_batch_tokens=512", "settings"),
+        ("--skips=none", "SKIPS"),
         ("--seed=7", "SEED|settings"),
-    ):  # fmt: skip
+    ):
         outcome = run_in_process(script, *flag.split(), "--resume", **env)
         assert_refused(outcome, re.escape(str(folder)), name, "expected", "found", "INIT_FROM|own settings")
     assert_refused(run_in_process(script, **env), "RUN_ID", "another", "RESUME=1")  # a name in use
@@ -152,10 +170,13 @@ def test_resume_needs_the_same_settings(script, tiny, tmp_path, monkeypatch):
     weights = {k: v for k, v in tensors.items() if k.startswith("weights.")}
     for changed, note in (
         (weights, {k: v for k, v in about.items() if k != "state"}),  # a model.safetensors
-        (weights, about), ({k: v for k, v in tensors.items() if "exp_avg_sq" not in k}, about),
-        ({k: v[:1] if k.startswith("momentum") else v for k, v in tensors.items()}, about), (tensors, about | {"state": {}}),
-        (tensors, about | {"state": None}), (tensors, {k: v for k, v in about.items() if k != "config_sha256"}),
-    ):  # fmt: skip
+        (weights, about),
+        ({k: v for k, v in tensors.items() if "exp_avg_sq" not in k}, about),
+        ({k: v[:1] if k.startswith("momentum") else v for k, v in tensors.items()}, about),
+        (tensors, about | {"state": {}}),
+        (tensors, about | {"state": None}),
+        (tensors, {k: v for k, v in about.items() if k != "config_sha256"}),
+    ):
         script.save_tensors(good, changed, note)
         assert_refused(run_in_process(script, "--resume", **env), re.escape(str(good)), "expected", "found")
     good.write_bytes(content)
@@ -196,10 +217,20 @@ def logits(module, c, weights, loops):
     return engine.next_logits(np.arange(20) * 7 % 300, loops)
 
 
-@pytest.mark.parametrize(("theirs", "mine", "skips"), [
-    ("4", "1+2x2+1", "none"), ("4", "1+2x2+1", "per_loop"), ("4", "4x3", "none"), ("4", "4x2", "per_loop"), ("4", "4x2", "unrolled"),
-    ("3", "3x3", "unrolled"), ("5", "1+3x3+1", "per_loop"), ("1+2x2+1", "1+2x3+1", "per_loop"), ("1+2x2+1", "1+2x3+1", "unrolled"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("theirs", "mine", "skips"),
+    [
+        ("4", "1+2x2+1", "none"),
+        ("4", "1+2x2+1", "per_loop"),
+        ("4", "4x3", "none"),
+        ("4", "4x2", "per_loop"),
+        ("4", "4x2", "unrolled"),
+        ("3", "3x3", "unrolled"),
+        ("5", "1+3x3+1", "per_loop"),
+        ("1+2x2+1", "1+2x3+1", "per_loop"),
+        ("1+2x2+1", "1+2x3+1", "unrolled"),
+    ],
+)
 @pytest.mark.parametrize("gate", ["x0", "gain"])
 def test_init_from_another_layout_is_the_parent(script, config, tmp_path, theirs, mine, skips, gate):
     """New per-pass parameters are the identity: with the parent's number of passes the child is the parent."""
@@ -216,7 +247,9 @@ def test_init_from_another_layout_is_the_parent(script, config, tmp_path, theirs
             assert np.array_equal(child[name], value), name
     # A row of skip_weights goes to the shortcut between the same blocks, wherever it lies in the table.
     for key, row in script.skip_rows(script.parse_layout(theirs), skips).items():
-        assert np.array_equal(child["skip_weights"][script.skip_rows(script.parse_layout(mine), skips)[key]], weights["skip_weights"][row])
+        assert np.array_equal(
+            child["skip_weights"][script.skip_rows(script.parse_layout(mine), skips)[key]], weights["skip_weights"][row]
+        )
     from_artifact = script.transfer_weights(b, *script.load_model_file(str(tmp_path / "parent.rgpt"))[:2])
     assert {k: v.shape for k, v in from_artifact.items()} == script.param_shapes(b)
 
@@ -226,7 +259,9 @@ def test_init_from_starts_a_run_at_the_parents_loss(script, config, tiny, data, 
     c = config(script, layout="4", loop_schedule="")
     path = tmp_path / "parent.safetensors"
     parent(script, c, path)
-    score = run_in_process(script, "--mode=eval", f"--checkpoint={path}", "--device=cpu", "--dtype=float32", "--compile=0", **data.env)
+    score = run_in_process(
+        script, "--mode=eval", f"--checkpoint={path}", "--device=cpu", "--dtype=float32", "--compile=0", **data.env
+    )
     frozen = ("--matrix_lr=0", "--scalar_lr=0", "--tied_embed_lr=0", "--iterations=2", "--loop_schedule=0:1,0.99:2")
     outcome = run_in_process(script, f"--init_from={path}", "--run_id=a", *frozen, **tiny)
     assert outcome.code == 0, outcome
@@ -240,10 +275,12 @@ def test_init_from_what_cannot_serve(script, config, tiny, tmp_path):
     path = tmp_path / "parent.safetensors"
     for fields, patterns in (
         (dict(layout="5", loop_schedule=""), ("LAYOUT", "4 blocks", "found 5")),
-        (dict(model_dim=64), ("MODEL_DIM", "expected", "found")), (dict(mlp_mult=3), ("MLP_MULT", "expected", "found")),
-        (dict(vocab_size=300), ("VOCAB_SIZE", "expected", "found")), (dict(num_heads=4, num_kv_heads=2), ("NUM_HEADS", "expected")),
+        (dict(model_dim=64), ("MODEL_DIM", "expected", "found")),
+        (dict(mlp_mult=3), ("MLP_MULT", "expected", "found")),
+        (dict(vocab_size=300), ("VOCAB_SIZE", "expected", "found")),
+        (dict(num_heads=4, num_kv_heads=2), ("NUM_HEADS", "expected")),
         (dict(num_kv_heads=2), ("NUM_KV_HEADS", "expected", "found")),
-    ):  # fmt: skip
+    ):
         parent(script, config(script, **fields), path)
         before = tree(tmp_path)
         outcome = run_in_process(script, f"--init_from={path}", **tiny)
@@ -345,7 +382,7 @@ def test_loss_that_is_not_finite(script, tiny, tmp_path):
 
 
 def test_loss_that_is_not_finite_at_a_given_step(script, tiny, tmp_path, monkeypatch):
-    """The step named is the first whose loss is nan, wherever it lies: in the middle, before a switch, at the very end."""
+    """The step named is the first whose loss is nan, wherever it lies: in the middle, before a switch, at the end."""
     for bad in (3, 4, 5, 8):
         with monkeypatch.context() as patch:
             real, count = script.Engine.step, {"steps": -2}  # two steps warm up
@@ -403,7 +440,14 @@ def test_what_a_run_leaves_behind(script, config, tiny, tmp_path):
     outcome = run_in_process(script, *flags, **tiny)
     folder = tmp_path / "logs" / "a"
     assert outcome.code == 0 and outcome.err == "", outcome  # no progress bar: not a terminal
-    files = ["checkpoint.safetensors", "metrics.jsonl", "model.int6.rgpt", "model.safetensors", "result.json", "train.log"]
+    files = [
+        "checkpoint.safetensors",
+        "metrics.jsonl",
+        "model.int6.rgpt",
+        "model.safetensors",
+        "result.json",
+        "train.log",
+    ]
     assert sorted(p.name for p in folder.iterdir()) == files
     for name in ("train.log", "metrics.jsonl", "result.json"):
         content = (folder / name).read_bytes()
@@ -439,10 +483,13 @@ def test_what_a_run_leaves_behind(script, config, tiny, tmp_path):
     assert flops == pytest.approx([min(s, 15) * one + max(s - 15, 0) * two for s in (int(m[1]) for m in trained)])
 
     result = result_of(folder)
-    keys = """run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
-        train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw val_bpb_raw val_loss
-        val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight entropy_bits_per_weight quantizer codec
-        device world_size versions commit config_sha256 dataset dataset_sha256 complete""".split()
+    keys = """
+        run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
+        train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw
+        val_bpb_raw val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight
+        entropy_bits_per_weight quantizer codec device world_size versions commit config_sha256 dataset
+        dataset_sha256 complete
+    """.split()
     assert list(result) == keys
     assert (result["val_loss"], result["val_bpb"]) == pytest.approx((float(final[0][1]), float(final[0][2])), abs=1e-8)
     assert result["run_id"] == "a" and result["loops"] == 2 and result["steps"] == 30 and result["complete"] is True
@@ -451,7 +498,11 @@ def test_what_a_run_leaves_behind(script, config, tiny, tmp_path):
     assert result["val_tokens"] == 1499 // 32 * 32 and result["dataset"] == "tiny"
     weights = script.load_tensors(folder / "model.safetensors")[0]
     assert result["params_stored"] == sum(v.size for v in weights.values())
-    core = sum(v.size for k, v in weights.items() if k.split(".")[2:3] and k.split(".")[2] in "12" and k.startswith("weights.blocks"))
+    core = sum(
+        v.size
+        for k, v in weights.items()
+        if k.split(".")[2:3] and k.split(".")[2] in "12" and k.startswith("weights.blocks")
+    )
     assert result["params_effective"] == result["params_stored"] + core
     assert result["val_loss_raw"] < np.log(320) - 0.3  # it has learnt something
 
