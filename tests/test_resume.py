@@ -175,7 +175,7 @@ def test_resume_needs_the_same_settings(script, tiny, tmp_path, monkeypatch):
         ({k: v[:1] if k.startswith("momentum") else v for k, v in tensors.items()}, about),
         (tensors, about | {"state": {}}),
         (tensors, about | {"state": None}),
-        (tensors, {k: v for k, v in about.items() if k != "config_sha256"}),
+        (tensors, about | {"state": {k: v for k, v in about["state"].items() if k != "config_sha256"}}),
     ):
         script.save_tensors(good, changed, note)
         assert_refused(run_in_process(script, "--resume", **env), re.escape(str(good)), "expected", "found")
