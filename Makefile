@@ -8,6 +8,7 @@ LOG_DIR ?= logs
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 PROMPT ?= Return the
 
 PY := $(VENV)/bin/python
@@ -17,7 +18,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DROP_VENV := if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
 CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup demo demo-mlx demo-torch test lint bench clean
+.PHONY: help setup demo demo-mlx demo-torch test lint bench gpu clean
 
 help:
 	@echo 'make demo        train a small model for three minutes: artifact, score, curve, sample (MLX on Apple silicon, else PyTorch)'
@@ -26,6 +27,7 @@ help:
 	@echo 'make test        all tests: both scripts are one model, artifacts, resume, data, bad input'
 	@echo 'make lint        ruff'
 	@echo 'make bench       time a training step of both scripts on this machine'
+	@echo 'make gpu         on one CUDA GPU: the controls are exact, then three presets side by side (10 minutes)'
 	@echo 'make setup       only install requirements.txt into $(VENV)'
 	@echo 'make clean       remove $(VENV), the offline corpus and caches; runs in $(LOG_DIR)/ and downloaded data stay'
 
@@ -77,6 +79,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@$(PY) tests/bench.py $(BENCH_ARGS)
+
+gpu: $(STAMP)
+	@$(PY) tests/gpu.py $(GPU_ARGS)
 
 clean:
 	$(DROP_VENV)
