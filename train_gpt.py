@@ -999,10 +999,12 @@ class Engine:
             getattr(torch, self.device.type).synchronize()
     def peak_memory(self) -> int:  # bytes
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_process_memory()
-    def close(self) -> None:
+    def close(self, code: int) -> None:
+        """Ends a process that is one of several; alone it does nothing."""
         if self.world > 1:
-            dist.barrier()  # a rank that leaves early makes gloo abort the others
-            dist.destroy_process_group()
+            dist.barrier()  # a rank that leaves early makes gloo abort the others; and so do gloo's own destructors:
+            sys.stdout.flush()
+            os._exit(code)
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep large freed blocks: activations are freed every step and would be cleared page by page."""
@@ -1592,7 +1594,7 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
             text = f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
         if engine.rank == 0:
             print("\n".join([*notices, *engine.notices, text]))
-    engine.close()
+    engine.close(code)
     return code
 
 def main() -> None:

@@ -1041,8 +1041,8 @@ class Engine:
         """Bytes: of MLX on the GPU, or of the process on a CPU."""
         return mx.get_peak_memory() if self.on_gpu else peak_process_memory()
 
-    def close(self) -> None:
-        """Nothing to give back."""
+    def close(self, code: int) -> None:
+        """Nothing to do here."""
 
 def keep_freed_memory() -> None:
     """Tells glibc to keep large freed blocks: activations are freed every step and would be cleared page by page."""
@@ -1633,7 +1633,7 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
             text = f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
         if engine.rank == 0:
             print("\n".join([*notices, *engine.notices, text]))
-    engine.close()
+    engine.close(code)
     return code
 
 def main() -> None:

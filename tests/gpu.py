@@ -74,7 +74,7 @@ def main() -> int:
               "--checkpoint_every=100", "--muon_momentum_warmup_steps=100", *args.flags]  # fmt: skip
     rows = []
     for arm in ARMS:
-        name = f"gpu_{arm}_{args.flops:.0e}"
+        name = f"gpu_{arm}_{args.flops:.0e}".replace("+", "")
         folder = ROOT / args.log_dir / name
         command = [sys.executable, "train_gpt.py", f"--preset={arm}", f"--run_id={name}", *common]
         if not (folder / "model.int6.rgpt").exists():
