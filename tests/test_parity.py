@@ -162,10 +162,14 @@ def test_framework_sections_have_the_same_names():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_lines_are_at_most_120_columns(script):
+    assert max(len(line) for line in PATHS[script].read_text().splitlines()) <= 120
+
+
+@pytest.mark.xfail(strict=True, reason="not met: both scripts are over the design's 1,500 lines")
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_length_limits(script):
-    lines = PATHS[script].read_text().splitlines()
-    assert max(len(line) for line in lines) <= 120
-    assert len(lines) <= 1660  # the design asks for 1,500; both scripts have been over it since the first version
+    assert len(PATHS[script].read_text().splitlines()) <= 1500
 
 
 # ---- weights, logits, gradients, updates
