@@ -1,0 +1,183 @@
+"""What the record tools share: one-line errors, safe writing, statistics, and the reading of logs and run folders."""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RECORDS = Path(__file__).resolve().parent
+ROOT = RECORDS.parent
+TRACKS = ("10min_16mb", "non_record_16mb", "local")  # a track's folders lie in records/track_<track>/
+BYTES_CAP = 16_000_000  # code + artifact, decimal
+NATS_TO_BEAT = 0.005  # a record must beat the last by this many nats a token ...
+P_TO_BEAT = 0.01  # ... at this p
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend. The message is one line: what, where, expected, found, how to mend."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as one line."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; see --help")
+
+
+def run_tool(main, argv: list[str] | None = None) -> int:
+    """Calls `main(argv)`, which returns an exit code; an InputError becomes one `error:` line and exit code 1."""
+    try:
+        return main(argv) or 0
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; check path and space", file=sys.stderr)
+    return 1
+
+
+@contextmanager
+def atomic(path: Path, mode: str = "w"):
+    """Opens a temporary neighbour of `path`; on success it takes the name `path`, on failure it goes."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str = "a JSON object") -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: expected {what}, found nothing to read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: expected {what}, found no JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected {what}, found a {type(value).__name__}")
+    return value
+
+
+# Statistics --------------------------------------------------------------------------------------------------------
+
+
+def mean_std(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def welch_p(a: list[float], b: list[float], alternative: str = "two-sided") -> float | None:
+    """p of Welch's t-test that `a` and `b` have one mean; alternative "less": that a's is not below b's.
+
+    None where the test says nothing: fewer than two values on a side, or no spread on both."""
+    if min(len(a), len(b)) < 2 or (statistics.pstdev(a) == 0 and statistics.pstdev(b) == 0):
+        return None
+    from scipy import stats
+
+    return float(stats.ttest_ind(a, b, equal_var=False, alternative=alternative).pvalue)
+
+
+def p_below(values: list[float], threshold: float) -> float | None:
+    """One-sided p of the one-sample t-test that the mean is not below `threshold`; None as in `welch_p`."""
+    if len(values) < 2 or statistics.pstdev(values) == 0:
+        return None
+    from scipy import stats
+
+    return float(stats.ttest_1samp(values, threshold, alternative="less").pvalue)
+
+
+def bytes_implied(tokens: int, val_loss: float, val_bpb: float) -> float:
+    """Bytes of the validation text that a loss (nats a token) and a score (bits a byte) over `tokens` tokens imply."""
+    return tokens * val_loss / (math.log(2) * val_bpb)
+
+
+# Logs --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StepLine:
+    """A line of a training log that names a step."""
+
+    number: int  # of the line, from 1
+    step: int
+    values: dict[str, float]  # train_loss, val_loss, val_bpb, train_time (ms), step_avg (ms), ... as printed
+
+
+@dataclass
+class Log:
+    """What a training log says, in the challenge's keys; ours and other people's."""
+
+    path: Path
+    lines: list[str]
+    steps: list[StepLine] = field(default_factory=list)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # label of a final line: val_loss, val_bpb, ...
+    config: dict | None = None  # of our own logs
+    source_bytes: int | None = None  # of the script at the head of our own logs
+
+    def score(self) -> dict[str, float] | None:
+        """The last exact score of the log, if it has one."""
+        exact = [values for label, values in self.scores.items() if label.endswith("_exact")]
+        return exact[-1] if exact else next(reversed(self.scores.values()), None)
+
+
+STEP = re.compile(r"^\s*(?:\[[^\]]*\]\s*)?step[: ]\s*(\d+)(?:/(\d+))?\b(.*)$")
+PAIR = re.compile(r"\b([a-z_]+)[:=]\s*(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(ms|s)?\b")
+FINAL = re.compile(r"^\s*(final_\w+|\w*(?:roundtrip|sliding|quantized|ttt)\w*)\b(.*\bval_(?:loss|bpb)\b.*)$")
+SOURCE_END = "=" * 120
+
+
+def pairs(text: str) -> dict[str, float]:
+    """The `name:number` pairs of a line; seconds become milliseconds for train_time, eval_time and step_avg."""
+    found = {}
+    for name, value, unit in PAIR.findall(text):
+        scale = 1000.0 if unit == "s" and name in ("train_time", "eval_time", "step_avg") else 1.0
+        found[name] = float(value) * scale
+    return found
+
+
+def read_log(path: Path) -> Log:
+    """Parses a training log. The source that our logs (and the challenge's) begin with is left out of the steps."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: expected a training log, found nothing to read ({error.strerror})") from None
+    log, start = Log(path, text.splitlines()), 0
+    if text.startswith('"""') and f"\n{SOURCE_END}\nconfig: " in text:
+        end = text.index(f"\n{SOURCE_END}\nconfig: ")
+        log.source_bytes = len(text[:end].encode())
+        start = text[: end + 1].count("\n")
+    for number, line in enumerate(log.lines[start:], start + 1):
+        if line.startswith("config: {") and log.config is None:
+            try:
+                log.config = json.loads(line.removeprefix("config: "))
+            except ValueError:
+                pass
+        elif match := STEP.match(line):
+            log.steps.append(StepLine(number, int(match[1]), pairs(match[3])))
+        elif match := FINAL.match(line):
+            log.scores[match[1]] = pairs(match[2])
+    return log
