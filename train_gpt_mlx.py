@@ -186,9 +186,9 @@ REPLACED = {
     "MUON_BACKEND_STEPS": "MUON_NS_STEPS", "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN", "OUT_DIR": "LOG_DIR",
 }  # fmt: skip
 # Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
-NOT_IN_CONFIG_HASH = """mode run_id resume artifact checkpoint log_dir seed data_path tokenizer_path microbatch_tokens
-    train_log_every checkpoint_every prompt sample_tokens temperature top_k device compile deterministic eager_eval
-    mlx_wired_gb mlx_cache_gb""".split()
+NOT_IN_CONFIG_HASH = """mode preset run_id resume artifact checkpoint log_dir seed data_path tokenizer_path device
+    microbatch_tokens train_log_every checkpoint_every prompt sample_tokens temperature top_k compile deterministic
+    eager_eval mlx_wired_gb mlx_cache_gb""".split()
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult rope_base logit_softcap skips loop_gate
     lora_rank train_seq_len""".split()

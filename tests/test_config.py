@@ -312,5 +312,5 @@ def test_settings_that_decide_what_is_trained_are_hashed(script):
     different = {"matrix_lr": 0.1, "layout": "4", "loop_schedule": "0:2", "iterations": 9, "train_batch_tokens": 512}
     for field, value in different.items():
         assert script.config_sha256(dataclasses.replace(base, **{field: value})) != script.config_sha256(base), field
-    for field, value in {"seed": 1, "run_id": "x", "device": "", "checkpoint_every": 3}.items():
+    for field, value in {"seed": 1, "preset": "laptop", "run_id": "x", "device": "", "checkpoint_every": 3}.items():
         assert script.config_sha256(dataclasses.replace(base, **{field: value})) == script.config_sha256(base), field
