@@ -94,7 +94,7 @@ def welch_p(a: list[float], b: list[float], alternative: str = "two-sided") -> f
     """p of Welch's t-test that `a` and `b` have one mean; alternative "less": that a's is not below b's.
 
     None where the test says nothing: fewer than two values on a side, or no spread on both."""
-    if min(len(a), len(b)) < 2 or (statistics.pstdev(a) == 0 and statistics.pstdev(b) == 0):
+    if min(len(a), len(b)) < 2 or max(statistics.pstdev(a), statistics.pstdev(b)) < 1e-9:
         return None
     from scipy import stats
 
@@ -103,7 +103,7 @@ def welch_p(a: list[float], b: list[float], alternative: str = "two-sided") -> f
 
 def p_below(values: list[float], threshold: float) -> float | None:
     """One-sided p of the one-sample t-test that the mean is not below `threshold`; None as in `welch_p`."""
-    if len(values) < 2 or statistics.pstdev(values) == 0:
+    if len(values) < 2 or statistics.pstdev(values) < 1e-9:
         return None
     from scipy import stats
 
@@ -181,3 +181,47 @@ def read_log(path: Path) -> Log:
         elif match := FINAL.match(line):
             log.scores[match[1]] = pairs(match[2])
     return log
+
+
+# Showing -----------------------------------------------------------------------------------------------------------
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by the colour-blind
+
+
+def short(path: Path) -> str:
+    """A path as seen from the repository's root, where it lies in it."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def p_text(p: float | None) -> str:
+    return "–" if p is None else "<0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def markdown_table(head: list[str], rows: list[list[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def plotting():
+    """matplotlib's pyplot, for files only and in the one style of all pictures here."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib: expected it installed, found none; run: make setup") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style = {"font.size": 10, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.edgecolor": "#888888"}
+    pyplot.rcParams.update(style | {"axes.labelcolor": "#333333", "xtick.color": "#555555", "ytick.color": "#555555"})
+    return pyplot
+
+
+def save_picture(figure, path: Path) -> None:
+    with atomic(path, "wb") as file:  # no date or version inside, so that the same numbers give the same bytes
+        figure.savefig(file, format="png", metadata={"Software": None})
+    plotting().close(figure)
