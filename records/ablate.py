@@ -332,8 +332,7 @@ class Queue:
         )  # fmt: skip
         self.busy[device] = (run, process, output, time.monotonic())
         word = "resumed" if resume else "started"
-        print(f"[{self.total - len(self.waiting) - len(self.busy) + 1}/{self.total}] {run.name}: {word}{self.left()}",
-              flush=True)  # fmt: skip
+        print(f"[{self.total - len(self.waiting)}/{self.total}] {run.name}: {word}{self.left()}", flush=True)
 
     def left(self) -> str:
         """Time left, from the runs finished so far; an arm not seen yet counts like the mean of the others."""

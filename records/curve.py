@@ -7,12 +7,13 @@ A run is a folder with the metrics.jsonl of either script. Training loss is show
 turned with the bits per byte and the loss of the run's own validation. Dotted lines: the number of passes changes.
 """
 
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from common import COLORS, InputError, Parser, plotting, run_tool, save_picture
 
 X_AXES = {  # name: (key of metrics.jsonl, unit divided out, label)
     "steps": ("step", 1, "training steps"),
@@ -20,12 +21,7 @@ X_AXES = {  # name: (key of metrics.jsonl, unit divided out, label)
     "flops": ("flops", 1, "training FLOPs"),
     "time": ("train_time_ms", 60e3, "training time (minutes)"),
 }
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by the colour-blind
 LARGEST_RUNS = 2 * len(COLORS)
-
-
-class InputError(ValueError):
-    """A mistake that the user can mend, in one line."""
 
 
 class Curve(NamedTuple):
@@ -112,26 +108,7 @@ def labels_of(folders: list[Path]) -> list[str]:
 
 def draw(curves: list[Curve], axis: str, out: Path) -> None:
     """Writes the picture. Raises InputError."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError(
-            "matplotlib: expected it installed, found none; run: pip install -r requirements.txt"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.size": 10,
-            "axes.spines.top": False,
-            "axes.edgecolor": "#888888",
-            "axes.labelcolor": "#333333",
-            "xtick.color": "#555555",
-            "ytick.color": "#555555",
-            "font.family": "DejaVu Sans",
-        }
-    )
+    plt = plotting()
     figure, axes = plt.subplots(figsize=(8.4, 4.9), dpi=150, layout="constrained")
     alone = len(curves) == 1
     for i, curve in enumerate(curves):
@@ -205,44 +182,29 @@ def draw(curves: list[Curve], axis: str, out: Path) -> None:
         loc="upper right" if alone else "best",
         bbox_to_anchor=(1, 0.93) if alone else None,
     )
-    temporary = out.with_name(f"{out.name}.tmp")
     try:
-        figure.savefig(temporary, format="png")
-        temporary.replace(out)
+        save_picture(figure, out)
     except OSError as error:
         raise InputError(f"{out}: cannot write ({error.strerror}); set --out") from None
-    finally:
-        plt.close(figure)
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument errors as one line."""
-
-    def error(self, message: str):
-        raise InputError(f"{message}; see --help")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as logs/RUN")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="what runs to the right (default: steps)")
     parser.add_argument("--out", type=Path, help="the PNG (default: curve.png in the first run's folder)")
     parser.add_argument("--label", action="append", default=[], help="name of a run in the legend, one for each run")
-    try:
-        args = parser.parse_args(argv)
-        if args.label and len(args.label) != len(args.runs):
-            raise InputError(f"--label: expected one for each of {len(args.runs)} runs, found {len(args.label)}")
-        if len(args.runs) > LARGEST_RUNS:
-            raise InputError(f"RUN: expected at most {LARGEST_RUNS} runs in one picture, found {len(args.runs)}")
-        out = args.out or args.runs[0] / "curve.png"
-        labels = args.label or labels_of(args.runs)
-        draw([read_curve(run, args.x, label) for run, label in zip(args.runs, labels)], args.x, out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args = parser.parse_args(argv)
+    if args.label and len(args.label) != len(args.runs):
+        raise InputError(f"--label: expected one for each of {len(args.runs)} runs, found {len(args.label)}")
+    if len(args.runs) > LARGEST_RUNS:
+        raise InputError(f"RUN: expected at most {LARGEST_RUNS} runs in one picture, found {len(args.runs)}")
+    out = args.out or args.runs[0] / "curve.png"
+    labels = args.label or labels_of(args.runs)
+    draw([read_curve(run, args.x, label) for run, label in zip(args.runs, labels)], args.x, out)
     print(f"curve: {out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -56,7 +56,7 @@ def test_reads_the_numbers_of_a_run(tmp_path):
 @pytest.mark.parametrize("axis", curve.X_AXES)
 def test_draws_every_axis_beside_the_run(tmp_path, axis, capsys):
     run = write_run(tmp_path / "a")
-    assert curve.main([str(run), f"--x={axis}"]) == 0
+    assert curve.run_tool(curve.main, [str(run), f"--x={axis}"]) == 0
     assert is_png(run / "curve.png")
     assert capsys.readouterr().out == f"curve: {run / 'curve.png'}\n"
 
@@ -64,7 +64,7 @@ def test_draws_every_axis_beside_the_run(tmp_path, axis, capsys):
 def test_draws_many_runs(tmp_path):
     runs = [write_run(tmp_path / name / "run", steps) for name, steps in (("a", 20), ("b", 60), ("c", 100))]
     assert curve.labels_of(runs) == [str(run) for run in runs]  # equal names: whole paths
-    assert curve.main([*map(str, runs), f"--out={tmp_path / 'all.png'}"]) == 0
+    assert curve.run_tool(curve.main, [*map(str, runs), f"--out={tmp_path / 'all.png'}"]) == 0
     assert is_png(tmp_path / "all.png")
 
 
@@ -81,7 +81,7 @@ def test_one_line_errors(tmp_path, capsys):
         ([good, f"--out={tmp_path / 'no' / 'x.png'}"], "cannot write"),
     ]  # fmt: skip
     for argv, expected in cases:
-        assert curve.main(argv) == 1
+        assert curve.run_tool(curve.main, argv) == 1
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and expected in printed and printed.count("\n") == 1, printed
     assert not (tmp_path / "good" / "curve.png").exists()
