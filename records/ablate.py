@@ -183,7 +183,7 @@ def read_matrix(path: Path) -> Matrix:
             need(re.match("[A-Za-z0-9]", arm), f"arm {arm}", "a name that begins with a letter or digit", arm)
             both = set(settings) & set(chosen)
             need(not both, f"arm {arm}", "each setting once", f"{', '.join(both)} also in [factors]")
-            arms[arm] = {key: value_text(value) for key, value in (settings | chosen).items()}
+            arms[arm] = settings | chosen
     for settings in (base, *arms.values()):
         for name, value in settings.items():
             need(name not in OWN_SETTINGS, name, "no setting that this tool makes itself", name)
@@ -194,11 +194,12 @@ def read_matrix(path: Path) -> Matrix:
     several = processes > 1 and script == SCRIPTS[0]
     need(processes == 1 or several, "processes", "1, or more with train_gpt.py", processes)
     base = {name: value_text(value) for name, value in base.items()}
+    arms = {arm: {name: value_text(value) for name, value in settings.items()} for arm, settings in arms.items()}
     return Matrix(path, toml.get("about", ""), script, seeds, against, processes, (kind, amount), arms, base)
 
 
 def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    spec = importlib.util.spec_from_file_location("script_of_the_matrix", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:

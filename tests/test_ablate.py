@@ -1,0 +1,339 @@
+"""records/ablate.py: a queue that survives interruption, and a report that says what the runs said.
+
+Most tests run a stand-in script that has the interface of the trainers and takes a blink; one runs the real script.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
+import ablate
+import common
+from conftest import ROOT, TINY
+
+# Trains for `seconds` in steps of 0.05 s, checkpoints on SIGTERM, resumes; its score depends on its settings and seed.
+STAND_IN = '''
+import dataclasses, hashlib, json, os, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+DEFAULT_PRESET, REPLACED = "record", {}
+@dataclass(frozen=True)
+class Config:
+    preset: str = "record"
+    seed: int = 0
+    run_id: str = ""
+    log_dir: str = "logs"
+    resume: bool = False
+    matrix_lr: float = 0.5
+    layout: str = "9"
+    seconds: float = 0.0
+    device: str = ""
+    iterations: int = 0
+    max_wallclock_seconds: float = 0.0
+    max_train_flops: float = 0.0
+    train_batch_tokens: int = 100
+    val_max_tokens: int = 0
+    data: str = "a"
+def load_config(argv, environ, preset):
+    values = {}
+    for flag in argv:
+        name, _, text = flag.removeprefix("--").partition("=")
+        kinds = {field.name: field.type for field in dataclasses.fields(Config)}
+        if name not in kinds:
+            raise ValueError(f"--{name}: expected a setting, found an unknown flag")
+        values[name] = bool(int(text)) if kinds[name] is bool else kinds[name](text)
+    return Config(**values), []
+def config_sha256(c):
+    kept = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("seed", "run_id", "log_dir", "resume")}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+def main():
+    c = load_config(sys.argv[1:], {}, "")[0]
+    if "MATRIX_LR" in os.environ:
+        sys.exit("error: MATRIX_LR leaked into the run")
+    folder = Path(c.log_dir) / c.run_id
+    folder.mkdir(parents=True, exist_ok=c.resume)
+    with open("starts.txt", "a") as file:  # in the repository of the test
+        file.write(f"{c.run_id} {int(c.resume)} {os.environ.get('OMP_NUM_THREADS')} {time.time()}\\n")
+    log = open(folder / "train.log", "a")
+    log.write(Path(__file__).read_text() + "\\n" + "=" * 120 + "\\n")
+    if c.matrix_lr == 13:
+        sys.exit("error: MATRIX_LR: expected luck, found 13")
+    if c.matrix_lr > 100:
+        sys.exit("error: step 3: expected a finite loss and gradient norm, found loss nan and norm nan")
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    checkpoint = folder / "checkpoint.safetensors"
+    began = time.time() - (float(checkpoint.read_text()) if c.resume else 0)
+    base = {"run_id": c.run_id, "framework": "torch", "layout": c.layout, "seed": c.seed, "steps": 3, "tokens": 300,
+            "config_sha256": config_sha256(c), "dataset": "d", "dataset_sha256": c.data, "versions": {"torch": "9"}}
+    while time.time() - began < c.seconds:
+        time.sleep(0.05)
+        if stopped:
+            checkpoint.write_text(str(time.time() - began))
+            (folder / "result.json").write_text(json.dumps(base | {"val_bpb": None}))
+            sys.exit(143)
+    bpb = 2 + c.matrix_lr / 10 + (c.seed % 7) / 1000
+    with open(folder / "metrics.jsonl", "w") as file:
+        for i in (1, 2, 3):
+            file.write(json.dumps({"step": i, "val_loss": 3.0, "val_bpb": bpb + 1 / i, "flops": 1e9 * i}) + "\\n")
+    (folder / "result.json").write_text(json.dumps(base | {
+        "val_bpb": bpb, "val_bpb_raw": bpb - 0.001, "params_stored": 10, "bytes_artifact": 20, "train_flops": 3e9,
+        "train_time_ms": 60000, "complete": True, "fits": True, "device": "cpu", "world_size": 1, "val_tokens": 9,
+        "commit": "abc"}))
+if __name__ == "__main__":
+    main()
+'''
+
+MATRIX = """
+about = "Which rate?"
+seeds = [1, 2, 3]
+against = "low"
+[budget]
+tokens = 300
+[base]
+layout = "5x3"
+[arms.low]
+matrix_lr = 0.1
+[arms.high]
+matrix_lr = 0.9
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A repository with the stand-in as its script."""
+    (tmp_path / "train_gpt.py").write_text(STAND_IN)
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    return tmp_path
+
+
+def write(home: Path, text: str, name: str = "m.toml") -> Path:
+    path = home / "records" / "ablations" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def run(*args) -> int:
+    return common.run_tool(ablate.main, [str(arg) for arg in args])
+
+
+def starts(home: Path) -> list[str]:
+    return (home / "starts.txt").read_text().splitlines()
+
+
+def test_runs_all_reports_and_does_nothing_twice(home, capsys):
+    path = write(home, MATRIX)
+    assert run(path) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in starts(home)] == [f"{a}_seed{s}" for s in (1, 2, 3) for a in ("low", "high")]
+    text = (path.with_suffix("") / "README.md").read_text()
+    # By hand: scores 2.011, 2.012, 2.013 and 2.091, 2.092, 2.093; t = -97.98 at 4 degrees of freedom.
+    assert "| **low** | 3/3 | 2.0120 | 0.0010 |" in text and "| high | 3/3 | 2.0920 | 0.0010 | <0.0001 |" in text
+    assert "300 tokens" in text and "Which rate?" in text and "`matrix_lr=0.9`" in text and "Fewer than" not in text
+    assert "[6/6] high_seed3: started" in out and "| **low** |" in out
+    assert (path.with_suffix("") / "matrix.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert {file.name for file in (path.with_suffix("") / "low_seed1").iterdir()} == set(ablate.KEPT)
+    assert run(path) == 0 and len(starts(home)) == 6
+    before = text
+    assert run(path, "--report") == 0 and (path.with_suffix("") / "README.md").read_text() == before
+
+
+def test_goes_on_from_the_committed_files_alone(home):
+    path = write(home, MATRIX)
+    assert run(path) == 0
+    shutil.rmtree(path.with_suffix("") / "high_seed2")
+    shutil.rmtree(home / "logs")  # another machine
+    assert run(path) == 0
+    assert [line.split()[0] for line in starts(home)[6:]] == ["high_seed2"]
+
+
+def test_stops_in_time_and_resumes_the_run_in_hand(home, capsys):
+    path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nseconds = 0.8'))
+    assert run(path, "--max-minutes=0.02") == 0  # 1.2 s: one run and a half
+    out = capsys.readouterr().out
+    assert "stopping" in out and "runs left" in out
+    done = [run for run in path.with_suffix("").glob("*_seed*")]
+    assert 0 < len(done) < 6 and (path.with_suffix("") / "README.md").is_file()
+    assert run(path) == 0
+    lines = [line.split()[:2] for line in starts(home)]
+    resumed = [name for name, resume in lines if resume == "1"]
+    assert len(resumed) == 1 and len(lines) == 7  # six runs, one of them in two parts
+    assert len(list(path.with_suffix("").glob("*_seed*"))) == 6
+
+
+def command(home: Path, path: Path) -> list[str]:
+    """The tool in an interpreter of its own, for the repository of the test."""
+    code = f"""import sys; sys.path.insert(0, {str(ROOT / "records")!r})
+import ablate, common
+from pathlib import Path
+ablate.ROOT = common.ROOT = Path({str(home)!r})
+sys.exit(common.run_tool(ablate.main, [{str(path)!r}]))"""
+    return [sys.executable, "-c", code]
+
+
+def start_tool(home: Path, path: Path) -> subprocess.Popen:
+    tool = subprocess.Popen(command(home, path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(600):
+        if (home / "starts.txt").is_file():
+            return tool
+        time.sleep(0.05)
+    tool.kill()
+    raise AssertionError("the queue did not start: " + tool.communicate()[0])
+
+
+def test_sigterm_writes_a_checkpoint_and_ends(home):
+    path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nseconds = 30'))
+    tool = start_tool(home, path)
+    time.sleep(0.3)
+    tool.send_signal(signal.SIGTERM)
+    out, _ = tool.communicate(timeout=30)
+    assert tool.returncode == 130 and "stopped after" in out
+    assert (home / "logs" / "m" / "low_seed1" / "checkpoint.safetensors").is_file()
+
+
+def test_two_queues_do_not_run_one_matrix(home, capsys):
+    path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nseconds = 3'))
+    tool = start_tool(home, path)
+    try:
+        assert run(path) == 1 and "expected this matrix to be idle" in capsys.readouterr().err
+        tool.kill()  # its run goes on as an orphan and still holds the lock
+        tool.wait()
+        assert run(path) == 1 and "expected this matrix to be idle" in capsys.readouterr().err
+    finally:
+        tool.kill()
+
+
+def test_a_run_that_diverges_is_a_result_and_a_failure_is_not(home, capsys):
+    path = write(home, MATRIX + "[arms.wild]\nmatrix_lr = 1e6\n[arms.unlucky]\nmatrix_lr = 13.0\n")
+    assert run(path) == 1
+    err = capsys.readouterr().err
+    assert "3 runs failed (unlucky_seed1" in err
+    text = (path.with_suffix("") / "README.md").read_text()
+    assert "diverged 3 times" in text and "not run yet" in text
+    diverged = json.loads((path.with_suffix("") / "wild_seed1" / "diverged.json").read_text())
+    assert diverged["diverged"].startswith("step 3")
+    count = len(starts(home))
+    assert run(path) == 1 and len(starts(home)) == count + 3  # the failures again, the diverged not
+
+
+def test_environment_does_not_leak_into_runs(home, monkeypatch):
+    monkeypatch.setenv("MATRIX_LR", "0.7")
+    assert run(write(home, MATRIX)) == 0
+
+
+def test_two_jobs_share_the_cores(home):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores < 2:
+        pytest.skip("one core")
+    path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nseconds = 0.5'))
+    assert run(path, "--jobs=2") == 0
+    times = [float(line.split()[3]) for line in starts(home)]
+    assert {line.split()[2] for line in starts(home)} == {str(cores // 2)}
+    assert times[1] - times[0] < 0.45  # the second does not wait for the first
+    assert run(path, "--jobs=9999") == 1
+
+
+def test_refuses_to_mix_settings_scripts_and_data(home, capsys):
+    path = write(home, MATRIX)
+    assert run(path) == 0
+    write(home, MATRIX.replace("0.9", "0.8"))
+    assert run(path) == 1 and "high_seed1: expected the settings of the TOML, found others" in capsys.readouterr().err
+    write(home, MATRIX)
+    (home / "train_gpt.py").write_text(STAND_IN + "\n# changed\n")
+    assert run(path) == 1 and "one of another version" in capsys.readouterr().err
+    (home / "train_gpt.py").write_text(STAND_IN)
+    result = path.with_suffix("") / "low_seed1" / "result.json"
+    result.write_text(result.read_text().replace('"dataset_sha256": "a"', '"dataset_sha256": "b"'))
+    assert run(path, "--report") == 1 and "expected runs on one dataset" in capsys.readouterr().err
+
+
+def test_factors_make_the_product(home):
+    head = "seeds = [1]\n[budget]\nflops = 1e9\n"
+    path = write(home, head + '[factors]\nlayout = ["9", "3+3x3+3"]\nmatrix_lr = [0.1, 0.2]\n')
+    matrix = ablate.read_matrix(path)
+    assert list(matrix.arms) == ["layout-9.matrix_lr-0.1", "layout-9.matrix_lr-0.2", "layout-3_3x3_3.matrix_lr-0.1",
+                                 "layout-3_3x3_3.matrix_lr-0.2"]  # fmt: skip
+    assert run(path) == 0
+    assert "which arm is ahead, and no more" in (path.with_suffix("") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("seeds = [1", "expected TOML"),
+    ("sedes = [1]\n" + MATRIX, "sedes: expected one of"),
+    (MATRIX.replace("[1, 2, 3]", "[1, 1]"), "seeds: expected different whole numbers"),
+    (MATRIX.replace("[1, 2, 3]", '["1"]'), "seeds: expected different whole numbers"),
+    (MATRIX.replace("[1, 2, 3]", "3"), "seeds: expected a list"),
+    (MATRIX.replace("tokens = 300", "tokens = 300\nflops = 1e9"), "[budget]: expected exactly one"),
+    (MATRIX.replace("tokens = 300", "hours = 3"), "[budget]: expected exactly one"),
+    (MATRIX.replace("tokens = 300", "tokens = 0"), "expected a number above 0"),
+    (MATRIX.replace("tokens = 300", "tokens = 110"), "expected a multiple of 100"),
+    (MATRIX.replace('"low"', '"lowest"'), "against: expected one of the arms"),
+    (MATRIX.replace("matrix_lr = 0.9", "matrix_rl = 0.9"), "arm high: --matrix_rl"),
+    (MATRIX.replace("matrix_lr = 0.9", "iterations = 9"), "expected the budget in [budget] alone"),
+    (MATRIX.replace("matrix_lr = 0.9", "matrix_lr = 0.1"), "expected arms that differ"),
+    (MATRIX.replace("matrix_lr = 0.9", "seed = 4"), "expected no setting that this tool makes"),
+    (MATRIX.replace("matrix_lr = 0.9", "matrix_lr = [1]"), "expected a text or a number"),
+    (MATRIX.replace("seeds", 'script = "other.py"\nseeds'), "script: expected train_gpt.py or"),
+    ("seeds = [1]\n[budget]\ntokens = 100\n", "expected at least one arm or factor"),
+    ("[budget]\ntokens = 100\n[factors]\nlayout = []\n", "[factors] layout: expected a list"),
+    (MATRIX.replace("seeds", "processes = 2\nscript = 'train_gpt_mlx.py'\nseeds"), "processes: expected 1, or more"),
+])  # fmt: skip
+def test_bad_matrices_are_one_line(home, capsys, text, expected):
+    path = write(home, text)
+    assert run(path, "--list") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    assert not (home / "logs").exists()
+
+
+def test_missing_and_misnamed_files(home, capsys):
+    assert run(home / "none.toml") == 1 and "found nothing to read" in capsys.readouterr().err
+    assert run(write(home, MATRIX, "a b.toml")) == 1 and "the file's name" in capsys.readouterr().err
+
+
+def test_several_processes_use_torchrun(home, monkeypatch):
+    seen = []
+    path = write(home, MATRIX.replace("seeds", "processes = 2\nseeds"))
+    monkeypatch.setattr(ablate.subprocess, "Popen", lambda command, **rest: seen.append((command, rest)) or Ended())
+    monkeypatch.setattr(ablate, "find_devices", lambda *_: [{"CUDA_VISIBLE_DEVICES": "2,3"}])
+    assert run(path) == 1  # the stand-in for a process leaves no result
+    command, rest = seen[0]
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    assert rest["env"]["CUDA_VISIBLE_DEVICES"] == "2,3"
+
+
+class Ended:
+    returncode = 1
+
+    def poll(self):
+        return 1
+
+
+def test_the_real_script(data, tmp_path):
+    """Two short runs of train_gpt.py; the copy of the repository keeps logs/ out of ours."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "train_gpt.py").write_bytes((ROOT / "train_gpt.py").read_bytes())
+    settings = {key.lower(): value for key, value in (TINY | data.env).items()}
+    settings = {key: value for key, value in settings.items() if key not in ("iterations", "max_wallclock_seconds")}
+    base = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+    text = f"seeds = [1]\n[budget]\ntokens = 1024\n[base]\n{base}[arms.one]\n[arms.two]\nmatrix_lr = 0.02\n"
+    path = write(home, text)
+    done = subprocess.run(command(home, path), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for arm in ("one", "two"):
+        result = json.loads((path.with_suffix("") / f"{arm}_seed1" / "result.json").read_text())
+        assert result["steps"] == 4 and result["tokens"] == 1024 and result["complete"]
+    text = (path.with_suffix("") / "README.md").read_text()
+    assert "1+2x2+1" in text and "| two | 1/1 |" in text
