@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -33,6 +34,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -118,8 +120,14 @@ class Config:
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
     # Artifact
     bytes_cap: int = 16000000  # largest code + artifact, bytes (decimal)
-    quant_sigma: float = 0.0  # int6 rows span +-quant_sigma standard deviations; 0 = up to the row's largest weight
-    embed_bits: int = 8  # 8 = int8 per row, 16 = float16
+    target_bytes: int = 0  # tune QUANT_SIGMA until code + artifact just fit into so many bytes; 0 = off
+    quantizer: str = "absmax"  # absmax: a row spans its largest weight | sigma: QUANT_SIGMA | gptq: and makes up errors
+    quant_sigma: float = 0.0  # standard deviations that a row spans (the embedding 1.56 times as many); 0 = 12.85
+    quant_bits: str = "embed:8,lora:8,*:6"  # of embed, lora, prelude, core, coda, attn, mlp, *; 3 to 8, 16 = float16
+    quant_noise: str = "none"  # none | uniform | round: training feels the export's steps in the core's matrices ...
+    quant_noise_from: float = 0.75  # ... from this fraction of training on
+    calib_tokens: int = 131072  # gptq: training tokens whose activations it looks at
+    calib_seconds: float = 20.0  # gptq: part of max_wallclock_seconds that is kept for it
     codec: str = "ans"  # ans (constriction) | lzma: entropy coder of the quantized weights
     # Cadence
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
@@ -154,7 +162,7 @@ PRESETS: dict[str, dict[str, object]] = {
         model_dim=384, num_heads=6, num_kv_heads=3, train_seq_len=512, train_batch_tokens=16384, train_log_every=20,
         loop_schedule="0:1,0.35:3", val_loss_every=200, muon_momentum_warmup_steps=200, val_max_tokens=1048576),
     "record": dict(  # ten minutes on 8xH100
-        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", quant_sigma=12.85, grad_clip_norm=1.0),
+        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", quantizer="sigma", grad_clip_norm=1.0),
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": dict(layout="9", skips="official", loop_gate="none", warmdown_frac=0.087),
     "pr319": dict(layout="5x3", model_dim=640, skips="none", loop_gate="x0", loop_gate_init=1 / 3, warmdown_frac=0.0,
@@ -163,7 +171,8 @@ PRESETS: dict[str, dict[str, object]] = {
 CHOICES = {
     "mode": ("train", "eval", "sample"), "skips": ("per_loop", "unrolled", "official", "none"),
     "loop_gate": ("x0", "gain", "none"), "codec": ("ans", "lzma"), "dtype": ("", "bfloat16", "float32"),
-    "embed_bits": (8, 16), "preset": ("", *PRESETS), "device": ("", "cuda", "mps", "gpu", "cpu"),
+    "quantizer": ("absmax", "sigma", "gptq"), "quant_noise": ("none", "uniform", "round"),
+    "preset": ("", *PRESETS), "device": ("", "cuda", "mps", "gpu", "cpu"),
 }  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
@@ -173,6 +182,7 @@ REPLACED = {
     "TIE_EMBEDDINGS": "nothing: input and output embedding are always one",
     "VAL_BATCH_SIZE": "MICROBATCH_TOKENS", "GRAD_ACCUM_STEPS": "MICROBATCH_TOKENS", "EMBED_LR": "TIED_EMBED_LR",
     "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS", "MLX_EAGER_EVAL": "EAGER_EVAL", "HEAD_LR": "TIED_EMBED_LR",
+    "EMBED_BITS": "QUANT_BITS=embed:16,*:6",
     "MUON_BACKEND_STEPS": "MUON_NS_STEPS", "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN", "OUT_DIR": "LOG_DIR",
 }  # fmt: skip
 # Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
@@ -228,6 +238,18 @@ def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
     require(most == loops, name, f"an end at the {loops} passes of LAYOUT", found, mend)
     return schedule
 
+def parse_quant_bits(text: str) -> dict[str, int]:
+    """Reads "core:7,embed:8,*:6" as {"core": 7, ...}: a tensor has the bits of the first group that it is in."""
+    try:
+        bits = {group.strip(): int(number) for group, number in (entry.split(":") for entry in text.split(","))}
+    except ValueError:
+        bits = {}
+    groups = "embed lora prelude core coda attn mlp *".split()
+    fine = set(bits) <= set(groups) and set(bits.values()) <= {3, 4, 5, 6, 7, 8, 16} and list(bits)[-1:] == ["*"]
+    expected = f'group:bits,... of {", ".join(groups[:-1])}, with 3 to 8 or 16 bits, ending in "*:bits" for the rest'
+    require(fine, "QUANT_BITS", expected, f'"{text}"')
+    return bits
+
 def parse_value(name: str, text: str, kind: str, where: str) -> object:
     """Turns the text of one setting into the type of its field (`kind`: str, int, float or bool); raises InputError."""
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -282,7 +304,7 @@ def check_config(c: Config) -> None:
     limits = {"train_seq_len": 2**20, "logit_softcap": 60, "seed": 2**32 - 1, "beta1": 0.9999, "beta2": 0.9999}
     for name, limit in limits.items():
         require(getattr(c, name) <= limit, name.upper(), f"at most {limit}", getattr(c, name))
-    for name in ("warmdown_frac", "muon_momentum", "muon_momentum_warmup_start"):
+    for name in ("warmdown_frac", "muon_momentum", "muon_momentum_warmup_start", "quant_noise_from"):
         require(getattr(c, name) <= 1, name.upper(), "a number from 0 to 1", getattr(c, name))
     layout, length, batch = parse_layout(c.layout), c.train_seq_len, c.train_batch_tokens
     parse_loop_schedule(c.loop_schedule, layout.loops)
@@ -294,9 +316,15 @@ def check_config(c: Config) -> None:
     multiple, near = f"a multiple of TRAIN_SEQ_LEN={length}", max(batch // length, 1) * length
     require(batch % length == 0, "TRAIN_BATCH_TOKENS", multiple, batch, f"try {near}")
     require(length % (stride or 1) == 0, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", stride)
-    for name in ("microbatch_tokens", "val_max_tokens"):
+    for name in ("microbatch_tokens", "val_max_tokens", "calib_tokens"):
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
     require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
+    parse_quant_bits(c.quant_bits)
+    sigma, absmax = c.quant_sigma or c.target_bytes, "0 with QUANTIZER=absmax"
+    require(c.quantizer != "absmax" or not sigma, "QUANT_SIGMA, TARGET_BYTES", absmax, sigma, "add QUANTIZER=sigma")
+    both, cap = c.quant_sigma and c.target_bytes, f"at most BYTES_CAP={c.bytes_cap}"
+    require(not both, "TARGET_BYTES", "no QUANT_SIGMA beside it (it finds that)", c.quant_sigma)
+    require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
     trained = c.eval_loops <= layout.loops or c.skips in ("per_loop", "none")
     most = f"at most {layout.loops} passes with SKIPS={c.skips} (the shortcuts of more were never trained)"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
@@ -701,11 +729,13 @@ class Linear(nn.Module):
     def __init__(self, out_dim: int, in_dim: int, passes: int = 0, rank: int = 0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
-        self.has_lora = rank > 0
+        self.has_lora, self.watch = rank > 0, None
         if self.has_lora:
             self.lora_a = nn.Parameter(torch.empty(passes, rank, in_dim))
             self.lora_b = nn.Parameter(torch.empty(passes, out_dim, rank))
     def forward(self, x: Tensor, loop: int) -> Tensor:
+        if self.watch is not None:  # `Engine.hessians` looks at the inputs
+            self.watch(x)
         y = F.linear(x, self.weight.to(x.dtype))
         if self.has_lora:
             row = min(loop, self.lora_a.size(0) - 1)  # passes beyond the trained ones reuse the last
@@ -788,7 +818,7 @@ class RecurrentGPT(nn.Module):
         return x if loop == 0 else g.to(x.dtype) * x + (1 - g).to(x.dtype) * x0
     def forward(self, ids: Tensor, loops: int) -> Tensor:
         """ids [n, t] -> soft-capped logits, float32 [n, t, vocab]."""
-        logits = F.linear(self.hidden(ids, loops), self.tok_emb.weight.to(self.dtype)).float()
+        logits = self.tok_emb(self.hidden(ids, loops), 0).float()
         return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
     def token_losses(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
         """Cross-entropy in nats, float32 [n, t]. The soft cap bounds the logits, so exp needs no maximum taken off."""
@@ -950,9 +980,9 @@ class Engine:
         self.set_weights(weights)
     def tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-    def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float):
+    def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float, noise: bool = False):
         """One optimizer step on the tokens from `start` on; returns loss and gradient norm, tensors on the device."""
-        total = torch.zeros((), device=self.device)
+        total, kept = torch.zeros((), device=self.device), self.disturb(start) if noise else None
         for ids, targets in stream.microbatches(start, self.config, self.rank, self.world, self.largest):
             loss = self.losses(self.tensor(ids), self.tensor(targets), loops).sum() / self.config.train_batch_tokens
             loss.backward()
@@ -960,7 +990,49 @@ class Engine:
         if self.world > 1:
             dist.all_reduce(self.optimizer.grads)
             dist.all_reduce(total)
+        if noise:
+            self.optimizer.weights.copy_(kept)
         return total, self.optimizer.update(lr_mul, momentum, self.dtype)
+    @torch.no_grad()
+    def disturb(self, start: int) -> Tensor:
+        """QUANT_NOISE: moves the core's matrices by up to half a step of the export at random (`uniform`), or to the
+        export's nearest values (`round`: the gradient passes straight through). Returns the weights as they were."""
+        kept, c = self.optimizer.weights.clone(), self.config
+        random = torch.Generator(self.device).manual_seed((start + c.seed) % 2**63)  # the same on every rank
+        for name, p in self.model.named_parameters():
+            scheme = scheme_of(c, name, tuple(p.shape))
+            if param_group(name) == "matrix" and "core" in quant_groups(c, name) and scheme != "f16":
+                top, sigma = largest_symbol(scheme), 0.0 if c.quantizer == "absmax" else sigma_of(c, code_size())
+                span = sigma * p.std(dim=1, correction=0) if sigma else p.abs().amax(dim=1)
+                octaves = 8 * torch.log2(span.clamp(min=1e-30) / top)
+                steps = torch.exp2((octaves.round() if sigma else octaves.ceil()) / 8)[:, None]
+                if c.quant_noise == "round":
+                    p.copy_((p / steps).round().clamp(-top, top) * steps)
+                else:
+                    p.add_((torch.rand(p.shape, generator=random, device=self.device) - 0.5) * steps)
+        return kept
+    @torch.no_grad()
+    def hessians(self, stream: TokenStream, start: int, loops: int) -> dict[str, np.ndarray]:
+        """Mean of x x^T, float32 [in, in], over the inputs x of every matrix on CALIB_TOKENS training tokens from
+        `start` on, all passes of the core together."""
+        c, found = self.config, {}
+        def watch(name: str, x: Tensor) -> None:
+            x = x.detach().flatten(0, -2).float()
+            found[name] = found[name].addmm_(x.T, x) if name in found else x.T @ x
+        linears = {name: module for name, module in self.model.named_modules() if isinstance(module, Linear)}
+        length = c.train_seq_len
+        batch = dataclasses.replace(c, train_batch_tokens=max(c.calib_tokens // length, self.world) * length)
+        for name, linear in linears.items():
+            linear.watch = functools.partial(watch, f"{name}.weight")
+        try:
+            for ids, _ in stream.microbatches(start, batch, self.rank, self.world, self.largest):
+                self.model(self.tensor(ids), loops)
+        finally:
+            for linear in linears.values():
+                linear.watch = None
+        for total in found.values() if self.world > 1 else ():
+            dist.all_reduce(total)
+        return {name: (total / batch.train_batch_tokens).cpu().numpy() for name, total in found.items()}
     def warm_up(self, stream: TokenStream, loops: int) -> None:
         """Compiles and runs everything that a step with so many passes needs; leaves weights and state as they were."""
         o, steps = self.optimizer, self.optimizer.steps
@@ -1014,46 +1086,100 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 # ======================================================================================================================
 # ARTIFACT [shared]
-# One file: magic, version, length of the header, header (JSON: model, passes trained, an entry a tensor), payload,
-# SHA-256 of all before. Matrices are int6 per output row, embedding and LoRA int8 per row (EMBED_BITS=16: float16),
-# vectors float16, a few numbers float32. Symbols are ANS-coded with the tensor's histogram. Reading runs no code.
+# One file: magic, version, length of the header, header (JSON, deflated: model, passes trained, an entry a tensor),
+# payload, SHA-256 of all before. A matrix is integers of QUANT_BITS and a step a row; vectors are float16, a few
+# numbers float32. Integers and steps are ANS-coded with a histogram a tensor. Reading runs no code.
 # ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 1, struct.Struct("<4sII")
-LARGEST_SYMBOL, FLOATS = {"int6": 31, "int8": 127}, {"f16": "<f2", "f32": "<f4"}  # of each scheme
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 2, struct.Struct("<4sII")
+LARGEST_HEADER, FLOATS = 1 << 22, {"f16": "<f2", "f32": "<f4"}
+SIGMA, EMBED_SIGMA, SIGMA_RANGE = 12.85, 20 / 12.85, (3.0, 62.0)  # PR #1394: 12.85 for matrices, 20 for the embedding
+# 2 ** (i / 8), written out: a row's step is one of these times a power of two, equal on every platform.
+EIGHTHS = np.float32([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081])
+
+class Coded(NamedTuple):
+    scheme: str  # int3 ... int8, f16, f32
+    data: bytes
+    check: int  # CRC-32 of what is decoded, so that a damaged model of the coder cannot give wrong weights unseen
+    weights: int  # coded as integers
+    entropy_bits: float  # order 0, of the integers
 
 def scheme_of(c: Config, name: str, shape: tuple[int, ...]) -> str:
-    group = param_group(name)
-    if group == "scalar":
+    if param_group(name) == "scalar":
         return "f32" if math.prod(shape) <= 64 else "f16"
-    return {"matrix": "int6", "lora": "int8", "embed": "int8" if c.embed_bits == 8 else "f16"}[group]
+    groups = quant_groups(c, name)
+    bits = next(bits for group, bits in parse_quant_bits(c.quant_bits).items() if group in groups or group == "*")
+    return "f16" if bits == 16 else f"int{bits}"
 
-def quantize_rows(rows: np.ndarray, top: int, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-    """rows [n, m] -> symbols int16 [n, m] within +-top, scales float16 [n]; a weight is about symbol * scale. A row
-    spans its largest weight, or `sigma` of its standard deviations."""
+def quant_groups(c: Config, name: str) -> list[str]:
+    """Groups of a tensor in QUANT_BITS and in the report; the first tells where its bytes are listed."""
+    if not name.startswith("blocks."):
+        return ["embed" if param_group(name) == "embed" else "rest"]
+    block, layout = int(name.split(".")[1]), parse_layout(c.layout)
+    part = "prelude" if block < layout.prelude else "core" if block < layout.prelude + layout.core else "coda"
+    kind = {"lora": ["lora"], "scalar": ["rest"]}.get(param_group(name), [])
+    return [*kind, part, *(sub for sub in ("attn", "mlp") if f".{sub}." in name)]
+
+def largest_symbol(scheme: str) -> int:
+    return 2 ** (int(scheme[3:]) - 1) - 1
+
+def row_exponents(rows: np.ndarray, top: int, sigma: float) -> np.ndarray:
+    """int16 [n]: the step of a row is 2 ** (exponent / 8), so that `top` steps span its largest weight (`sigma` 0: no
+    clipping) or about `sigma` of its standard deviations."""
     span = sigma * rows.std(axis=1) if sigma else np.abs(rows).max(axis=1)
-    scale = np.minimum(span / top, 65504).astype(np.float16)
-    divisor = np.where(scale > 0, scale, np.inf).astype(np.float32)  # a row of zeros stays one
-    symbols = np.rint(rows / divisor[:, None])
-    return np.clip(symbols, -top, top).astype(np.int16), scale
+    octaves = 8 * np.log2(np.maximum(span.astype(np.float64), 1e-30) / top)
+    found = np.clip(np.rint(octaves) if sigma else np.ceil(octaves), -800, 800).astype(np.int16)
+    return np.where(span > 0, found, found[span > 0].min() if (span > 0).any() else 0).astype(np.int16)
+
+def step_sizes(exponents: np.ndarray) -> np.ndarray:
+    return np.ldexp(EIGHTHS[exponents % 8], (exponents // 8).astype(np.int32))
+
+def gptq_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(order of the columns, upper Cholesky factor [m, m] of the inverse) of a Hessian: what GPTQ needs of it. Columns
+    with the largest inputs come first; 1 % of the mean diagonal is added (arXiv 2210.17323, act-order and damping)."""
+    diagonal = np.diag(hessian).astype(np.float64)
+    order = np.argsort(-diagonal, kind="stable")
+    damped = hessian[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices_from(damped)] += max(0.01 * diagonal.mean(), 1e-12)
+    return order, np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+
+def quantize_rows(rows: np.ndarray, steps: np.ndarray, top: int, factor=None) -> np.ndarray:
+    """rows [n, m] in steps [n] -> symbols int16 [n, m] within +-top. With a GPTQ factor the columns are rounded one by
+    one, and those to come make up for the error in the layer's output; 128 at a time are kept up to date."""
+    if factor is None:
+        return np.clip(np.rint(rows / steps[:, None]), -top, top).astype(np.int16)
+    order, upper = factor
+    left, symbols = (rows[:, order] / steps[:, None]).astype(np.float32), np.empty(rows.shape, dtype=np.int16)
+    for start in range(0, rows.shape[1], 128):
+        end = min(start + 128, rows.shape[1])
+        block, errors = np.ascontiguousarray(left[:, start:end].T), np.empty((end - start, rows.shape[0]), np.float32)
+        for i in range(end - start):
+            rounded = np.clip(np.rint(block[i]), -top, top)
+            errors[i] = (block[i] - rounded) / upper[start + i, start + i]
+            block[i + 1 :] -= np.multiply.outer(upper[start + i, start + i + 1 : end], errors[i])
+            symbols[:, order[start + i]] = rounded
+        left[:, end:] -= errors.T @ upper[start:end, end:]
+    return symbols
 
 def encode_symbols(symbols: np.ndarray, codec: str) -> bytes:
     """int16 symbols -> bytes: for `ans` lowest symbol, alphabet size, 16-bit frequencies, 32-bit words."""
     low = int(symbols.min())
-    shifted, size = (symbols - low).ravel(), max(2, int(symbols.max()) - low + 1)
+    shifted, size = symbols.ravel().astype(np.int32) - low, max(2, int(symbols.max()) - low + 1)
     head = struct.pack("<hH", low, size)
     if codec == "lzma":
-        return head + lzma.compress(shifted.astype(np.uint8).tobytes(), preset=6)
+        return head + lzma.compress(shifted.astype("<u2" if size > 256 else np.uint8).tobytes(), preset=6)
     constriction, counts = need_constriction(), np.bincount(shifted, minlength=size)
     frequencies = np.clip(np.rint(counts / counts.sum() * 65535), 1, 65535).astype("<u2")
     coder = constriction.stream.stack.AnsCoder()
-    coder.encode_reverse(shifted.astype(np.int32), ans_model(constriction, frequencies))
+    coder.encode_reverse(shifted, ans_model(constriction, frequencies))
     return head + frequencies.tobytes() + coder.get_compressed().astype("<u4").tobytes()
 
 def decode_symbols(data: bytes, count: int, codec: str) -> np.ndarray:
     """The opposite of `encode_symbols`: int16 [count]. Raises ValueError on damage."""
     low, size = struct.unpack_from("<hH", data)
     if codec == "lzma":
-        symbols = np.frombuffer(lzma.LZMADecompressor().decompress(data[4:], max_length=count + 1), dtype=np.uint8)
+        kind = np.dtype("<u2" if size > 256 else np.uint8)
+        most = (count + 1) * kind.itemsize
+        symbols = np.frombuffer(lzma.LZMADecompressor().decompress(data[4:], max_length=most), dtype=kind)
     else:
         constriction = need_constriction()
         frequencies = np.frombuffer(data, dtype="<u2", count=size, offset=4)
@@ -1061,7 +1187,7 @@ def decode_symbols(data: bytes, count: int, codec: str) -> np.ndarray:
         symbols = constriction.stream.stack.AnsCoder(words).decode(ans_model(constriction, frequencies), count)
     if len(symbols) != count:
         raise ValueError(f"{len(symbols)} symbols instead of {count}")
-    return (symbols.astype(np.int32) + low).astype(np.int16)
+    return (symbols.astype(np.int32) + low).astype("<i2")
 
 def ans_model(constriction, frequencies: np.ndarray):
     """The coder's model of a histogram; sums and quotients of whole numbers, so equal on every platform."""
@@ -1078,32 +1204,85 @@ def need_constriction():
 
     return constriction
 
-def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndarray]) -> dict[str, float]:
-    """Writes the artifact atomically. Returns its bytes, the coded bits a quantized weight (scales and histograms
-    included) and the order-0 entropy of its symbols."""
-    tensors, payload, offset = [], [], 0
-    quantized = coded_bytes = entropy_bits = 0.0
-    for name, shape in param_shapes(c).items():
-        value, scheme = weights[name], scheme_of(c, name, shape)
-        if scheme in FLOATS:
-            data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
-        else:
-            rows, sigma = value.reshape(-1, shape[-1]), c.quant_sigma if scheme == "int6" else 0.0
-            symbols, scales = quantize_rows(rows, LARGEST_SYMBOL[scheme], sigma)
-            data = scales.astype("<f2").tobytes() + encode_symbols(symbols, c.codec)
-            counts = np.unique(symbols, return_counts=True)[1]
-            entropy_bits += float((counts * np.log2(counts.sum() / counts)).sum())
-            quantized, coded_bytes = quantized + value.size, coded_bytes + len(data)
-        tensors.append({"name": name, "shape": list(shape), "scheme": scheme, "offset": offset, "bytes": len(data)})
-        payload.append(data)
-        offset += len(data)
-    header = {"model": {field: getattr(c, field) for field in MODEL_FIELDS}, "embed_bits": c.embed_bits,
-              "loops": loops, "codec": c.codec, "tensors": tensors}  # fmt: skip
-    head = json.dumps(header, separators=(",", ":")).encode()
-    body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head + b"".join(payload)
-    write_atomically(path, body + hashlib.sha256(body).digest())
-    return {"bytes_artifact": len(body) + 32, "bits_per_weight": 8 * coded_bytes / quantized,
-            "entropy_bits_per_weight": entropy_bits / quantized}  # fmt: skip
+def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=None) -> Coded:
+    scheme = scheme_of(c, name, value.shape)
+    if scheme in FLOATS:
+        data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
+        return Coded(scheme, data, zlib.crc32(data), 0, 0.0)
+    rows, top = value.reshape(-1, value.shape[-1]), largest_symbol(scheme)
+    wider = EMBED_SIGMA if param_group(name) == "embed" else 1.0
+    exponents = row_exponents(rows, top, 0.0 if c.quantizer == "absmax" else sigma * wider)
+    symbols = quantize_rows(rows, step_sizes(exponents), top, factor)
+    steps, counts = encode_symbols(exponents, c.codec), np.unique(symbols, return_counts=True)[1]
+    data = struct.pack("<I", len(steps)) + steps + encode_symbols(symbols, c.codec)
+    check = zlib.crc32(symbols.astype("<i2").tobytes(), zlib.crc32(exponents.astype("<i2").tobytes()))
+    return Coded(scheme, data, check, value.size, float((counts * np.log2(counts.sum() / counts)).sum()))
+
+def decode_tensor(data: bytes, scheme: str, shape: tuple[int, ...], codec: str, check: int) -> np.ndarray:
+    """One tensor of an artifact as float32. Raises ValueError on damage."""
+    if scheme in FLOATS:
+        value, found = np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape), zlib.crc32(data)
+    else:
+        rows, start = math.prod(shape[:-1]), 4 + struct.unpack_from("<I", data)[0]
+        exponents = decode_symbols(data[4:start], rows, codec)
+        symbols = decode_symbols(data[start:], math.prod(shape), codec)
+        found = zlib.crc32(symbols.tobytes(), zlib.crc32(exponents.tobytes()))
+        value = (symbols.reshape(rows, -1) * step_sizes(exponents)[:, None]).reshape(shape)
+    if found != check:
+        raise ValueError(f"CRC-32 {found} instead of {check}")
+    return value
+
+def assemble(c: Config, loops: int, coded: dict[str, Coded], shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """The bytes of the artifact."""
+    entries = [[name, list(shapes[name]), part.scheme, len(part.data), part.check] for name, part in coded.items()]
+    header = {"model": {field: getattr(c, field) for field in MODEL_FIELDS}, "loops": loops, "codec": c.codec,
+              "tensors": entries}  # fmt: skip
+    head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head
+    body += b"".join(part.data for part in coded.values())
+    return body + hashlib.sha256(body).digest()
+
+def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndarray], hessians=None,
+                   code_bytes: int = 0) -> dict[str, float]:  # fmt: skip
+    """Writes the artifact atomically. With TARGET_BYTES it is coded anew with other clippings until it fits, and the
+    largest that fits is kept. Returns its bytes, those of each group, the bits a quantized weight (with steps and
+    histograms), the order-0 entropy of the integers, the clipping, and how often it was coded."""
+    shapes, sigma, best, seen, goal = param_shapes(c), sigma_of(c, code_bytes), None, {}, 0.999 * c.target_bytes
+    factors = {name: gptq_factor(hessian) for name, hessian in (hessians or {}).items()}
+    while True:
+        coded = {name: encode_tensor(c, name, weights[name], sigma, factors.get(name)) for name in shapes}
+        data = assemble(c, loops, coded, shapes)
+        total, seen[sigma] = len(data) + code_bytes, len(data) + code_bytes
+        rank = (True, total) if total <= c.target_bytes else (False, -total)
+        best = max(best or (rank,), (rank, sigma, data, coded), key=lambda entry: (entry[0], len(entry)))
+        if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes or len(seen) == 8:
+            break
+        sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()))
+        if sigma in seen:
+            break
+    _, sigma, data, coded = best
+    write_atomically(path, data)
+    quantized = sum(part.weights for part in coded.values()) or 1
+    groups: dict[str, int] = {}
+    for name, part in coded.items():
+        group = quant_groups(c, name)[0]
+        groups[group] = groups.get(group, 0) + len(part.data)
+    groups["header"] = len(data) - sum(groups.values())
+    bits = 8 * sum(len(part.data) for part in coded.values() if part.weights) / quantized
+    entropy, sigma = sum(part.entropy_bits for part in coded.values()) / quantized, sigma * (c.quantizer != "absmax")
+    return {"bytes_artifact": len(data), "bits_per_weight": bits, "entropy_bits_per_weight": entropy,
+            "bytes_by_group": groups, "sigma": sigma, "rounds": len(seen)}  # fmt: skip
+
+def next_sigma(seen: dict[float, int], goal: float, weights: int) -> float:
+    """The clipping to try next, from the sizes of those tried: a doubling saves about a bit a weight."""
+    below = max((s for s, size in seen.items() if size > goal), default=None)  # a wider step makes it smaller
+    above = min((s for s, size in seen.items() if size <= goal), default=None)
+    if below and above:
+        part = (seen[below] - goal) / max(seen[below] - seen[above], 1)
+        return below * (above / below) ** part
+    last = above or below
+    factor = 2.0 ** (8 * (seen[last] - goal) / max(weights, 1))
+    return min(max(last * factor, SIGMA_RANGE[0]), SIGMA_RANGE[1])
 
 def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
     """Returns (model settings, passes trained, float32 weights). Raises InputError on anything unexpected."""
@@ -1116,49 +1295,69 @@ def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
     require(whole, path, "its SHA-256 at the end", "another (cut short or changed)", mend)
     payload = data[ARTIFACT_HEAD.size + head_bytes : -32]
     try:
-        header = json.loads(data[ARTIFACT_HEAD.size : ARTIFACT_HEAD.size + head_bytes])
-        c = model_config(Config(embed_bits=header["embed_bits"]), header["model"])
+        header = read_header(data[ARTIFACT_HEAD.size : ARTIFACT_HEAD.size + head_bytes])
+        c = model_config(Config(), header["model"])
         loops, codec, entries, shapes = int(header["loops"]), header["codec"], header["tensors"], param_shapes(c)
         if count_params(c) > 64 * len(data):  # before anything of that size is made
             raise ValueError(f"{len(data)} bytes for {count_params(c)} parameters")
         if codec not in CHOICES["codec"] or not 1 <= loops <= parse_layout(c.layout).loops:
             raise ValueError(f"codec {codec}, {loops} passes")
-        if [(e["name"], tuple(e["shape"])) for e in entries] != list(shapes.items()):
+        if [(name, tuple(shape)) for name, shape, *_ in entries] != list(shapes.items()):
             raise ValueError("tensors that are not those of its model")
         weights, offset = {}, 0
-        for e, (name, shape) in zip(entries, shapes.items()):
-            part = payload[offset : offset + e["bytes"]]
-            if e["offset"] != offset or e["bytes"] != len(part) or e["scheme"] != scheme_of(c, name, shape):
-                raise ValueError(f"a wrong place or scheme for {name}")
-            weights[name] = decode_tensor(part, e["scheme"], shape, codec)
-            offset += e["bytes"]
+        for (_, _, scheme, size, check), (name, shape) in zip(entries, shapes.items()):
+            part = payload[offset : offset + size]
+            allowed = [scheme_of(c, name, shape)] if param_group(name) == "scalar" else SCHEMES
+            if scheme not in allowed or not 0 < size == len(part):
+                raise ValueError(f"a wrong scheme or size for {name}")
+            weights[name] = decode_tensor(part, scheme, shape, codec, check)
+            offset += size
         if offset != len(payload):
             raise ValueError(f"{len(payload) - offset} bytes too many")
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error,
-            lzma.LZMAError) as error:  # fmt: skip
+            lzma.LZMAError, zlib.error) as error:  # fmt: skip
         raise InputError(f"{path}: unreadable ({str(error)[:120]}); {mend}") from None
     return header["model"], loops, weights
 
-def decode_tensor(data: bytes, scheme: str, shape: tuple[int, ...], codec: str) -> np.ndarray:
-    """One tensor of an artifact as float32. Raises ValueError on damage."""
-    if scheme in FLOATS:
-        return np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape)
-    scales = np.frombuffer(data, dtype="<f2", count=math.prod(shape[:-1])).astype(np.float32)
-    symbols = decode_symbols(data[scales.size * 2 :], math.prod(shape), codec)
-    return (symbols.reshape(scales.size, -1) * scales[:, None]).reshape(shape)
+def read_header(data: bytes) -> dict:
+    """The JSON of an artifact's header. Raises ValueError or zlib.error on damage, or where it would be huge."""
+    unpack = zlib.decompressobj()
+    text = unpack.decompress(data, LARGEST_HEADER)
+    if not unpack.eof or unpack.unused_data:
+        raise ValueError("a header without its end")
+    return json.loads(text)
 
-def estimated_bytes(c: Config) -> int:
-    """Bytes of the artifact for Gaussian weights: entropy of the symbols, scales, vectors and some for the header."""
+SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "f16")
+
+@functools.lru_cache(maxsize=8)
+def sigma_of(c: Config, code_bytes: int) -> float:
+    """The clipping to begin with: QUANT_SIGMA, or what should meet TARGET_BYTES."""
+    if not c.target_bytes:
+        return c.quant_sigma or SIGMA
+    low, high = SIGMA_RANGE
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        fits = estimated_bytes(c, middle) + code_bytes <= 0.999 * c.target_bytes
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+def estimated_bytes(c: Config, sigma: float) -> int:
+    """Bytes of the artifact for Gaussian weights: entropy of the symbols, steps, vectors and some for the header."""
     shapes = param_shapes(c)
-    bits = 8.0 * 220 * len(shapes)  # header entry and histogram
+    bits = 8.0 * 150 * len(shapes)  # header entry and histograms
     for name, shape in shapes.items():
         scheme, count = scheme_of(c, name, shape), math.prod(shape)
         if scheme in FLOATS:
             bits += count * (16 if scheme == "f16" else 32)
-        else:
-            sigma = c.quant_sigma if scheme == "int6" and c.quant_sigma else math.sqrt(2 * math.log(max(shape[-1], 3)))
-            entropy = math.log2(LARGEST_SYMBOL[scheme] / sigma * math.sqrt(2 * math.pi * math.e))
-            bits += count * max(0.5, entropy) + 16 * count / shape[-1]
+            continue
+        wide = sigma * (EMBED_SIGMA if param_group(name) == "embed" else 1.0)
+        wide = math.sqrt(2 * math.log(max(shape[-1], 3))) if c.quantizer == "absmax" else wide
+        step = min(max(wide / largest_symbol(scheme), 1e-6), 60.0)  # in standard deviations
+        edges = (np.arange(-200, 201) + 0.5) * step
+        below = np.array([math.erf(edge / math.sqrt(2)) / 2 for edge in edges])
+        parts = np.maximum(np.diff(below), 1e-300)
+        entropy = max(-(parts * np.log2(parts)).sum(), math.log2(math.sqrt(2 * math.pi * math.e) / step))
+        bits += count * max(0.05, entropy) + 3 * count / shape[-1]
     return int(bits / 8)
 
 def model_config(c: Config, model: dict) -> Config:
@@ -1330,10 +1529,12 @@ def check_before_start(c: Config) -> list[str]:
     """Checks what would otherwise fail late; returns notices. Raises InputError."""
     if c.codec == "ans":
         need_constriction()
-    estimate, code = estimated_bytes(c), len(Path(__file__).read_bytes())
-    cap, found = c.bytes_cap, f"{code} + about {estimate}"
-    advice = "lower MODEL_DIM, MLP_MULT or the number of blocks, or raise QUANT_SIGMA"
-    require(0.85 * estimate + code <= cap, "BYTES_CAP", f"code + artifact within {cap} bytes", found, advice)
+    code, cap = len(Path(__file__).read_bytes()), c.target_bytes or c.bytes_cap
+    sigma = SIGMA_RANGE[1] / 2 if c.target_bytes else sigma_of(c, code)  # half of the widest still leaves 3 levels
+    estimate, name = estimated_bytes(c, sigma), "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
+    found = f"{code} + about {estimate}"
+    advice = "lower MODEL_DIM, MLP_MULT, the number of blocks or QUANT_BITS, or set QUANTIZER=sigma"
+    require(0.85 * estimate + code <= cap, name, f"code + artifact within {cap} bytes", found, advice)
     over = estimate + code > cap
     return [f"notice: the artifact may exceed the cap: {found} of {cap} bytes; {advice}"] if over else []
 
@@ -1372,7 +1573,7 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     finally:
         log.close()
     if finished:
-        return finish(c, engine, log, state, score)
+        return finish(c, engine, log, state, score, stream)
     write_result(c, engine, log, state, score, {"complete": False})
     log.line(f"stopped by a signal after step {state['step']}; go on with RUN_ID={log.folder.name} RESUME=1")
     return 128 + (stop.number or signal.SIGTERM)
@@ -1412,7 +1613,8 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
         loops = loops_at(c, at)
         step_flops = 3 * flops_per_token(c, loops) * batch
         pace, before = max(average, seconds - before), seconds  # a switch makes steps longer at once
-        late = c.max_wallclock_seconds and seconds + pace * (1 + engine.runs_ahead) > c.max_wallclock_seconds
+        cap = c.max_wallclock_seconds - (c.calib_seconds if c.quantizer == "gptq" else 0.0)
+        late = c.max_wallclock_seconds and seconds + pace * (1 + engine.runs_ahead) > cap
         done = at >= 1 or late or (c.max_train_flops and state["flops"] + step_flops > c.max_train_flops)
         ends = done or stopped
         switch = not ends and state["loops"] not in (0, loops)
@@ -1440,7 +1642,8 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
         if step and epoch > (state["tokens"] - batch) // stream.total:
             log.line(f"step:{step}/{c.iterations} epoch:{epoch + 1} the {stream.total} training tokens are read again")
         lr_mul = lr_mul_at(c, at)
-        handles = engine.step(stream, state["tokens"], loops, lr_mul, momentum_at(c, step))
+        noise = c.quant_noise != "none" and at >= c.quant_noise_from
+        handles = engine.step(stream, state["tokens"], loops, lr_mul, momentum_at(c, step), noise)
         tokens, flops = state["tokens"] + batch, state["flops"] + step_flops
         state |= {"step": step + 1, "tokens": tokens, "flops": flops, "loops": loops}
         read_launched()
@@ -1499,7 +1702,6 @@ model: {c.layout} ({layout.blocks} blocks, {layout.depth} applied)  parameters: 
 
 def write_result(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, more: dict) -> dict:
     """result.json: always the same keys, null where something does not apply."""
-    clip = f"{c.quant_sigma} sigma" if c.quant_sigma else "absmax"
     result = dict.fromkeys(RESULT_KEYS) | {
         "run_id": log.folder.name, "framework": FRAMEWORK, "layout": c.layout, "loops": state["loops"], "seed": c.seed,
         "eval_loops": c.eval_loops or state["loops"], "eval_stride": c.eval_stride or c.train_seq_len, "codec": c.codec,
@@ -1507,7 +1709,7 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: dict, score: Sco
         "tokens": state["tokens"], "train_flops": state["flops"], "train_time_ms": round(1000 * state["seconds"]),
         "tok_s": round(state["tokens"] / max(state["seconds"], 1e-9)), "peak_mem_bytes": engine.peak_memory(),
         "val_tokens": len(score.tokens) - 1, "bytes_cap": c.bytes_cap, "commit": source_commit(),
-        "quantizer": f"int6 rows, {clip}; embedding {c.embed_bits} bits", "device": engine.device_name,
+        "quantizer": f"{c.quantizer} {c.quant_bits}", "device": engine.device_name,
         "world_size": engine.world, "versions": versions(), "config_sha256": config_sha256(c),
         "dataset": Path(c.data_path).name, "dataset_sha256": dataset_sha256(c), **more}  # fmt: skip
     assert list(result) == RESULT_KEYS
@@ -1515,18 +1717,23 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: dict, score: Sco
         write_atomically(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
-def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score) -> int:
+def code_size() -> int:
+    return len(Path(__file__).read_bytes())
+
+def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, stream: TokenStream) -> int:
     """Scores the weights, writes the artifact, reads it back from disk, scores that, and closes the log."""
     loops, path, sizes = c.eval_loops or state["loops"], log.folder / "model.int6.rgpt", {}
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
+    began, code = time.perf_counter(), code_size()
+    hessians = engine.hessians(stream, state["tokens"], loops) if c.quantizer == "gptq" else None
     if engine.rank == 0:
         weights = engine.weights()
         named = {f"weights.{name}": value for name, value in weights.items()}
         save_tensors(log.folder / "model.safetensors", named, about(c, state["loops"]))
-        sizes = write_artifact(path, c, state["loops"], weights)
+        sizes = write_artifact(path, c, state["loops"], weights, hessians, code)
     engine.agree(0.0, False)  # the others wait for the file
-    began = time.perf_counter()
+    export_ms, began = round(1000 * (time.perf_counter() - began)), time.perf_counter()
     engine.set_weights(read_artifact(path)[2])
     loss = evaluate(c, engine, score.tokens, loops)
     ms, bpb = round(1000 * (time.perf_counter() - began)), score.bpb(loss)
@@ -1534,18 +1741,26 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score) ->
     log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
     if engine.rank:
         return 0
-    code, artifact = len(Path(__file__).read_bytes()), sizes["bytes_artifact"]
-    total = code + artifact
+    artifact, groups = sizes["bytes_artifact"], sizes.pop("bytes_by_group")
+    sigma, rounds, total = sizes.pop("sigma"), sizes.pop("rounds"), code + artifact
+    clip = f", {sigma:.3f} sigma" if sigma else ""
     r = write_result(c, engine, log, state, score, sizes | {
         "eval_time_ms": ms, "val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "val_loss": loss, "val_bpb": bpb,
-        "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial})
+        "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial,
+        "quantizer": f"{c.quantizer} {c.quant_bits}{clip}", "calib_time_ms": export_ms if hessians else None})
+    over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
+    reserved = f" of {c.calib_seconds:g} s kept for it" if hessians and c.max_wallclock_seconds else ""
     log.line(f"""---
 score:    {bpb:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {loops} passes){score.label}
 size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code} + artifact {artifact}, \
-{r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f})
+{r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, {over:.2f} % above it)
+bytes:    {", ".join(f"{group} {size}" for group, size in groups.items())}
+export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{reserved}, {rounds} round{"s" if rounds > 1 else ""}
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
 files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
+    if c.target_bytes and total < 0.998 * c.target_bytes:
+        log.line(f"notice: {c.target_bytes - total} bytes of TARGET_BYTES are left: more QUANT_BITS or a larger model")
     return 0 if r["fits"] else 1
 # ======================================================================================================================
 # SAMPLE [shared]
