@@ -194,8 +194,9 @@ def read_head_lines(log: Log, line: str) -> None:
     """What a log states before its first step: seed, validation tokens, tokenizer, hyperparameters."""
     if match := VAL_TOKENS.match(line):
         log.val_tokens = int(match[1].replace(",", "") or 0) or None
-    if log.tokenizer is None and ("data" in line or "tokenizer" in line):
-        log.tokenizer = next((name for name, form in TOKENIZERS if re.search(form, line)), None)
+    if "data" in line or "tokenizer" in line:  # the last one counts: a source at the head names its defaults
+        named = next((name for name, form in TOKENIZERS if re.search(form, line)), None)
+        log.tokenizer = named or log.tokenizer
     words = line.split()
     if (line.startswith("  ") and len(words) == 2 and words[0].endswith(":")) or (
         words and len(words) < 80 and all(re.fullmatch(r"[a-z_]\w*[:=][^\s:=]+", word) for word in words)

@@ -55,7 +55,7 @@ def unit(value: float) -> float:
 
 def agree(claim: float, value: float, slack: float = 0.0) -> bool:
     """Whether a claimed number is a value of a log, to the decimals of the coarser of the two (at least four)."""
-    return abs(claim - value) <= max(unit(claim), min(unit(value), 1e-4), slack) * 1.001
+    return abs(claim - value) <= max(min(unit(claim), 5e-3), min(unit(value), 1e-4), slack) * 1.001
 
 
 def is_number(value: object) -> bool:
