@@ -197,6 +197,8 @@ def read_head_lines(log: Log, line: str) -> None:
     if "data" in line or "tokenizer" in line:  # the last one counts: a source at the head names its defaults
         named = next((name for name, form in TOKENIZERS if re.search(form, line)), None)
         log.tokenizer = named or log.tokenizer
+    if log.seed is None and (match := re.match(r"Seed: (\d{1,19})\b", line)):
+        log.seed = int(match[1])
     words = line.split()
     if (line.startswith("  ") and len(words) == 2 and words[0].endswith(":")) or (
         words and len(words) < 80 and all(re.fullmatch(r"[a-z_]\w*[:=][^\s:=]+", word) for word in words)

@@ -22,7 +22,7 @@ from common import Log, read_log
 
 SEVERITIES = ("info", "warning", "error")
 CODE_SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".pyx", ".ptx", ".cubin", ".pyc"}
-LARGE = 64 << 20  # bytes; a larger file is not read
+LARGE = 8 << 20  # bytes; a larger file is not read
 UNPACKED = 8 << 20  # bytes; a compressed script is not decoded further
 
 
@@ -145,7 +145,7 @@ class Submission:
     def logs(self) -> dict[str, Log]:
         """Training and evaluation logs, identical copies left out."""
         found, seen = {}, set()
-        for name, path in self.files.items():
+        for name, path in sorted(self.files.items(), key=lambda item: file_seed(item[0]) is None):
             if path.suffix not in (".log", ".txt") or path.name == "requirements.txt":
                 continue
             text = self.text(name)
@@ -163,7 +163,7 @@ class Submission:
         names = {name: log for name, log in self.logs.items()
                  if any(agree(want, score) for want in wanted for score in bpbs(log))}  # fmt: skip
         seeded = {name: log for name, log in self.logs.items() if file_seed(name) is not None}
-        return (names if len(names) > 1 or names and not seeded else seeded) or self.logs
+        return (names if len(names) > 1 or not seeded else names | seeded) or self.logs
 
     @cached_property
     def bpb(self) -> float | None:
