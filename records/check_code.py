@@ -120,8 +120,11 @@ def trains_on_val(s: Submission) -> Complaints:
     """No optimiser step on validation tokens before they are scored (PRs #1376, #1487, #1517): a suspicion only."""
     for name, source in s.shipped.items():
         functions = [node for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)] if source.tree else []
-        suspects = []
+        lines, suspects = source.text.split("\n"), []
+        body = {function: "\n".join(lines[function.lineno - 1 : function.end_lineno]) for function in functions}
         for function in functions:
+            if not re.search(r"\.backward|autograd\.grad", body[function]) or "val_" not in body[function]:
+                continue
             inputs = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
             inputs |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
             inputs |= {arg.arg for arg in function.args.args + function.args.kwonlyargs}
@@ -132,7 +135,7 @@ def trains_on_val(s: Submission) -> Complaints:
             if trains and steps and feeds and not loads and first_scoring(function) > trains[0]:
                 suspects.append((function, trains[0]))
         for function, line in suspects:
-            users = [user for user in functions if user is not function
+            users = [user for user in functions if user is not function and function.name in body[user]
                      and any(call.split(".")[-1] == function.name for _, call in calls(user))]  # fmt: skip
             first_use = [min(at for at, call in calls(user) if call.split(".")[-1] == function.name) for user in users]
             if users and all(user.name.startswith("eval") and first_scoring(user) < at

@@ -238,7 +238,7 @@ def read_log(path: Path) -> Log:
             if max(map(len, filter(None, match.groups()[:4]))) < 16:  # not a digit string made to overflow
                 step, of = int(match[1] or match[3]), int(match[2] or match[4] or 0) or None
                 log.steps.append(StepLine(number, step, values, of))
-        elif match := SCORE.match(line):
+        elif ("val_" in line or "BPB" in line) and (match := SCORE.match(line)):
             label = re.split(r"\s+\w+[:=]", match[1])[0].strip(" :")
             bare = {"val_bpb": float(match[3].rstrip("."))} if match[2] else {}  # a line that states nothing but BPB
             log.all_scores.append(Score(number, label + (match[2] or "")[3:], pairs(line) | bare))
