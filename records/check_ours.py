@@ -53,28 +53,27 @@ def our_metrics(s: Submission, seed: str, log: Log) -> Complaints:
     if not rows:
         yield "error", name, "the metrics of the run", "none"
         return
-    redone = {at: step for at, step in log.resumes}
+    shown, logged = {"train_loss": 6e-5, "val_loss": 6e-5, "val_bpb": 6e-5, "train_time": 0.6}, set()
     for line in log.steps:
-        if any(line.number < at and line.step > step for at, step in redone.items()):
+        if not {"train_loss", "val_loss"} & set(line.values):
+            continue  # a change of passes, a new epoch
+        if any(line.number < at and line.step > step for at, step in log.resumes):
             continue  # of an interrupted run, done again later
-        number, row = rows.get((line.step, "val_loss" in line.values), (0, None))
-        shown = {"train_loss": 6e-5, "val_loss": 6e-5, "val_bpb": 6e-5, "train_time": 0.6}
-        for key, slack in shown.items():
-            if (
-                row is None
-                or key not in line.values
-                or key == "train_time"
-                and not {"train_loss", "val_loss"} & set(row)
-            ):
-                continue
-            value = row.get("train_time_ms" if key == "train_time" else key)
-            if not is_number(value) or abs(value - line.values[key]) > slack:
-                where = f"{name}:{number}"
-                yield "error", where, f"{key} {line.values[key]:g} of step {line.step} in the log", value
-                return
-        if row is None and {"train_loss", "val_loss"} & set(line.values):
+        key = line.step, "val_loss" in line.values
+        logged.add(key)
+        if key not in rows:
             yield "error", name, f"step {line.step} of the log", "none"
             return
+        number, row = rows[key]
+        for shown_key, slack in shown.items():
+            value = row.get("train_time_ms" if shown_key == "train_time" else shown_key)
+            said = line.values.get(shown_key)
+            if said is not None and (not is_number(value) or abs(value - said) > slack):
+                yield "error", f"{name}:{number}", f"{shown_key} {said:g} of step {line.step} in the log", value
+                return
+    if extra := sorted(set(rows) - logged):
+        number = rows[extra[0]][0]
+        yield "error", f"{name}:{number}", "a step of the log", f"step {extra[0][0]}, which the log does not have"
 
 
 @rule
