@@ -125,6 +125,16 @@ class StepLine:
     number: int  # of the line, from 1
     step: int
     values: dict[str, float]  # train_loss, val_loss, val_bpb, train_time (ms), step_avg (ms), ... as printed
+    of: int | None = None  # the number of steps planned, where the line states it
+
+
+@dataclass
+class Score:
+    """A line of a log that states a validation score and no step."""
+
+    number: int  # of the line, from 1
+    label: str  # what stands before the score: final_int8_zlib_roundtrip_exact, diagnostic quantized, ...
+    values: dict[str, float]  # val_loss, val_bpb, eval_time (ms), ...
 
 
 @dataclass
@@ -137,6 +147,15 @@ class Log:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # label of a final line: val_loss, val_bpb, ...
     config: dict | None = None  # of our own logs
     source_bytes: int | None = None  # of the script at the head of our own logs
+    all_scores: list[Score] = field(default_factory=list)  # in order; `scores` has the last of each label
+    settings: dict[str, str] = field(default_factory=dict)  # hyperparameters as other people's logs print them
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # model, code, code_compressed, total: line, bytes
+    val_tokens: int | None = None
+    seed: int | None = None
+    tokenizer: str | None = None  # sp1024, sp4096, sp8192, caseops, byte; None: not named
+    resumes: list[tuple[int, int]] = field(default_factory=list)  # line and step from which a run of ours went on
+    train_end: tuple[int, float] | None = None  # line and train time (ms) where training says that it stopped
+    eval_total: tuple[int, float] | None = None  # line and time (ms) of all evaluation, where stated
 
     def score(self) -> dict[str, float] | None:
         """The last exact score of the log, if it has one."""
@@ -144,19 +163,50 @@ class Log:
         return exact[-1] if exact else next(reversed(self.scores.values()), None)
 
 
-STEP = re.compile(r"^\s*(?:\[[^\]]*\]\s*)?step[: ]\s*(\d+)(?:/(\d+))?\b(.*)$")
-PAIR = re.compile(r"\b([a-z_]+)[:=]\s*(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(ms|s)?\b")
-FINAL = re.compile(r"^\s*(final_\w+|\w*(?:roundtrip|sliding|quantized|ttt)\w*)\b(.*\bval_(?:loss|bpb)\b.*)$")
+STAMP = re.compile(r"^\d{10}\.\d+ ?")  # Unix time before every line, as some scripts print it
+STEP = re.compile(r"^\s*(?:\[[^\]]*\]\s*)?(?:step[: ]\s*(\d+)(?:/(\d+))?\b|(\d+)/(\d+) (?=\w+:))(.*)$")
+PAIR = re.compile(r"\b([A-Za-z_]+)[:=]\s*~?(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?|-?nan|-?inf)(ms|s|m)?\b")
+SCORE = re.compile(
+    r"^\s*([^\[\]{}()\"']{0,80}?)[\s:_]*\b(?:val_loss|val_bpb|(BPB(?: \([\w -]+\))?))[:=]\s*(\d[\d.]*|nan|inf)"
+)
+SIZE = re.compile(r"^\s*(Serialized model|Code size|Total submission size)([^:{]*):\s*(\d+) bytes", re.I)
+OUR_SIZE = re.compile(r"^size: +(\d+) bytes of \d+: \w+ \(code (\d+) \+ artifact (\d+)")
+VAL_TOKENS = re.compile(r"^(?:val_loader:.*\btokens:|(?i:val(?:idation)?[_ ]tokens): ?|data: .* val tokens: )([\d,]+)")
+SETTING = re.compile(r"\b([a-z_]\w*)[:=] ?([^\s:=]+)(?=\s|$)")
+RESUME = re.compile(r"^resume: from step:(\d+);")
+TOKENIZERS = (("caseops", "caseops"), ("byte", r"byte260|fineweb10B_bytes|kind=byte"),
+              ("sp1024", r"sp1024|fineweb_1024"), ("sp4096", r"sp4096|fineweb_4096"),
+              ("sp8192", r"sp8192|fineweb_8192"))  # fmt: skip
 SOURCE_END = "=" * 120
+UNITS = {"s": 1000.0, "m": 60_000.0}
+TIMES = ("train_time", "eval_time", "step_avg", "elapsed", "total_eval_time")
 
 
 def pairs(text: str) -> dict[str, float]:
-    """The `name:number` pairs of a line; seconds become milliseconds for train_time, eval_time and step_avg."""
+    """The `name:number` pairs of a line; seconds and minutes become milliseconds for the times."""
     found = {}
     for name, value, unit in PAIR.findall(text):
-        scale = 1000.0 if unit == "s" and name in ("train_time", "eval_time", "step_avg") else 1.0
-        found[name] = float(value) * scale
+        found[name] = float(value) * (UNITS.get(unit, 1.0) if name in TIMES else 1.0)
     return found
+
+
+def read_head_lines(log: Log, line: str) -> None:
+    """What a log states before its first step: seed, validation tokens, tokenizer, hyperparameters."""
+    if match := VAL_TOKENS.match(line):
+        log.val_tokens = int(match[1].replace(",", "") or 0) or None
+    if "data" in line or "tokenizer" in line:  # the last one counts: a source at the head names its defaults
+        named = next((name for name, form in TOKENIZERS if re.search(form, line)), None)
+        log.tokenizer = named or log.tokenizer
+    if log.seed is None and (match := re.match(r"Seed: (\d{1,19})\b", line)):
+        log.seed = int(match[1])
+    words = line.split()
+    if (line.startswith("  ") and len(words) == 2 and words[0].endswith(":")) or (
+        words and len(words) < 80 and all(re.fullmatch(r"[a-z_]\w*[:=][^\s:=]+", word) for word in words)
+    ):
+        for name, value in SETTING.findall(line):
+            log.settings.setdefault(name, value)
+            if name == "seed" and log.seed is None and value.isdigit() and len(value) < 20:
+                log.seed = int(value)
 
 
 def read_log(path: Path) -> Log:
@@ -171,15 +221,47 @@ def read_log(path: Path) -> Log:
         log.source_bytes = len(text[:end].encode())
         start = text[: end + 1].count("\n")
     for number, line in enumerate(log.lines[start:], start + 1):
-        if line.startswith("config: {") and log.config is None:
+        if len(line) > 100_000:
+            continue
+        line = STAMP.sub("", line)
+        if line.startswith("config: {"):
             try:
-                log.config = json.loads(line.removeprefix("config: "))
+                log.config = json.loads(line.removeprefix("config: ")) if log.config is None else log.config
             except ValueError:
                 pass
         elif match := STEP.match(line):
-            log.steps.append(StepLine(number, int(match[1]), pairs(match[3])))
-        elif match := FINAL.match(line):
-            log.scores[match[1]] = pairs(match[2])
+            values = pairs(match[5])
+            if loss := re.search(r"\| loss (\d+\.\d+)", match[5]):
+                values["train_loss"] = float(loss[1])
+            if "train_time" not in values and "t" in values:
+                values["train_time"] = values["t"]  # some scripts shorten it
+            if max(map(len, filter(None, match.groups()[:4]))) < 16:  # not a digit string made to overflow
+                step, of = int(match[1] or match[3]), int(match[2] or match[4] or 0) or None
+                log.steps.append(StepLine(number, step, values, of))
+        elif ("val_" in line or "BPB" in line) and (match := SCORE.match(line)):
+            label = re.split(r"\s+\w+[:=]", match[1])[0].strip(" :")
+            bare = {"val_bpb": float(match[3].rstrip("."))} if match[2] else {}  # a line that states nothing but BPB
+            log.all_scores.append(Score(number, label + (match[2] or "")[3:], pairs(line) | bare))
+            log.scores[label] = log.all_scores[-1].values
+        elif match := SIZE.match(line):
+            kind = {"s": "model", "c": "code", "t": "total"}[match[1][0].lower()]
+            kind += "_compressed" if kind == "code" and match[2].strip() == "(compressed)" else ""
+            kind = "raw" if kind == "model" and not match[2].strip() else kind  # before it is compressed
+            log.sizes[kind] = (number, int(match[3]))
+        elif match := OUR_SIZE.match(line):
+            log.sizes |= {name: (number, int(match[i])) for i, name in enumerate(("total", "code", "model"), 1)}
+        elif match := RESUME.match(line):
+            log.resumes.append((number, int(match[1])))
+        elif line.startswith("stopping_early"):
+            if (time := pairs(line).get("train_time")) is not None:
+                log.train_end = (number, time)
+        elif line.startswith("total_eval_time"):
+            if (time := pairs(line).get("total_eval_time")) is not None:
+                log.eval_total = (number, time)
+        elif not log.steps:
+            read_head_lines(log, line)
+    if log.config is not None and isinstance(log.config, dict):
+        log.seed = log.config.get("seed", log.seed)
     return log
 
 

@@ -16,8 +16,10 @@ of the first run, here and now (--no-proof leaves that out and says so in the RE
 """
 
 import ast
+import dataclasses
 import datetime
 import importlib.util
+import json
 import math
 import os
 import re
@@ -171,9 +173,13 @@ def baked_settings(run: Run) -> dict[str, object]:
     return {key: value for key, value in config.items() if key not in NOT_BAKED and value != defaults.get(key)}
 
 
+def literal(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
 def bake(source: str, settings: dict[str, object]) -> str:
     """The script with one more preset, which is what it runs without flags. Nothing else changes."""
-    entries = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    entries = ", ".join(f"{key}={literal(value)}" for key, value in settings.items())
     lines = textwrap.wrap(f'"{PRESET}": dict({entries}),', 116, break_long_words=False, break_on_hyphens=False)
     preset = "".join(("    " if i == 0 else "        ") + line + "\n" for i, line in enumerate(lines))
     table, default = "PRESETS: dict[str, dict[str, object]] = {\n", re.compile(r'^DEFAULT_PRESET = ".*"$', re.M)
@@ -196,9 +202,10 @@ def prove_configuration(script: Path, run: Run) -> None:
     finally:
         sys.dont_write_bytecode = before
         del sys.modules["baked_script"]
+    config = dataclasses.replace(config, preset=run.log.config["preset"])  # early scripts hash the preset's name, too
     need(module.config_sha256(config) == run.result["config_sha256"], script.name,
          f"the run's configuration ({run.result['config_sha256'][:12]}) from the baked script without flags",
-         module.config_sha256(config)[:12])  # fmt: skip
+         module.config_sha256(config)[:12], "was the log's config line or source changed?")  # fmt: skip
     need(config.seed == run.seed, script.name, f"seed {run.seed}", config.seed)
 
 
@@ -215,6 +222,7 @@ def prove_run(folder: Path, run: Run, minutes: float) -> str:
         if run.result["framework"] == "torch":
             count = run.result["world_size"] if "cpu" not in run.result["device"].lower() else 1
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))  # or torchrun sets 1
         output, log = Path(logs) / "output", Path(logs) / "proof" / "train.log"
         with open(output, "w") as file:
             process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT,
@@ -331,11 +339,11 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
         f"**The text is `{result['dataset']}`, not FineWeb: compare with runs on the same data only.**\n\n")
     run_line = (f"torchrun --standalone --nproc_per_node={result['world_size']} {script}"
                 if script == "train_gpt.py" else f"python {script}")  # fmt: skip
-    listed = "".join(f"    {key} = {value!r}\n" for key, value in settings.items())
-    caps = facts["compliance"]
+    listed = "".join(f"    {key} = {literal(value)}\n" for key, value in settings.items())
+    caps, asked = facts["compliance"], args.track == "10min_16mb"
 
     def said(key: str) -> str:
-        return "yes" if caps[key] else "no"
+        return "yes" if caps[key] else "no" if asked else "no, and this track does not ask for it"
 
     return f"""# {args.name}
 
@@ -366,7 +374,7 @@ From inside this folder, with the data in `data/` at the repository's root:
 
     {run_line}
 
-`SEED={runs[-1].seed} {run_line}` gives another seed. {proof}
+`SEED=<N>` before it gives another seed. {proof}
 The script is the one at the head of each log but for its default: the preset `{PRESET}`, which states
 
 {listed}

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 FRAMEWORK = "torch"
-DEFAULT_PRESET = "record"
+DEFAULT_PRESET = "submission"
 
 # ======================================================================================================================
 # CONFIG [shared]
@@ -147,6 +147,11 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, object]] = {
+    "submission": dict(data_path="../../../data/datasets/wiki_books_sp1024",
+        tokenizer_path="../../../data/tokenizers/fineweb_1024_bpe.model", train_seq_len=256, layout="9", model_dim=256,
+        num_heads=4, num_kv_heads=2, skips="official", loop_gate="none", iterations=0, max_wallclock_seconds=0.0,
+        max_train_flops=146900000000000.0, train_batch_tokens=8192, muon_momentum_warmup_steps=200, val_loss_every=200,
+        train_log_every=10, checkpoint_every=50),
     "smoke": dict(  # needs no data: makes its own text and tokenizer; under a minute on two CPU cores
         data_path="./data/datasets/smoke_sp512", tokenizer_path="./data/tokenizers/smoke_512_bpe.model", vocab_size=512,
         layout="1+2x2+1", model_dim=64, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=2048,

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 FRAMEWORK = "torch"
-DEFAULT_PRESET = "record"
+DEFAULT_PRESET = "submission"
 
 # ======================================================================================================================
 # CONFIG [shared]
@@ -147,6 +147,11 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, object]] = {
+    "submission": dict(data_path="../../../data/datasets/wiki_books_sp1024",
+        tokenizer_path="../../../data/tokenizers/fineweb_1024_bpe.model", train_seq_len=256, val_max_tokens=1048576,
+        model_dim=256, num_heads=4, num_kv_heads=2, loop_schedule="0:1,0.35:3", iterations=0, max_wallclock_seconds=0.0,
+        max_train_flops=146900000000000.0, train_batch_tokens=8192, muon_momentum_warmup_steps=200, val_loss_every=200,
+        train_log_every=10, checkpoint_every=50),
     "smoke": dict(  # needs no data: makes its own text and tokenizer; under a minute on two CPU cores
         data_path="./data/datasets/smoke_sp512", tokenizer_path="./data/tokenizers/smoke_512_bpe.model", vocab_size=512,
         layout="1+2x2+1", model_dim=64, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=2048,
@@ -1870,66 +1875,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-========================================================================================================================
-config: {"mode": "train", "preset": "pr319", "run_id": "pr319_flops", "resume": false, "artifact": "", "checkpoint": "", "init_from": "", "log_dir": "logs", "seed": 1337, "data_path": "./data/datasets/wiki_books_sp1024", "tokenizer_path": "./data/tokenizers/fineweb_1024_bpe.model", "vocab_size": 1024, "train_seq_len": 256, "val_max_tokens": 0, "eval_stride": 0, "layout": "5x3", "model_dim": 256, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2, "rope_base": 10000.0, "qk_gain_init": 1.5, "logit_softcap": 30.0, "tied_embed_init_std": 0.005, "skips": "none", "loop_gate": "x0", "loop_gate_init": 0.3333333333333333, "lora_rank": 0, "loop_schedule": "", "eval_loops": 0, "iterations": 0, "max_wallclock_seconds": 0.0, "max_train_flops": 146900000000000.0, "train_batch_tokens": 8192, "microbatch_tokens": 0, "tied_embed_lr": 0.05, "matrix_lr": 0.04, "scalar_lr": 0.04, "lora_lr": 0.005, "core_lr_scale": 1.0, "warmdown_frac": 0.4, "muon_momentum": 0.95, "muon_momentum_warmup_start": 0.85, "muon_momentum_warmup_steps": 200, "muon_ns_steps": 5, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-08, "grad_clip_norm": 0.0, "bytes_cap": 16000000, "quant_sigma": 0.0, "embed_bits": 8, "codec": "ans", "val_loss_every": 200, "train_log_every": 10, "checkpoint_every": 50, "device": "", "dtype": "", "compile": true, "deterministic": false, "eager_eval": true, "mlx_wired_gb": 0.0, "mlx_cache_gb": 0.0, "prompt": "", "sample_tokens": 200, "temperature": 0.8, "top_k": 50}
-run: logs/pr319_flops  script: torch  preset: pr319  commit: d45641854689114f46a9cbbd2e53c9f60252def6
-versions: {"python": "3.11.7", "torch": "2.13.0+cpu", "mlx": "0.32.4", "numpy": "2.4.6", "sentencepiece": "0.2.3", "safetensors": "0.8.0", "constriction": "0.5.0"}
-device: cpu AMD EPYC (2 cores)  processes: 1  dtype: bfloat16  compiled: True
-data: ./data/datasets/wiki_books_sp1024  train tokens: 68793812 in 1 shards  val tokens: 489728  val bytes: 1205526
-model: 5x3 (5 blocks, 15 applied)  parameters: 2561815 stored, 7159615 applied  loops: 3  skips: none
-warm_up: loops:3 51.1s
-step:1/0 train_loss:6.9250 loops:3 lr_mul:1.000 grad_norm:0.55 train_time:5020ms step_avg:5020.48ms tok_s:1632 left:30m41s
-step:2/0 train_loss:11.4176 loops:3 lr_mul:1.000 grad_norm:2.24 train_time:6631ms step_avg:3315.26ms tok_s:5088 left:20m12s
-step:3/0 train_loss:8.8544 loops:3 lr_mul:1.000 grad_norm:3.37 train_time:8401ms step_avg:2800.39ms tok_s:4627 left:17m01s
-step:4/0 train_loss:6.9428 loops:3 lr_mul:1.000 grad_norm:2.62 train_time:10122ms step_avg:2530.52ms tok_s:4760 left:15m20s
-step:5/0 train_loss:6.5847 loops:3 lr_mul:1.000 grad_norm:1.61 train_time:11933ms step_avg:2386.56ms tok_s:4524 left:14m25s
-step:6/0 train_loss:6.7540 loops:3 lr_mul:1.000 grad_norm:1.53 train_time:13770ms step_avg:2295.08ms tok_s:4458 left:13m50s
-step:7/0 train_loss:6.6216 loops:3 lr_mul:1.000 grad_norm:1.39 train_time:15527ms step_avg:2218.21ms tok_s:4663 left:13m20s
-step:8/0 train_loss:6.4306 loops:3 lr_mul:1.000 grad_norm:1.30 train_time:17401ms step_avg:2175.13ms tok_s:4372 left:13m02s
-step:9/0 train_loss:6.2731 loops:3 lr_mul:1.000 grad_norm:1.25 train_time:19177ms step_avg:2130.76ms tok_s:4613 left:12m44s
-step:10/0 train_loss:6.2035 loops:3 lr_mul:1.000 grad_norm:1.33 train_time:21057ms step_avg:2105.71ms tok_s:4357 left:12m33s
-step:20/0 train_loss:5.2301 loops:3 lr_mul:1.000 grad_norm:1.08 train_time:39032ms step_avg:1951.62ms tok_s:4557 left:11m18s
-step:30/0 train_loss:5.2736 loops:3 lr_mul:1.000 grad_norm:1.05 train_time:55030ms step_avg:1834.32ms tok_s:5121 left:10m19s
-step:40/0 train_loss:5.0723 loops:3 lr_mul:1.000 grad_norm:0.80 train_time:71454ms step_avg:1786.36ms tok_s:4988 left:9m45s
-step:50/0 train_loss:4.7919 loops:3 lr_mul:1.000 grad_norm:0.74 train_time:87258ms step_avg:1745.17ms tok_s:5184 left:9m14s
-step:60/0 train_loss:4.5715 loops:3 lr_mul:1.000 grad_norm:0.65 train_time:105307ms step_avg:1755.11ms tok_s:4539 left:9m00s
-step:70/0 train_loss:4.6206 loops:3 lr_mul:1.000 grad_norm:0.99 train_time:120189ms step_avg:1716.98ms tok_s:5505 left:8m31s
-step:80/0 train_loss:4.4245 loops:3 lr_mul:1.000 grad_norm:1.13 train_time:135066ms step_avg:1688.32ms tok_s:5506 left:8m05s
-step:90/0 train_loss:4.6000 loops:3 lr_mul:1.000 grad_norm:0.72 train_time:149932ms step_avg:1665.91ms tok_s:5510 left:7m42s
-step:100/0 train_loss:4.3317 loops:3 lr_mul:1.000 grad_norm:0.87 train_time:163628ms step_avg:1636.28ms tok_s:5981 left:7m18s
-step:110/0 train_loss:4.3091 loops:3 lr_mul:1.000 grad_norm:0.77 train_time:179818ms step_avg:1634.71ms tok_s:5060 left:7m01s
-step:120/0 train_loss:4.1013 loops:3 lr_mul:1.000 grad_norm:0.70 train_time:194649ms step_avg:1622.07ms tok_s:5524 left:6m41s
-step:130/0 train_loss:4.9362 loops:3 lr_mul:1.000 grad_norm:2.37 train_time:209580ms step_avg:1612.16ms tok_s:5486 left:6m23s
-step:140/0 train_loss:4.3836 loops:3 lr_mul:1.000 grad_norm:0.59 train_time:224282ms step_avg:1602.02ms tok_s:5572 left:6m04s
-step:150/0 train_loss:4.2832 loops:3 lr_mul:1.000 grad_norm:0.73 train_time:237480ms step_avg:1583.20ms tok_s:6207 left:5m44s
-step:160/0 train_loss:4.3134 loops:3 lr_mul:1.000 grad_norm:0.76 train_time:253703ms step_avg:1585.65ms tok_s:5050 left:5m29s
-step:170/0 train_loss:4.4527 loops:3 lr_mul:1.000 grad_norm:1.02 train_time:269315ms step_avg:1584.20ms tok_s:5247 left:5m13s
-step:180/0 train_loss:4.2137 loops:3 lr_mul:1.000 grad_norm:0.82 train_time:285091ms step_avg:1583.84ms tok_s:5192 left:4m57s
-step:190/0 train_loss:4.1076 loops:3 lr_mul:1.000 grad_norm:0.77 train_time:300990ms step_avg:1584.16ms tok_s:5153 left:4m41s
-step:200/0 train_loss:4.0747 loops:3 lr_mul:1.000 grad_norm:1.10 train_time:315664ms step_avg:1578.32ms tok_s:5583 left:4m24s
-step:200/0 val_loss:4.2787 val_bpb:2.5077 loops:3 train_time:315664ms step_avg:1578.32ms
-step:210/0 train_loss:4.2055 loops:3 lr_mul:1.000 grad_norm:0.76 train_time:332952ms step_avg:1585.49ms tok_s:4739 left:4m10s
-step:220/0 train_loss:4.1260 loops:3 lr_mul:1.000 grad_norm:0.79 train_time:348664ms step_avg:1584.84ms tok_s:5214 left:3m54s
-step:230/0 train_loss:4.1035 loops:3 lr_mul:0.943 grad_norm:1.01 train_time:364202ms step_avg:1583.49ms tok_s:5272 left:3m38s
-step:240/0 train_loss:4.2554 loops:3 lr_mul:0.875 grad_norm:0.81 train_time:379615ms step_avg:1581.73ms tok_s:5315 left:3m22s
-step:250/0 train_loss:4.1251 loops:3 lr_mul:0.807 grad_norm:0.83 train_time:393711ms step_avg:1574.84ms tok_s:5812 left:3m05s
-step:260/0 train_loss:4.0481 loops:3 lr_mul:0.739 grad_norm:1.25 train_time:411958ms step_avg:1584.45ms tok_s:4490 left:2m50s
-step:270/0 train_loss:4.2462 loops:3 lr_mul:0.671 grad_norm:1.26 train_time:429071ms step_avg:1589.15ms tok_s:4787 left:2m35s
-step:280/0 train_loss:3.9816 loops:3 lr_mul:0.603 grad_norm:0.53 train_time:445569ms step_avg:1591.32ms tok_s:4965 left:2m19s
-step:290/0 train_loss:3.8386 loops:3 lr_mul:0.535 grad_norm:0.72 train_time:461849ms step_avg:1592.58ms tok_s:5032 left:2m03s
-step:300/0 train_loss:3.7009 loops:3 lr_mul:0.467 grad_norm:0.55 train_time:476712ms step_avg:1589.04ms tok_s:5511 left:1m47s
-step:310/0 train_loss:3.8428 loops:3 lr_mul:0.400 grad_norm:0.76 train_time:494696ms step_avg:1595.79ms tok_s:4555 left:1m32s
-step:320/0 train_loss:3.8012 loops:3 lr_mul:0.332 grad_norm:0.39 train_time:511461ms step_avg:1598.32ms tok_s:4886 left:1m16s
-step:330/0 train_loss:3.5986 loops:3 lr_mul:0.264 grad_norm:0.42 train_time:527540ms step_avg:1598.61ms tok_s:5095 left:1m00s
-step:340/0 train_loss:3.6769 loops:3 lr_mul:0.196 grad_norm:1.00 train_time:544035ms step_avg:1600.10ms tok_s:4967 left:0m44s
-step:350/0 train_loss:3.7364 loops:3 lr_mul:0.128 grad_norm:0.49 train_time:557994ms step_avg:1594.27ms tok_s:5869 left:0m28s
-step:360/0 train_loss:3.6271 loops:3 lr_mul:0.060 grad_norm:0.52 train_time:575251ms step_avg:1597.92ms tok_s:4747 left:0m12s
-step:367/0 val_loss:3.7390 val_bpb:2.1913 loops:3 train_time:584612ms step_avg:1592.95ms
-final_int6_roundtrip val_loss:3.7415 val_bpb:2.1928 eval_time:33916ms
-final_int6_roundtrip_exact val_loss:3.74154621 val_bpb:2.19282516
----
-score:    2.1928 bits per byte from disk (2.1913 before export, 3 passes)
-size:     1877018 bytes of 16000000: PASS (code 106259 + artifact 1770759, 5.489 bits a weight, entropy 5.420)
-training: 367 steps, 3006464 tokens, 1.47e+14 FLOPs, 584.6 s, 5143 tok/s, peak memory 2989 MiB
-files:    logs/pr319_flops: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors model.int6.rgpt

@@ -1,0 +1,217 @@
+"""records/submit.py and records/table.py: runs into a checked record folder, and the page about all folders."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
+import common
+import submit
+import table
+from conftest import ROOT, TINY, run_in_process, script_or_skip, tree
+
+SEEDS = (1, 2, 3)
+WORDS = ["--track=local", "--name=tiny", "--author=A. Nonymous", "--blurb=Four blocks, two of them twice."]
+
+
+def run(*args) -> int:
+    return common.run_tool(submit.main, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """A repository's root with data/ and finished runs of both scripts in logs/."""
+    root = tmp_path_factory.mktemp("root")
+    shutil.copytree(data.path, root / "data" / "datasets" / "tiny_sp320")
+    (root / "data" / "tokenizers").mkdir()
+    shutil.copyfile(data.tokenizer, root / "data" / "tokenizers" / "tiny.model")
+    paths = {"DATA_PATH": "data/datasets/tiny_sp320", "TOKENIZER_PATH": "data/tokenizers/tiny.model", "LOG_DIR": "logs"}
+    env = TINY | {"VAL_LOSS_EVERY": "4"} | {name: str(root / path) for name, path in paths.items()}
+    module = script_or_skip("train_gpt")
+    runs = {f"seed{seed}": {"SEED": str(seed)} for seed in SEEDS}
+    runs |= {"other_lr": {"SEED": "4", "MATRIX_LR": "0.01"}, "partial": {"SEED": "5", "VAL_MAX_TOKENS": "320"},
+             "twin": {"SEED": "1"}}  # fmt: skip
+    for name, settings in runs.items():
+        assert run_in_process(module, **env | settings, RUN_ID=name).code == 0
+    return root
+
+
+@pytest.fixture
+def root(made, tmp_path):
+    """A copy that a test may change."""
+    shutil.copytree(made, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def change_result(folder: Path, **values) -> None:
+    path = folder / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_three_seeds_become_a_proven_folder(root, capsys):
+    """The whole way, with the proof: the baked script starts inside the folder and repeats the logged steps."""
+    runs = [root / "logs" / f"seed{seed}" for seed in SEEDS]
+    before = tree(root / "logs")
+    assert run(*runs, *WORDS, "--date=2026-11-21", f"--out={root / 'records'}", "--beat=9.5") == 0, capsys.readouterr()
+    home = root / "records" / "track_local" / "2026-11-21_tiny"
+    assert "proof" in capsys.readouterr().out and tree(root / "logs") == before
+    assert [path.name for path in (root / "records").iterdir()] == ["track_local"]  # nothing left of the making
+    names = {f"{stem}_seed{seed}.{suffix}" for seed in SEEDS
+             for stem, suffix in (("train", "log"), ("result", "json"), ("metrics", "jsonl"))}  # fmt: skip
+    assert {path.name for path in home.iterdir()} == names | {"README.md", "submission.json", "requirements.txt",
+                                                              "train_gpt.py"}  # fmt: skip
+    results = [json.loads((run / "result.json").read_text()) for run in runs]
+    scores = [result["val_bpb"] for result in results]
+    facts = json.loads((home / "submission.json").read_text())
+    assert facts["val_bpb"] == pytest.approx(sum(scores) / 3) and facts["seeds"] == list(SEEDS)
+    mean = sum(scores) / 3
+    assert facts["val_bpb_std"] == pytest.approx((sum((score - mean) ** 2 for score in scores) / 2) ** 0.5)
+    code = len((home / "train_gpt.py").read_bytes())
+    assert facts["bytes_code"] == code and facts["bytes_total"] == code + max(r["bytes_artifact"] for r in results)
+    assert facts["against"]["is_record"] is True and facts["against"]["p_below_by_0.005_nats"] < 0.01
+    text = (home / "README.md").read_text()
+    assert "Started inside this folder" in text and "TO FILL IN" not in text and "Four blocks" in text
+    for score in scores:
+        assert f"{score:.6f}" in text
+    source, shipped = (ROOT / "train_gpt.py").read_text().splitlines(), (home / "train_gpt.py").read_text().splitlines()
+    removed = [line for line in source if line not in shipped]
+    assert removed == ['DEFAULT_PRESET = "record"']
+    assert run(*runs, *WORDS, "--date=2026-11-21", f"--out={root / 'records'}") == 1
+    assert "expected a new folder" in capsys.readouterr().err
+
+
+def test_the_proof_finds_a_run_that_the_folder_does_not_repeat(root, capsys):
+    """An edit that is consistent over log and metrics, so that only the repetition can tell."""
+    folder = root / "logs" / "seed1"
+    log, metrics = folder / "train.log", folder / "metrics.jsonl"
+    text = log.read_text()
+    loss = re.search(r"^step:2/\d+ train_loss:(\S+) ", text, re.M)[1]
+    log.write_text(text.replace(f"train_loss:{loss} ", "train_loss:4.0000 ", 1))
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row | {"train_loss": 4.0} if row["step"] == 2 and "train_loss" in row else row for row in rows]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(folder, *WORDS, f"--out={root / 'records'}") == 1
+    err = capsys.readouterr().err
+    assert "proof, step 2: expected a training loss near 4.0" in err
+    assert not list((root / "records").rglob("*.py"))
+
+
+def break_nothing(root):
+    pass
+
+
+def drop(name):
+    return lambda root: (root / "logs" / "seed1" / name).unlink()
+
+
+def edit(old, new, name="train.log"):
+    def change(root):
+        path = root / "logs" / "seed1" / name
+        text = path.read_text()
+        head = text.rindex("=" * 120) if name == "train.log" else 0
+        assert re.search(old, text[head:], re.M), old
+        path.write_text(text[:head] + re.sub(old, new, text[head:], count=1, flags=re.M))
+
+    return change
+
+
+def result(**values):
+    return lambda root: change_result(root / "logs" / "seed1", **values)
+
+
+@pytest.mark.parametrize("runs, change, words, expected", [
+    (["none"], break_nothing, [], "expected a run folder"),
+    (["seed1"], drop("result.json"), [], "expected the result.json of a finished run"),
+    (["seed1"], drop("metrics.jsonl"), [], "expected metrics.jsonl"),
+    (["seed1"], drop("train.log"), [], "expected train.log"),
+    (["seed1"], lambda root: (root / "logs/seed1/result.json").write_text("{"), [], "found no JSON"),
+    (["seed1"], lambda root: (root / "logs/seed1/result.json").write_text("[]"), [], "found a list"),
+    (["seed1"], lambda root: (root / "logs/seed1/result.json").write_text("{}"), [], "the keys of result.json"),
+    (["seed1"], result(val_bpb=None, complete=False), [], "expected a finished run"),
+    (["seed1"], result(val_bpb=float("nan")), [], "expected finite numbers"),
+    (["seed1"], result(fits=False), [], "expected code \\+ artifact within"),
+    (["partial"], break_nothing, [], "expected a score on the whole validation set"),
+    (["seed1", "other_lr"], break_nothing, [], "matrix_lr=0.01 instead of 0.04"),
+    (["seed1", "twin"], break_nothing, [], "expected one run a seed"),
+    (["seed1", "seed2"], result(dataset_sha256="0"), [], "expected dataset_sha256"),
+    (["seed1"], break_nothing, ["--name=a b"], "no spaces"),
+    (["seed1"], break_nothing, ["--date=21.11.2026"], "expected YYYY-MM-DD"),
+    (["seed1"], break_nothing, ["--beat=-1"], "a score in bits per byte"),
+    (["seed1"], break_nothing, ["--prose=/none"], "expected a text file"),
+    (["seed1"], break_nothing, ["--track=10min_16mb", "--github-id=x"], "local for text that is not FineWeb"),
+    (["seed1"], break_nothing, ["--track=fast"], "invalid choice"),
+    # An edited log: against metrics.jsonl, result.json or its own configuration hash.
+    (["seed1"], edit(r"^(step:4/\d+ train_loss:)\S+", r"\g<1>1.2345"), [], "without errors"),
+    (["seed1"], edit(r"^(step:4/\d+ val_loss:\S+ val_bpb:)\S+", r"\g<1>1.2345"), [], "without errors"),
+    (["seed1"], edit(r"(roundtrip_exact val_loss:\S+ val_bpb:)\S+", r"\g<1>1.23456789"), [], "without errors"),
+    (["seed1"], result(val_bpb=1.5), [], "without errors"),
+    (["seed1"], edit(r'"matrix_lr": 0.04', '"matrix_lr": 0.05'), [], "the run's configuration"),
+    (["seed1"], edit(r"^config: .*$", "config: nothing"), [], "source and a config at its head"),
+    (["seed1"], edit(r'"init_from": ""', '"init_from": "x"'), [], "expected a run from scratch"),
+])  # fmt: skip
+def test_refusals_write_nothing(root, capsys, runs, change, words, expected):
+    change(root)
+    folders = [root / "logs" / name for name in runs]
+    assert run(*folders, *WORDS, *words, "--no-proof", f"--out={root / 'records'}") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and re.search(expected, err), err
+    assert not (root / "records").exists() or not list((root / "records").rglob("*.*"))
+
+
+def test_the_script_of_the_log_is_shipped_not_todays(root):
+    """A log of an older script gives a folder with that script."""
+    path, remark = root / "logs" / "seed1" / "train.log", "  # as it was"
+    text = path.read_text().replace("import numpy as np\n", f"import numpy as np{remark}\n", 1)
+    values = json.loads((path.parent / "result.json").read_text())
+    longer = {key: values[key] + len(remark) for key in ("bytes_code", "bytes_total")}
+    change_result(path.parent, **longer)
+    for key, value in longer.items():
+        text = re.sub(rf"(size:.*?)\b{values[key]}\b", rf"\g<1>{value}", text)
+    path.write_text(text)
+    assert run(root / "logs" / "seed1", *WORDS, "--no-proof", f"--out={root / 'records'}") == 0
+    home = next((root / "records" / "track_local").iterdir())
+    assert "import numpy as np  # as it was\n" in (home / "train_gpt.py").read_text()
+    assert "Not proven" in (home / "README.md").read_text()
+
+
+def test_author_comes_from_git_or_is_asked_for(root, monkeypatch, capsys):
+    words = [word for word in WORDS if "author" not in word]
+    monkeypatch.setattr(submit, "git_setting", lambda name: "")
+    assert run(root / "logs" / "seed1", *words, "--no-proof", f"--out={root / 'records'}") == 1
+    assert '--author: expected a name' in capsys.readouterr().err
+    monkeypatch.setattr(submit, "git_setting", {"user.name": "G. Hub", "github.user": "ghub"}.get)
+    assert run(root / "logs" / "seed1", *words, "--no-proof", f"--out={root / 'records'}") == 0
+    facts = json.loads(next((root / "records" / "track_local").glob("*/submission.json")).read_text())
+    assert (facts["author"], facts["github_id"]) == ("G. Hub", "ghub")
+
+
+def test_table_says_what_the_folders_say(root, capsys):
+    records = root / "records"
+    for name, runs in (("three", ["seed1", "seed2", "seed3"]), ("one", ["other_lr"])):
+        words = [word.replace("tiny", name) for word in WORDS]
+        folders = [root / "logs" / name for name in runs]
+        assert run(*folders, *words, "--no-proof", "--date=2026-01-02", f"--out={records}") == 0
+    (records / "ablations").mkdir()
+    (records / "ablations" / "rates.toml").write_text('about = "Which rate? More."\n[budget]\ntokens = 300\n')
+    assert common.run_tool(table.main, [f"--home={records}"]) == 0
+    text = (records / "README.md").read_text()
+    scores = [json.loads((root / "logs" / f"seed{seed}" / "result.json").read_text())["val_bpb"] for seed in SEEDS]
+    assert re.search(rf"\| \[three\]\(track_local/2026-01-02_three/README.md\) \| {sum(scores) / 3:.4f} \|", text)
+    assert "| rates | Which rate? | 300 tokens | 0 | – |" in text and "## track_10min_16mb" in text
+    assert (records / "track_local" / "tiny_sp320.png").read_bytes()[:4] == b"\x89PNG"
+    assert common.run_tool(table.main, [f"--home={records}", "--check"]) == 0
+    shutil.rmtree(records / "track_local" / "2026-01-02_one")
+    assert common.run_tool(table.main, [f"--home={records}", "--check"]) == 1
+    assert "found another text" in capsys.readouterr().err
+    (records / "track_local" / "2026-01-02_three" / "submission.json").write_text('{"val_bpb": null}')
+    assert common.run_tool(table.main, [f"--home={records}"]) == 1
+    assert "val_bpb: expected a number" in capsys.readouterr().err
+
+
+def test_records_page_is_current():
+    """records/README.md is what records/table.py makes of the folders in this repository."""
+    assert (ROOT / "records" / "README.md").read_text(encoding="utf-8") == table.build(ROOT / "records")
