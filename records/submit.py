@@ -107,7 +107,7 @@ def read_run(folder: Path) -> Run:
     partial = f"a partial one ({result.get('val_tokens')} tokens)"
     need(result["complete"], short(path), "a score on the whole validation set", partial, "run with VAL_MAX_TOKENS=0")
     need(result["fits"], short(path), f"code + artifact within {result.get('bytes_cap')} bytes",
-         result.get("bytes_total"), "fewer blocks, a smaller MODEL_DIM, or QUANT_SIGMA=12.85")  # fmt: skip
+         result.get("bytes_total"), "fewer blocks, a smaller MODEL_DIM, or QUANTIZER=sigma")  # fmt: skip
     log = read_log(folder / "train.log")
     need(log.config and log.source_bytes, short(folder / "train.log"), "the script's source and a config at its head",
          "none", "give a log as the script wrote it")  # fmt: skip
