@@ -335,6 +335,9 @@ def check_config(c: Config) -> None:
     both, cap = c.quant_sigma and c.target_bytes, f"at most BYTES_CAP={c.bytes_cap}"
     require(not both, "TARGET_BYTES", "no QUANT_SIGMA beside it (it finds that)", c.quant_sigma)
     require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
+    left = c.quantizer != "gptq" or not c.max_wallclock_seconds or c.calib_seconds < c.max_wallclock_seconds
+    below = f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
+    require(left, "CALIB_SECONDS", below, f"{c.calib_seconds:g}, which leaves nothing to train in")
     trained = c.eval_loops <= layout.loops or c.skips in ("per_loop", "none")
     most = f"at most {layout.loops} passes with SKIPS={c.skips} (the shortcuts of more were never trained)"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
@@ -527,9 +530,13 @@ def count_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.nda
 # What happens when, as functions of progress, the fraction of training done. And the plan of the model: which block
 # runs after which, which shortcut connects which, which parameters there are, and what a step costs.
 # ======================================================================================================================
+def seconds_to_train(c: Config) -> float:
+    """MAX_WALLCLOCK_SECONDS without what is kept for the calibration of GPTQ; 0 = no such budget."""
+    kept = c.calib_seconds if c.quantizer == "gptq" else 0.0
+    return c.max_wallclock_seconds and c.max_wallclock_seconds - kept
 def progress_of(c: Config, step: int, seconds: float, flops: float) -> float:
     """Fraction of training done, from 0 to 1: the largest over the budgets that are set."""
-    budgets = ((step, c.iterations), (seconds, c.max_wallclock_seconds), (flops, c.max_train_flops))
+    budgets = ((step, c.iterations), (seconds, seconds_to_train(c)), (flops, c.max_train_flops))
     return min(1.0, max(used / cap for used, cap in budgets if cap))
 def loops_at(c: Config, progress: float) -> int:
     return [n for at, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops) if at <= progress][-1]
@@ -1006,7 +1013,7 @@ class Engine:
 
     def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float, noise: bool = False):
         """One optimizer step on the tokens from `start` on; returns loss and gradient norm, both computed."""
-        total, grads, params = mx.zeros(()), {}, self.disturbed(start) if noise else self.params
+        total, grads, params = mx.zeros(()), {}, self.disturb(start) if noise else self.params
         for ids, targets in stream.microbatches(start, self.config, self.rank, self.world, self.largest):
             loss, more = self.function("gradients", loops)(params, self.tensor(ids), self.tensor(targets))
             total = total + loss
@@ -1019,14 +1026,15 @@ class Engine:
         mx.eval(total, norm, self.params, self.optimizer.buffers())
         return total, norm
 
-    def disturbed(self, start: int) -> dict[str, mx.array]:
+    def disturb(self, start: int) -> dict[str, mx.array]:
         """QUANT_NOISE: the weights with the core's matrices moved by up to half a step of the export at random
         (`uniform`), or to the export's nearest values (`round`: the gradient passes straight through)."""
         found, c, key = dict(self.params), self.config, mx.random.key((start + self.config.seed) % 2**63)
+        sigma = 0.0 if c.quantizer == "absmax" else sigma_of(c, code_size())
         for name, p in self.params.items():
             scheme = scheme_of(c, name, tuple(p.shape))
             if param_group(name) == "matrix" and "core" in quant_groups(c, name) and scheme != "f16":
-                top, sigma = largest_symbol(scheme), 0.0 if c.quantizer == "absmax" else sigma_of(c, code_size())
+                top = largest_symbol(scheme)
                 span = sigma * mx.std(p, axis=1) if sigma else mx.abs(p).max(axis=1)
                 octaves = 8 * mx.log2(mx.maximum(span, 1e-30) / top)
                 steps = mx.power(2.0, (mx.round(octaves) if sigma else mx.ceil(octaves)) / 8)[:, None]
@@ -1131,7 +1139,7 @@ def keep_freed_memory() -> None:
 # numbers float32. Integers and steps are ANS-coded with a histogram a tensor. Reading runs no code.
 # ======================================================================================================================
 ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 2, struct.Struct("<4sII")
-LARGEST_HEADER, FLOATS = 1 << 22, {"f16": "<f2", "f32": "<f4"}
+LARGEST_HEADER, LARGEST_EXPONENT, FLOATS = 1 << 22, 800, {"f16": "<f2", "f32": "<f4"}
 SIGMA, EMBED_SIGMA, SIGMA_RANGE = 12.85, 20 / 12.85, (3.0, 62.0)  # PR #1394: 12.85 for matrices, 20 for the embedding
 # 2 ** (i / 8), written out: a row's step is one of these times a power of two, equal on every platform.
 EIGHTHS = np.float32([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081])
@@ -1139,7 +1147,7 @@ EIGHTHS = np.float32([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108
 class Coded(NamedTuple):
     scheme: str  # int3 ... int8, f16, f32
     data: bytes
-    check: int  # CRC-32 of what is decoded, so that a damaged model of the coder cannot give wrong weights unseen
+    check: int  # CRC-32 of name, shape and what is decoded: a damaged model of the coder cannot give wrong weights
     weights: int  # coded as integers
     entropy_bits: float  # order 0, of the integers
 
@@ -1167,7 +1175,8 @@ def row_exponents(rows: np.ndarray, top: int, sigma: float) -> np.ndarray:
     clipping) or about `sigma` of its standard deviations."""
     span = sigma * rows.std(axis=1) if sigma else np.abs(rows).max(axis=1)
     octaves = 8 * np.log2(np.maximum(span.astype(np.float64), 1e-30) / top)
-    found = np.clip(np.rint(octaves) if sigma else np.ceil(octaves), -800, 800).astype(np.int16)
+    rounded = np.rint(octaves) if sigma else np.ceil(octaves)
+    found = np.clip(rounded, -LARGEST_EXPONENT, LARGEST_EXPONENT).astype(np.int16)
     return np.where(span > 0, found, found[span > 0].min() if (span > 0).any() else 0).astype(np.int16)
 
 def step_sizes(exponents: np.ndarray) -> np.ndarray:
@@ -1213,13 +1222,14 @@ def encode_symbols(symbols: np.ndarray, codec: str) -> bytes:
     coder.encode_reverse(shifted, ans_model(constriction, frequencies))
     return head + frequencies.tobytes() + coder.get_compressed().astype("<u4").tobytes()
 
-def decode_symbols(data: bytes, count: int, codec: str) -> np.ndarray:
-    """The opposite of `encode_symbols`: int16 [count]. Raises ValueError on damage."""
+def decode_symbols(data: bytes, count: int, codec: str, largest: int = 2**15 - 1) -> np.ndarray:
+    """The opposite of `encode_symbols`: int16 [count] within +-largest. Raises ValueError on damage."""
     low, size = struct.unpack_from("<hH", data)
     if codec == "lzma":
         kind = np.dtype("<u2" if size > 256 else np.uint8)
         most = (count + 1) * kind.itemsize
-        symbols = np.frombuffer(lzma.LZMADecompressor().decompress(data[4:], max_length=most), dtype=kind)
+        unpack = lzma.LZMADecompressor(memlimit=1 << 26)  # a stream may ask for a dictionary of gigabytes
+        symbols = np.frombuffer(unpack.decompress(data[4:], max_length=most), dtype=kind)
     else:
         constriction = need_constriction()
         frequencies = np.frombuffer(data, dtype="<u2", count=size, offset=4)
@@ -1227,7 +1237,10 @@ def decode_symbols(data: bytes, count: int, codec: str) -> np.ndarray:
         symbols = constriction.stream.stack.AnsCoder(words).decode(ans_model(constriction, frequencies), count)
     if len(symbols) != count:
         raise ValueError(f"{len(symbols)} symbols instead of {count}")
-    return (symbols.astype(np.int32) + low).astype("<i2")
+    symbols = symbols.astype(np.int32) + low
+    if np.abs(symbols).max(initial=0) > largest:
+        raise ValueError(f"symbols beyond {largest}")
+    return symbols.astype("<i2")
 
 def ans_model(constriction, frequencies: np.ndarray):
     """The coder's model of a histogram; sums and quotients of whole numbers, so equal on every platform."""
@@ -1244,32 +1257,39 @@ def need_constriction():
 
     return constriction
 
+def crc_of_place(name: str, shape: tuple[int, ...]) -> int:
+    """Begins the CRC-32 of a tensor, so that two tensors whose entries and bytes were swapped are seen."""
+    return zlib.crc32(f"{name} {shape}".encode())
+
 def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=None) -> Coded:
-    scheme = scheme_of(c, name, value.shape)
+    scheme, check = scheme_of(c, name, value.shape), crc_of_place(name, value.shape)
     if scheme in FLOATS:
         data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
-        return Coded(scheme, data, zlib.crc32(data), 0, 0.0)
+        return Coded(scheme, data, zlib.crc32(data, check), 0, 0.0)
     rows, top = value.reshape(-1, value.shape[-1]), largest_symbol(scheme)
     wider = EMBED_SIGMA if param_group(name) == "embed" else 1.0
     exponents = row_exponents(rows, top, 0.0 if c.quantizer == "absmax" else sigma * wider)
     symbols = quantize_rows(rows, step_sizes(exponents), top, factor)
     steps, counts = encode_symbols(exponents, c.codec), np.unique(symbols, return_counts=True)[1]
     data = struct.pack("<I", len(steps)) + steps + encode_symbols(symbols, c.codec)
-    check = zlib.crc32(symbols.astype("<i2").tobytes(), zlib.crc32(exponents.astype("<i2").tobytes()))
+    for decoded in (exponents, symbols):
+        check = zlib.crc32(decoded.astype("<i2").tobytes(), check)
     return Coded(scheme, data, check, value.size, float((counts * np.log2(counts.sum() / counts)).sum()))
 
-def decode_tensor(data: bytes, scheme: str, shape: tuple[int, ...], codec: str, check: int) -> np.ndarray:
+def decode_tensor(data: bytes, name: str, scheme: str, shape: tuple[int, ...], codec: str, check: int) -> np.ndarray:
     """One tensor of an artifact as float32. Raises ValueError on damage."""
+    found = crc_of_place(name, shape)
     if scheme in FLOATS:
-        value, found = np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape), zlib.crc32(data)
+        value = np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape)
+        found = zlib.crc32(data, found)
     else:
         rows, start = math.prod(shape[:-1]), 4 + struct.unpack_from("<I", data)[0]
-        exponents = decode_symbols(data[4:start], rows, codec)
-        symbols = decode_symbols(data[start:], math.prod(shape), codec)
-        found = zlib.crc32(symbols.tobytes(), zlib.crc32(exponents.tobytes()))
+        exponents = decode_symbols(data[4:start], rows, codec, LARGEST_EXPONENT)
+        symbols = decode_symbols(data[start:], math.prod(shape), codec, largest_symbol(scheme))
+        found = zlib.crc32(symbols.tobytes(), zlib.crc32(exponents.tobytes(), found))
         value = (symbols.reshape(rows, -1) * step_sizes(exponents)[:, None]).reshape(shape)
-    if found != check:
-        raise ValueError(f"CRC-32 {found} instead of {check}")
+    if found != check or not np.isfinite(value).all():
+        raise ValueError(f"CRC-32 {found} instead of {check}, or numbers that are not finite, in {name}")
     return value
 
 def assemble(c: Config, loops: int, coded: dict[str, Coded], shapes: dict[str, tuple[int, ...]]) -> bytes:
@@ -1350,12 +1370,12 @@ def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
             allowed = [scheme_of(c, name, shape)] if param_group(name) == "scalar" else SCHEMES
             if scheme not in allowed or not 0 < size == len(part):
                 raise ValueError(f"a wrong scheme or size for {name}")
-            weights[name] = decode_tensor(part, scheme, shape, codec, check)
+            weights[name] = decode_tensor(part, name, scheme, shape, codec, check)
             offset += size
         if offset != len(payload):
             raise ValueError(f"{len(payload) - offset} bytes too many")
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error,
-            lzma.LZMAError, zlib.error) as error:  # fmt: skip
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+            struct.error, lzma.LZMAError, zlib.error) as error:  # fmt: skip
         raise InputError(f"{path}: unreadable ({str(error)[:120]}); {mend}") from None
     return header["model"], loops, weights
 
@@ -1392,13 +1412,17 @@ def estimated_bytes(c: Config, sigma: float) -> int:
             continue
         wide = sigma * (EMBED_SIGMA if param_group(name) == "embed" else 1.0)
         wide = math.sqrt(2 * math.log(max(shape[-1], 3))) if c.quantizer == "absmax" else wide
-        step = min(max(wide / largest_symbol(scheme), 1e-6), 60.0)  # in standard deviations
-        edges = (np.arange(-200, 201) + 0.5) * step
-        below = np.array([math.erf(edge / math.sqrt(2)) / 2 for edge in edges])
-        parts = np.maximum(np.diff(below), 1e-300)
-        entropy = max(-(parts * np.log2(parts)).sum(), math.log2(math.sqrt(2 * math.pi * math.e) / step))
-        bits += count * max(0.05, entropy) + 3 * count / shape[-1]
+        bits += count * max(0.05, gaussian_entropy(wide / largest_symbol(scheme))) + 3 * count / shape[-1]
     return int(bits / 8)
+
+@functools.lru_cache(maxsize=256)  # few tensors differ in it
+def gaussian_entropy(step: float) -> float:
+    """Bits of a Gaussian number that is rounded to steps of so many standard deviations."""
+    step = min(max(step, 1e-6), 60.0)
+    edges = (np.arange(-200, 201) + 0.5) * step
+    below = np.array([math.erf(edge / math.sqrt(2)) / 2 for edge in edges])
+    parts = np.maximum(np.diff(below), 1e-300)
+    return max(-float((parts * np.log2(parts)).sum()), math.log2(math.sqrt(2 * math.pi * math.e) / step))
 
 def model_config(c: Config, model: dict) -> Config:
     """`c` with the model settings of a file. Raises InputError if they are not those of a model."""
@@ -1653,8 +1677,8 @@ def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, scor
         loops = loops_at(c, at)
         step_flops = 3 * flops_per_token(c, loops) * batch
         pace, before = max(average, seconds - before), seconds  # a switch makes steps longer at once
-        cap = c.max_wallclock_seconds - (c.calib_seconds if c.quantizer == "gptq" else 0.0)
-        late = c.max_wallclock_seconds and seconds + pace * (1 + engine.runs_ahead) > cap
+        cap = seconds_to_train(c)
+        late = cap and seconds + pace * (1 + engine.runs_ahead) > cap
         done = at >= 1 or late or (c.max_train_flops and state["flops"] + step_flops > c.max_train_flops)
         ends = done or stopped
         switch = not ends and state["loops"] not in (0, loops)
