@@ -48,6 +48,10 @@ TINY = dict(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", default="400", help="number of damaged artifacts that tests/test_fuzz.py reads")
+
+
 def load_script(name):
     """The module of a script, or why it cannot be had."""
     if not (ROOT / f"{name}.py").exists():
