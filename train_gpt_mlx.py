@@ -74,12 +74,12 @@ class InputError(ValueError):
 @dataclass(frozen=True)
 class Config:
     # What to do
-    mode: str = "train"  # train | eval | sample
+    mode: str = "train"  # train | eval | sample | export
     preset: str = ""  # smoke | demo | laptop | record | baseline | pr319
     run_id: str = ""  # name of the folder under log_dir; "" makes one from the date, the preset and the seed
     resume: bool = False  # go on from the checkpoint of run_id
     artifact: str = ""  # eval and sample: path of an artifact (model.int6.rgpt) of either script
-    checkpoint: str = ""  # eval and sample: path of a checkpoint.safetensors or model.safetensors of either script
+    checkpoint: str = ""  # eval, sample, export: a checkpoint.safetensors or model.safetensors of either script
     init_from: str = ""  # train: artifact, checkpoint or model with the same blocks, of any layout; weights go by name
     log_dir: str = "logs"  # folder of the run folders
     seed: int = 1337  # of the initial weights and of sampling
@@ -179,7 +179,7 @@ PRESETS: dict[str, dict[str, object]] = {
                   train_batch_tokens=786432, max_wallclock_seconds=2400.0),
 }  # fmt: skip
 CHOICES = {
-    "mode": ("train", "eval", "sample"), "skips": ("per_loop", "unrolled", "official", "none"),
+    "mode": ("train", "eval", "sample", "export"), "skips": ("per_loop", "unrolled", "official", "none"),
     "loop_gate": ("x0", "gain", "none"), "codec": ("ans", "lzma"), "dtype": ("", "bfloat16", "float32"),
     "quantizer": ("absmax", "sigma", "gptq"), "quant_noise": ("none", "uniform", "round"),
     "preset": ("", *PRESETS), "device": ("", "cuda", "mps", "gpu", "cpu"),
@@ -354,6 +354,8 @@ def check_config(c: Config) -> None:
         given = bool(c.artifact) + bool(c.checkpoint)
         found = "both" if given == 2 else "neither"
         require(given == 1, f"MODE={c.mode}", "one of ARTIFACT=<file> and CHECKPOINT=<file>", found)
+        whole = c.checkpoint or c.mode != "export"
+        require(whole, "MODE=export", "CHECKPOINT=<file>", f"ARTIFACT={c.artifact}, whose weights are rounded already")
 
 def config_sha256(c: Config) -> str:
     """Hash of the settings that decide what is trained; equal for the seeds of one configuration."""
@@ -1781,6 +1783,15 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: dict, score: Sco
         write_atomically(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
 
+def export(c: Config, engine: Engine, notices: list[str], weights: dict[str, np.ndarray], loops: int) -> int:
+    """MODE=export: a new artifact of trained weights, with the export's settings of now, scored as after training."""
+    score, stream = Score(c), TokenStream(find_shards(c.data_path, "train", c.vocab_size), c.vocab_size)
+    log = RunLog(c, engine.rank)
+    engine.build(weights, training=False)
+    write_head(c, engine, log, [*notices, *engine.notices], score, stream)
+    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": loops}
+    return finish(c, engine, log, state, score, stream)
+
 def code_size() -> int:
     return len(Path(__file__).read_bytes())
 
@@ -1858,10 +1869,13 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         notices += check_before_start(c)
     else:
         weights, model, trained_loops = load_model_file(c.artifact or c.checkpoint)
-        c = model_config(dataclasses.replace(c, compile=c.compile and c.mode == "eval"), model)
+        c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
+        notices += check_before_start(c) if c.mode == "export" else []
     engine, code = Engine(c), 0
     if c.mode == "train":
         code = train(c, engine, notices)
+    elif c.mode == "export":
+        code = export(c, engine, notices, weights, trained_loops)
     else:
         engine.build(weights, training=False)
         loops = c.eval_loops or trained_loops

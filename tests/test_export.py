@@ -1,0 +1,44 @@
+"""MODE=export: another artifact of weights that were trained already, in either script, of either script's file."""
+
+import json
+
+import pytest
+from conftest import SCRIPTS, TINY, assert_refused, load_script, run_in_process, script_or_skip
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The run folder of a tiny model of each script."""
+    logs = tmp_path_factory.mktemp("trained")
+    for name in SCRIPTS:
+        if not isinstance(module := load_script(name), str):
+            assert run_in_process(module, **TINY | data.env | {"LOG_DIR": str(logs), "RUN_ID": name}).code == 0
+    return logs
+
+
+@pytest.mark.parametrize("maker", SCRIPTS)
+def test_repeats_the_artifact_and_makes_others(script, maker, trained, data, tmp_path):
+    script_or_skip(maker)
+    flags = ("--mode=export", f"--checkpoint={trained / maker / 'model.safetensors'}", f"--log_dir={tmp_path}")
+    env = data.env | {"DEVICE": "cpu", "DTYPE": "float32", "COMPILE": "0", "PRESET": "laptop", "VAL_MAX_TOKENS": "0"}
+    assert run_in_process(script, *flags, "--run_id=same", **env).code == 0
+    assert (tmp_path / "same" / "model.int6.rgpt").read_bytes() == (trained / maker / "model.int6.rgpt").read_bytes()
+    was = json.loads((trained / maker / "result.json").read_text())
+    now = json.loads((tmp_path / "same" / "result.json").read_text())
+    for key in ("val_bpb", "val_bpb_raw"):
+        assert now[key] == pytest.approx(was[key], abs=1e-3)
+    assert now["steps"] == 0 and now["complete"] is True
+    more = ("--run_id=other", "--quantizer=gptq", "--calib_tokens=512", "--quant_bits=core:4,*:5")
+    assert run_in_process(script, *flags, *more, **env).code == 0
+    other = json.loads((tmp_path / "other" / "result.json").read_text())
+    assert other["bytes_artifact"] < now["bytes_artifact"] and other["calib_time_ms"] > 0
+    assert other["val_bpb_raw"] == now["val_bpb_raw"] and other["quantizer"].startswith("gptq core:4,*:5")
+
+
+def test_refuses_rounded_weights_and_a_used_name(script, trained, data, tmp_path):
+    maker = script.__name__
+    artifact = f"--artifact={trained / maker / 'model.int6.rgpt'}"
+    outcome = run_in_process(script, "--mode=export", artifact, f"--log_dir={tmp_path}", **data.env)
+    assert_refused(outcome, "MODE=export: expected CHECKPOINT=<file>", "rounded already")
+    flags = ("--mode=export", f"--checkpoint={trained / maker / 'model.safetensors'}", f"--log_dir={trained}")
+    assert_refused(run_in_process(script, *flags, f"--run_id={maker}", **data.env), "RUN_ID", "a new name")
