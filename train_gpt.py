@@ -316,7 +316,8 @@ def check_config(c: Config) -> None:
     multiple, near = f"a multiple of TRAIN_SEQ_LEN={length}", max(batch // length, 1) * length
     require(batch % length == 0, "TRAIN_BATCH_TOKENS", multiple, batch, f"try {near}")
     require(length % (stride or 1) == 0, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", stride)
-    for name in ("microbatch_tokens", "val_max_tokens", "calib_tokens"):
+    calibrates = ["calib_tokens"] if c.quantizer == "gptq" and c.mode == "train" else []
+    for name in ("microbatch_tokens", "val_max_tokens", *calibrates):
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
     require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
     parse_quant_bits(c.quant_bits)

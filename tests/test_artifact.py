@@ -148,6 +148,13 @@ def test_checkpoints_are_read_by_both(both, config, tmp_path):
             assert all(np.array_equal(found[name], weights[name]) for name in weights)
 
 
+def test_model_of_long_sequences(any_script, config, tmp_path):
+    """Settings of this machine, or defaults of what an artifact does not state, keep no valid file from being read."""
+    c = config(any_script, train_seq_len=2**18, train_batch_tokens=2**18)
+    assert c.calib_tokens < c.train_seq_len
+    check_round_trip(any_script, c, random_weights(any_script, c), tmp_path / "a.rgpt")
+
+
 def test_lzma_needs_no_constriction_and_ans_does(script, config, tmp_path, monkeypatch):
     for codec in ("ans", "lzma"):
         write(script, tmp_path / codec, config(script, codec=codec))
@@ -569,19 +576,22 @@ def bombs(module, c, folder):
             "lora": dict(layout="1+2x2+1", lora_rank=2**40),
             "heads": dict(model_dim=2**40 + 2),
             "vocabulary": dict(vocab_size=2**40),
+            "dim of a gigabyte": dict(model_dim=2**20),
+            "lora of a gigabyte": dict(layout="1+2x2+1", lora_rank=2**20),
         }.items():
             model = header["model"] | fields
-            # The first tensor lies where the file has bytes, so that a reader that trusts its shape decodes it.
+            # Every tensor has coded bytes, so that a reader that trusts the shapes decodes them.
             values = module.Config(**model, train_batch_tokens=model["train_seq_len"])
             try:
                 with within(30):
                     shapes = module.param_shapes(values)
             except BaseException:
                 continue
-            entries = [[n, list(s), module.scheme_of(values, n, s), 0, 0] for n, s in shapes.items()]
-            entries[0][SIZE] = len(payload)
+            known = {e[NAME]: (e, payload[slice(*place(header, i))]) for i, e in enumerate(header["tensors"])}
+            found = [known.get(n) or known["tok_emb.weight"] for n in shapes]
+            entries = [[n, list(s), *entry[SCHEME:]] for (n, s), (entry, _) in zip(shapes.items(), found)]
             changed = header | {"model": model, "tensors": entries, "loops": 1}
-            (folder / f"{codec} {name}").write_bytes(signed(module, changed, payload))
+            (folder / f"{codec} {name}").write_bytes(signed(module, changed, b"".join(part for _, part in found)))
         for name, fields in {
             "blocks": dict(layout="1000000000"),
             "passes": dict(layout="1+2x1000000000+1"),
@@ -619,7 +629,8 @@ def test_allocation_bombs(name, config, tmp_path):
     wrong = {}
     for path in paths:
         said, seconds, mebibytes = rows.get(str(path), ("the process ended: " + done.stderr[:100], 0, 0))
-        if not said.startswith("refused") or seconds > 1 or mebibytes > 200:
+        for_want_of_memory = "allocate" in said or "unreadable ()" in said
+        if not said.startswith("refused") or for_want_of_memory or seconds > 1 or mebibytes > 200:
             wrong[path.name] = f"{said[:120]} ({seconds:.1f} s, {mebibytes:.0f} MiB)"
     assert not wrong, "\n".join(f"{k}: {v}" for k, v in wrong.items())
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 << 20

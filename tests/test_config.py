@@ -53,7 +53,7 @@ BAD_SETTINGS = {
         "found [0-9]+ \\+ about [0-9]+",
         "lower MODEL_DIM",
     ),
-    "calibration below one sequence": ("--calib_tokens=8", "CALIB_TOKENS", "=32", "found 8"),
+    "calibration below one sequence": ("--quantizer=gptq --calib_tokens=8", "CALIB_TOKENS", "=32", "found 8"),
     "calibration longer than the run": (
         "--quantizer=gptq --max_wallclock_seconds=20",
         "CALIB_SECONDS",

@@ -87,6 +87,8 @@ def test_two_torch_ranks(tiny, tmp_path):
         "--lora_rank=2",
         "--loop_gate=gain",
         "--skips=unrolled",
+        "--quantizer=gptq",
+        "--calib_tokens=160",
     )
 
 
@@ -147,4 +149,6 @@ def test_two_mlx_ranks(tiny, tmp_path):
         "--lora_rank=2",
         "--loop_gate=gain",
         "--skips=unrolled",
+        "--quantizer=gptq",
+        "--calib_tokens=160",
     )

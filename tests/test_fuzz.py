@@ -125,7 +125,7 @@ def other_model(rng, module, header):
     """A header for a model of other sizes, whose entries agree with it: what asks for memory, last of all."""
     header = json.loads(json.dumps(header))
     field = rng.choice(["vocab_size", "model_dim", "mlp_mult", "lora_rank", "num_heads", "layout", "train_seq_len"])
-    sizes = [1, 2, 3, 16, 64, 2**10, 2**16, 2**20, 2**31, 2**40, 2**63]
+    sizes = [1, 3, 64, 2**10, 2**16, 2**18, 2**20, 2**22, 2**26, 2**31, 2**40]
     layout = rng.choice(["4", "2x2", "1+2x3+1", "1+1x2+2", "2+2x2", "900", "1x999", "1+2x2"])
     header["model"][field] = layout if field == "layout" else rng.choice(sizes)
     header["loops"] = 1
@@ -205,11 +205,11 @@ def mutation(module, originals, number):
     """(what was done, whether the checksum is right, the tensors of the original, the file)."""
     rng = random.Random(number)
     header, payload, tensors, content = rng.choice(originals)
-    kind = rng.choice(["file", "file", "packed header", "payload", "payload", "value", "value", "value", "model",
-                       "bounds", "coder", "coder", "coder", "swap"])  # fmt: skip
+    kind = rng.choice("""file file packed_header payload payload value value value model model bounds coder coder coder
+        swap""".split())
     if kind == "file":
         return kind, False, tensors, damaged(rng, content)
-    if kind == "packed header":
+    if kind == "packed_header":
         packed = zlib.compress(json.dumps(header).encode(), 9)
         return kind, True, tensors, signed(module, damaged(rng, packed), payload)
     if kind == "swap":
