@@ -322,7 +322,7 @@ def check_finished(matrix: Matrix, script, hashes: dict[str, str], data: dict[st
             raise settings
         log = (run.home / "train.log").read_text(encoding="utf-8", errors="replace")
         if not log.startswith(source):
-            commit = result.get("commit") or "its commit"
+            commit = (result.get("commit") or "its commit").rstrip("+")
             raise InputError(
                 f"{short(run.home)}: expected a run of this {matrix.script}, found one of another version; runs of two "
                 f"scripts are no comparison: git checkout {commit} -- {matrix.script}, or start a new matrix"
@@ -598,7 +598,8 @@ def report(matrix: Matrix) -> str:
 {matrix.about.strip()}
 
 Budget of each run: {describe_budget(matrix)}. `val_bpb`: bits per byte of the artifact as read back from disk, lower is
-better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided.
+better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided, each arm by itself (not corrected for
+the number of arms).
 
 {table}
 {"".join(note + chr(10) + chr(10) for note in notes)}![loss against FLOPs, and final scores](matrix.png)

@@ -299,7 +299,7 @@ def against_score(runs: list[Run], beat: float) -> dict:
     losses = [run.result["val_loss"] for run in runs]
     margin = p_below(losses, beat * ratio - NATS_TO_BEAT)
     return {"score_to_beat": beat, "p_below": p_below(losses, beat * ratio), "p_below_by_0.005_nats": margin,
-            "is_record": margin is not None and margin < P_TO_BEAT and len(runs) >= 3}  # fmt: skip
+            "beats_by_margin": margin is not None and margin < P_TO_BEAT and len(runs) >= 3}  # fmt: skip
 
 
 def summary(runs: list[Run], args, code_bytes: int) -> dict:
@@ -331,7 +331,8 @@ def summary(runs: list[Run], args, code_bytes: int) -> dict:
         "dataset": first["dataset"], "val_tokens": first["val_tokens"],
         "compliance": {
             "train_under_600s": train <= TRAIN_CAP_MS, "eval_under_600s": evaluation <= EVAL_CAP_MS,
-            "artifact_under_16mb": artifact + code_bytes <= BYTES_CAP, "whole_validation_set": True,
+            "artifact_under_16mb": artifact + code_bytes <= BYTES_CAP,
+            "whole_validation_set": all(run.result["complete"] for run in runs),
         },
         "against": against_score(runs, args.beat) if args.beat else None,
         "blurb": args.blurb or FILL_IN, "technique_summary": args.blurb or FILL_IN,
@@ -382,7 +383,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
 
 {markdown_table(head, rows)}
 {claim}Layout `{facts["layout"]}`, {facts["params_stored"]:,} parameters; artifact {result["quantizer"]}, coder \
-{result["codec"]}; {facts["val_tokens"]:,} validation tokens, all of them scored. Numbers: computed from the logs here.
+{result["codec"]}; {facts["val_tokens"]:,} validation tokens, all of them scored. Numbers: computed from logs and results here.
 
 ## Rules
 
@@ -392,7 +393,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
 {said("artifact_under_16mb")} |
 | training within 600 s (on {facts["hardware"]}) | {said("train_under_600s")} |
 | evaluation within 600 s | {said("eval_under_600s")} |
-| the whole validation set scored, each token once, none of it trained on | yes |
+| the whole validation set scored ({facts["val_tokens"]:,} tokens) | {said("whole_validation_set")} |
 
 ## Run
 
@@ -474,6 +475,12 @@ def main(argv: list[str] | None = None) -> int:
     check_track(args.track, runs)
     home = args.out / f"track_{args.track}" / f"{args.date}_{args.name}"
     need(args.replace or not home.exists(), short(home), "a new folder", "one of that name", "--replace, or --name")
+    if home.exists() and not (args.blurb or args.prose) and (home / "README.md").is_file():
+        theirs = FILL_IN not in (home / "README.md").read_text(encoding="utf-8", errors="replace")
+        need(not theirs, short(home), "a README without words of yours", "one with them",
+             "repeat them with --blurb and --prose, or delete the folder")  # fmt: skip
+    if len({str(run.result["versions"]) for run in runs}) > 1:
+        print("notice: the runs had different package versions; requirements.txt states the first run's")
     settings = baked_settings(runs[0])
     script = "train_gpt.py" if runs[0].result["framework"] == "torch" else "train_gpt_mlx.py"
     part = args.out / f".submit.{os.getpid()}.tmp" / home.name  # as deep below the root as the folder will be

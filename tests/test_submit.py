@@ -27,7 +27,7 @@ def run(*args) -> int:
 
 @pytest.fixture(scope="module")
 def made(data, tmp_path_factory):
-    """A repository's root with data/ and finished runs of both scripts in logs/."""
+    """A repository's root with data/ and finished runs in logs/."""
     root = tmp_path_factory.mktemp("root")
     shutil.copytree(data.path, root / "data" / "datasets" / "tiny_sp320")
     (root / "data" / "tokenizers").mkdir()
@@ -75,7 +75,7 @@ def test_three_seeds_become_a_proven_folder(root, capsys):
     assert facts["val_bpb_std"] == pytest.approx((sum((score - mean) ** 2 for score in scores) / 2) ** 0.5)
     code = len((home / "train_gpt.py").read_bytes())
     assert facts["bytes_code"] == code and facts["bytes_total"] == code + max(r["bytes_artifact"] for r in results)
-    assert facts["against"]["is_record"] is True and facts["against"]["p_below_by_0.005_nats"] < 0.01
+    assert facts["against"]["beats_by_margin"] is True and facts["against"]["p_below_by_0.005_nats"] < 0.01
     text = (home / "README.md").read_text()
     assert "Started inside this folder" in text and "TO FILL IN" not in text and "Four blocks" in text
     for score in scores:
@@ -348,6 +348,17 @@ def test_table_and_report_name_what_they_cannot_read(root, capsys):
         path.write_text(text + "\n")
         with pytest.raises(common.InputError, match=f"found {found}"):
             common.read_curve(path)
+
+
+def test_replacing_a_folder_keeps_written_words(root, capsys):
+    records, words = root / "records", [word for word in WORDS if "blurb" not in word] + ["--date=2026-01-02"]
+    make = [root / "logs" / "seed1", *words, "--no-proof", f"--out={records}"]
+    assert run(*make) == 0 and run(*make, "--replace") == 0  # nobody has written anything yet
+    readme = records / "track_local" / "2026-01-02_tiny" / "README.md"
+    readme.write_text(readme.read_text().replace(submit.FILL_IN, "Loops are fun."))
+    assert run(*make, "--replace") == 1 and "expected a README without words of yours" in capsys.readouterr().err
+    assert "Loops are fun." in readme.read_text()
+    assert run(*make, "--replace", "--blurb=Loops are fun.") == 0
 
 
 def test_records_page_is_current():
