@@ -22,14 +22,16 @@ A matrix, NAME.toml (settings are those of the script, in lower case):
 
 Finished runs lie in NAME/<arm>_seed<N>/ beside the TOML (train.log, metrics.jsonl, result.json): commit them, and
 another machine goes on from there. Runs in hand lie in logs/NAME/ with their checkpoints; Ctrl-C, SIGTERM and
---max-minutes stop them there, and the same command resumes them. A run that diverged is a result and is kept; other
-failures are tried again.
+--max-minutes stop them there, and the same command resumes them, unless the script or their settings have changed: then
+they start anew. A run that diverged is a result and is kept; other failures are tried again.
 """
 
+import dataclasses
 import fcntl
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -51,7 +53,9 @@ from common import (
     number,
     p_text,
     plotting,
+    read_curve,
     read_json,
+    read_log,
     run_tool,
     save_picture,
     short,
@@ -64,6 +68,8 @@ KEYS = {"about": str, "script": str, "seeds": list, "against": str, "processes":
         "arms": dict, "factors": dict}  # fmt: skip
 SCRIPTS = ("train_gpt.py", "train_gpt_mlx.py")
 KEPT = ("train.log", "metrics.jsonl", "result.json")  # of a finished run; weights stay in logs/
+NEEDED = """val_bpb val_bpb_raw seed config_sha256 layout framework params_stored bytes_artifact tokens train_flops
+    train_time_ms complete device world_size commit versions dataset dataset_sha256 val_tokens""".split()  # of a result
 SETTLED = "diverged.json"  # stands for result.json where the loss became infinite
 # Set by this tool, hence no business of a matrix.
 OWN_SETTINGS = ("seed", "run_id", "log_dir", "resume", "mode", "artifact", "checkpoint")
@@ -115,10 +121,18 @@ class Run:
 
     def result(self) -> dict | None:
         """result.json of the finished run; {"diverged": reason} if it ended so; None if it is to be done."""
-        for name in ("result.json", SETTLED):
-            if (self.home / name).is_file():
-                return read_json(self.home / name, "the result of a finished run")
-        return None
+        path = self.home / "result.json"
+        if not path.is_file():
+            path = self.home / SETTLED
+            return read_json(path, "the reason of a run that diverged") if path.is_file() else None
+        result = read_json(path, "the result of a finished run")
+        mend = f"delete {short(self.home)} to run it again"
+        if missing := [key for key in NEEDED if key not in result]:
+            raise InputError(f"{short(path)}: expected the keys of result.json, found no {', '.join(missing)}; {mend}")
+        for key in ("val_bpb", "val_bpb_raw"):
+            if not isinstance(result[key], float) or not math.isfinite(result[key]):
+                raise InputError(f"{short(path)}: {key}: expected a finite number, found {result[key]}; {mend}")
+        return result
 
     def flags(self) -> list[str]:
         settings = self.matrix.base | self.matrix.arms[self.arm] | self.matrix.limits.get(self.arm, {})
@@ -142,7 +156,7 @@ def read_matrix(path: Path) -> Matrix:
     try:
         with open(path, "rb") as file:
             toml = tomllib.load(file)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected TOML, found an error ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: expected a matrix (TOML), found nothing to read ({error.strerror})") from None
@@ -186,6 +200,7 @@ def read_matrix(path: Path) -> Matrix:
             arms[arm] = settings | chosen
     for settings in (base, *arms.values()):
         for name, value in settings.items():
+            need(re.fullmatch("[a-z0-9_]+", name), name, "a setting in lower case", name)  # SEED would get by below
             need(name not in OWN_SETTINGS, name, "no setting that this tool makes itself", name)
             need(isinstance(value, (str, int, float, bool)), name, "a text or a number", value)
     against = toml.get("against", next(iter(arms)))
@@ -209,9 +224,11 @@ def load_script(name: str):
     return module
 
 
-def prepare(matrix: Matrix) -> tuple[object, dict[str, str]]:
-    """Turns the budget into settings and has the script check every arm. Returns its module and {arm: config hash}."""
-    script, (kind, amount), hashes = load_script(matrix.script), matrix.budget, {}
+def prepare(matrix: Matrix) -> tuple[object, dict[str, str], dict[str, str | None]]:
+    """Turns the budget into settings and has the script check every arm.
+
+    Returns its module, {arm: config hash} and {arm: hash of its data, None where they are not here yet}."""
+    script, (kind, amount), hashes, data = load_script(matrix.script), matrix.budget, {}, {}
     names = dict(tokens="iterations", seconds="max_wallclock_seconds", flops="max_train_flops")
     budgets = dict.fromkeys(names.values(), "0")
     for arm, settings in matrix.arms.items():
@@ -232,29 +249,99 @@ def prepare(matrix: Matrix) -> tuple[object, dict[str, str]]:
         if config.val_max_tokens:
             print(f"notice: arm {arm}: VAL_MAX_TOKENS={config.val_max_tokens}: its scores will be partial", flush=True)
         hashes[arm] = script.config_sha256(config)
+        here = {name: str(ROOT / getattr(config, name)) for name in ("data_path", "tokenizer_path")}
+        try:
+            data[arm] = script.dataset_sha256(dataclasses.replace(config, **here))
+        except OSError:  # the run says so, or makes them (preset smoke)
+            data[arm] = None
     if len(set(hashes.values())) < len(hashes):
         same = [arm for arm in hashes if list(hashes.values()).count(hashes[arm]) > 1]
         raise InputError(f"{matrix.path}: expected arms that differ, found {', '.join(same)} to be one configuration")
-    return script, hashes
+    return script, hashes, data
 
 
-def check_finished(matrix: Matrix, hashes: dict[str, str]) -> None:
+def is_of(folder: Path, source: str, script, config_hash: str) -> bool:
+    """Whether the run in `folder` is of this script and these settings, every part of it, by the heads of its log."""
+    path = folder / "train.log"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not text.startswith(source) or text.count(source) < len(re.findall(r"^config: \{", text, re.M)):
+        return False
+    try:
+        return script.config_sha256(script.Config(**(read_log(path).config or {}))) == config_hash
+    except TypeError:  # no settings of this script
+        return False
+
+
+def check_labels(matrix: Matrix) -> None:
+    """Refuses a finished run whose own log names another seed, setting or budget than the TOML, which labels it.
+
+    Needs no script, since a report may be written again when the script has long changed."""
+    kind, amount = matrix.budget
+    for run in matrix.runs():
+        result = run.result()
+        if result is None:
+            continue
+        config = read_log(run.home / "train.log").config or {}
+        mend = f"delete {short(run.home)} to run it again"
+        for seed in (config.get("seed"), result.get("seed", run.seed)):
+            if seed != run.seed:
+                raise InputError(f"{short(run.home)}: expected a run of seed {run.seed}, found {seed}; {mend}")
+        if kind == "tokens":
+            planned = (config.get("iterations") or 0) * (config.get("train_batch_tokens") or 0)
+        else:
+            planned = config.get("max_train_flops" if kind == "flops" else "max_wallclock_seconds")
+        if not planned or abs(planned / amount - 1) > 0.01:
+            raise InputError(f"{short(run.home)}: expected a budget of {amount} {kind}, found {planned}; {mend}")
+        for name, text in (matrix.base | matrix.arms[run.arm]).items():
+            if not same(config.get(name), text):
+                raise InputError(f"{short(run.home)}: expected {name}={text}, found {config.get(name)}; {mend}")
+
+
+def same(found: object, text: str) -> bool:
+    """Whether a setting as a log states it is the one that the TOML gives."""
+    if isinstance(found, bool):
+        return found == (text.lower() in ("1", "true", "yes"))
+    if isinstance(found, (int, float)):
+        try:
+            return float(text) == found
+        except ValueError:
+            return False
+    return found == text
+
+
+def check_finished(matrix: Matrix, script, hashes: dict[str, str], data: dict[str, str | None]) -> None:
     """Refuses to add runs to a matrix whose finished runs had other settings, another script or other data."""
-    source = (ROOT / matrix.script).read_text(encoding="utf-8")
+    source, datasets = (ROOT / matrix.script).read_text(encoding="utf-8"), set()
     for run in matrix.runs():
         result = run.result()
         if result is None:
             continue
         mend = f"delete {short(run.home)} to run it again, or give the arm another name"
-        if "diverged" not in result and result.get("config_sha256") != hashes[run.arm]:
-            raise InputError(f"{short(run.home)}: expected the settings of the TOML, found others; {mend}")
+        settings = InputError(f"{short(run.home)}: expected the settings of the TOML, found others; {mend}")
+        if "diverged" not in result and result["config_sha256"] != hashes[run.arm]:
+            raise settings
         log = (run.home / "train.log").read_text(encoding="utf-8", errors="replace")
         if not log.startswith(source):
-            commit = result.get("commit") or "its commit"
+            commit = (result.get("commit") or "its commit").rstrip("+")
             raise InputError(
                 f"{short(run.home)}: expected a run of this {matrix.script}, found one of another version; runs of two "
                 f"scripts are no comparison: git checkout {commit} -- {matrix.script}, or start a new matrix"
             )
+        if not is_of(run.home, source, script, hashes[run.arm]):
+            raise settings
+        if "diverged" not in result:
+            datasets.add(result["dataset_sha256"])
+            if len(datasets) == 1 and data[run.arm] not in (None, *datasets):
+                raise InputError(f"{short(run.home)}: expected runs on the data that is here, found one on other data; "
+                                 "mend data_path, or start a new matrix")  # fmt: skip
+    check_labels(matrix)
+    one_dataset(matrix, datasets)
+
+
+def one_dataset(matrix: Matrix, hashes: set[str]) -> None:
+    if len(hashes) > 1:
+        raise InputError(f"{short(matrix.home)}: expected runs on one dataset, found {len(hashes)} that differ; "
+                         "run the matrix again on one")  # fmt: skip
 
 
 # The queue -----------------------------------------------------------------------------------------------------------
@@ -299,10 +386,11 @@ def bind_to(cores: str):
 class Queue:
     """Runs what is missing, one process a device. The lock is handed down, so that an orphan still holds it."""
 
-    def __init__(self, matrix: Matrix, script, devices: list[dict[str, str]], deadline: float):
+    def __init__(self, matrix: Matrix, script, hashes: dict[str, str], devices: list[dict[str, str]], deadline: float):
         self.matrix, self.devices, self.deadline, self.stopping = matrix, devices, deadline, False
+        self.script, self.hashes = script, hashes
+        self.source = (ROOT / matrix.script).read_text(encoding="utf-8")
         self.settings = {field.upper() for field in script.Config.__dataclass_fields__} | set(script.REPLACED)
-        self.waiting = [run for run in matrix.runs() if run.result() is None]
         self.total, self.busy, self.failed, self.seconds = len(matrix.runs()), {}, [], {}
         matrix.work.mkdir(parents=True, exist_ok=True)
         matrix.home.mkdir(parents=True, exist_ok=True)
@@ -312,12 +400,19 @@ class Queue:
         except OSError:
             raise InputError(f"{short(matrix.work)}: expected this matrix to be idle, found a process that runs it; "
                              "wait for it or stop it") from None  # fmt: skip
+        self.waiting = [run for run in matrix.runs() if run.result() is None]  # now that nobody else finishes any
 
     def start(self, run: Run, device: int) -> None:
         checkpoint, env = run.work / "checkpoint.safetensors", dict(os.environ)
-        resume = checkpoint.is_file()
-        if run.work.exists() and not resume:
-            shutil.rmtree(run.work)  # it stopped before its first checkpoint
+        there = checkpoint.is_file()
+        resume = there and is_of(run.work, self.source, self.script, self.hashes[run.arm])
+        if resume and (self.result_in_hand(run) or {}).get("val_bpb") is not None:
+            self.finish(run, "had finished without this tool")  # which had been killed
+            return
+        if resume:
+            (run.work / "result.json").unlink(missing_ok=True)  # of before; what this process leaves is the result
+        elif run.work.exists():
+            shutil.rmtree(run.work)  # it stopped before its first checkpoint, or was another run
         for name in self.settings & set(env):  # a stray MATRIX_LR=... must not reach some of the runs
             del env[name]
         env |= self.devices[device]
@@ -326,13 +421,14 @@ class Queue:
         if self.matrix.processes > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.matrix.processes}"]
         command = [*launch, self.matrix.script, *run.flags(), *(["--resume=1"] if resume else [])]
-        output = open(self.matrix.work / f"{run.name}.out", "a", encoding="utf-8")
+        output = open(self.matrix.work / f"{run.name}.out", "w", encoding="utf-8")  # collect() reads why it failed
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True, pass_fds=[self.lock.fileno()], preexec_fn=bind_to(cores),
         )  # fmt: skip
         self.busy[device] = (run, process, output, time.monotonic())
-        word = "resumed" if resume else "started"
+        anew = "started anew (what lay in logs/ is of another script or other settings)"
+        word = "resumed" if resume else anew if there else "started"
         print(f"[{self.total - len(self.waiting)}/{self.total}] {run.name}: {word}{self.left()}", flush=True)
 
     def left(self) -> str:
@@ -351,14 +447,12 @@ class Queue:
         run, process, output, began = self.busy.pop(device)
         output.close()
         minutes = (time.monotonic() - began) / 60
-        path = run.work / "result.json"
-        result = read_json(path) if path.is_file() else {}
-        if result.get("val_bpb") is not None:  # exit code 1 is an artifact over the cap: a result, too
-            self.keep(run, None)
+        if (self.result_in_hand(run) or {}).get("val_bpb") is not None:  # exit code 1: an artifact over the cap
             self.seconds.setdefault(run.arm, []).append(60 * minutes)
-            cap = "" if result["fits"] else ", artifact over the cap"
-            print(f"    {run.name}: {result['val_bpb']:.4f} bpb in {minutes:.1f} min{cap}{self.left()}", flush=True)
-        elif process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL):
+            self.finish(run, f"in {minutes:.1f} min")
+        elif self.stopping or process.returncode in (  # torchrun ends with 1 when it is told to stop
+            128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL
+        ):  # fmt: skip
             print(f"    {run.name}: stopped after {minutes:.1f} min; the same command goes on", flush=True)
         else:
             tail = (self.matrix.work / f"{run.name}.out").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -370,6 +464,18 @@ class Queue:
                 self.failed.append(run)
                 print(f"    {run.name}: failed ({process.returncode}): {said}", flush=True)
 
+    def result_in_hand(self, run: Run) -> dict | None:
+        path = run.work / "result.json"
+        return read_json(path, "the result of a run") if path.is_file() else None
+
+    def finish(self, run: Run, how: str) -> None:
+        """Keeps a run that has a score; one that is not finite is no score."""
+        result = self.result_in_hand(run)
+        finite = math.isfinite(result["val_bpb"])
+        self.keep(run, None if finite else f"expected a finite score, found {result['val_bpb']}")
+        cap = "" if result["fits"] else ", artifact over the cap"
+        print(f"    {run.name}: {result['val_bpb']:.4f} bpb {how}{cap}{self.left()}", flush=True)
+
     def keep(self, run: Run, diverged: str | None) -> None:
         """Copies the files of a finished run beside the matrix: whole, or not at all."""
         part = run.home.with_name(f"{run.name}.tmp")
@@ -380,7 +486,10 @@ class Queue:
                 shutil.copyfile(run.work / name, part / name)
         if diverged:
             (part / SETTLED).write_text(json.dumps({"diverged": diverged}) + "\n", encoding="utf-8")
+        shutil.rmtree(run.home, ignore_errors=True)  # it has no result, or this run would not have been started
         os.replace(part, run.home)
+        # Whoever deletes run.home wants the run again, not the end of this one resumed.
+        (run.work / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Asks the runs in hand for a checkpoint and an end."""
@@ -405,6 +514,11 @@ class Queue:
                     if device not in self.busy and self.waiting and not self.stopping:
                         self.start(self.waiting.pop(0), device)
                 time.sleep(0.2)
+        except BaseException:  # a full disk, say: the runs in hand must not go on alone
+            self.stop()
+            for _, process, _, _ in self.busy.values():
+                process.wait()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -423,6 +537,7 @@ def describe_budget(matrix: Matrix) -> str:
 
 def report(matrix: Matrix) -> str:
     """Writes README.md and matrix.png beside the finished runs, from their files alone. Returns the table."""
+    check_labels(matrix)
     finished = {arm: [] for arm in matrix.arms}
     diverged = {arm: 0 for arm in matrix.arms}
     for run in matrix.runs():
@@ -433,11 +548,8 @@ def report(matrix: Matrix) -> str:
             finished[run.arm].append((run, result))
     results = [result for found in finished.values() for _, result in found]
     if not results:
-        return "nothing finished yet"
-    data = {result["dataset_sha256"] for result in results}
-    if len(data) > 1:
-        raise InputError(f"{short(matrix.home)}: expected runs on one dataset, found {len(data)} that differ; "
-                         "run the matrix again on one")  # fmt: skip
+        return "nothing finished yet\n"
+    one_dataset(matrix, {result["dataset_sha256"] for result in results})
     scores = {arm: [result["val_bpb"] for _, result in found] for arm, found in finished.items()}
     rows, plan = [], len(matrix.seeds)
     for arm in sorted(matrix.arms, key=lambda arm: mean_std(scores[arm])[0] if scores[arm] else 1e9):
@@ -486,7 +598,8 @@ def report(matrix: Matrix) -> str:
 {matrix.about.strip()}
 
 Budget of each run: {describe_budget(matrix)}. `val_bpb`: bits per byte of the artifact as read back from disk, lower is
-better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided.
+better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided, each arm by itself (not corrected for
+the number of arms).
 
 {table}
 {"".join(note + chr(10) + chr(10) for note in notes)}![loss against FLOPs, and final scores](matrix.png)
@@ -517,8 +630,7 @@ def draw(matrix: Matrix, finished: dict[str, list]) -> None:
     for i, arm in enumerate(shown):
         color, style = COLORS[i % len(COLORS)], ("-", "--", ":", "-.")[i // len(COLORS) % 4]
         for j, (run, result) in enumerate(finished[arm]):
-            lines = (run.home / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            points = [(row["flops"], row["val_bpb"]) for row in map(json.loads, lines) if "val_bpb" in row]
+            points = read_curve(run.home / "metrics.jsonl")
             ends += [y for x, y in points if x >= 0.15 * points[-1][0]]
             left.plot(*zip(*points), style, color=color, linewidth=1.3, alpha=0.8, label=None if j else arm)
             right.plot(result["val_bpb"], i, "o", color=color, markersize=4, alpha=0.45)
@@ -548,12 +660,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-minutes", type=float, default=0.0, help="stop in good order after so long (0 = never)")
     parser.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one a GPU, else one)")
     args = parser.parse_args(argv)
+    for flag, value in (("--max-minutes", args.max_minutes), ("--jobs", args.jobs)):
+        if not 0 <= value < 1e9:
+            raise InputError(f"{flag}: expected 0 or more, found {value}")
     matrix = read_matrix(args.matrix)
     if args.report:
         print(report(matrix), end="")
         return 0
-    script, hashes = prepare(matrix)
-    check_finished(matrix, hashes)
+    script, hashes, data = prepare(matrix)
+    check_finished(matrix, script, hashes, data)
     states = [(run, run.result()) for run in matrix.runs()]
     if args.list:
         for run, result in states:
@@ -566,7 +681,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = f"{len(states)} runs, {todo} to do, {len(devices)} at a time, {describe_budget(matrix)} each"
     print(f"{matrix.path.stem}: {plan}", flush=True)
     deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
-    queue = Queue(matrix, script, devices, deadline)
+    queue = Queue(matrix, script, hashes, devices, deadline)
     try:
         queue.work()
     finally:

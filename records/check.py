@@ -615,6 +615,7 @@ def check_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a submission folder, found {'a file' if folder.exists() else 'none'}")
+    folder = folder.resolve()  # "." has no name
     submission, found = Submission(folder, track or guess_track(folder), beat, run_import), []
     for function in RULES:
         try:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 from common import SOURCE_END, Log
 from folder import Complaints, Submission, is_number, rule
@@ -28,17 +29,29 @@ def our_numbers(s: Submission) -> Complaints:
         for key, kind in (("bytes_artifact", "model"), ("bytes_code", "code"), ("bytes_total", "total")):
             if kind in log.sizes and result.get(key) != log.sizes[kind][1]:
                 yield "error", f"result_seed{seed}.json", f"{key} {log.sizes[kind][1]} of its log", result.get(key)
-        pairs = [
-            ("seed", log.seed),
-            ("val_tokens", log.val_tokens),
-            ("steps", log.steps[-1].step if log.steps else None),
-        ]
-        for key, value in pairs:
-            if value is not None and result.get(key) != value:
+        for key, value in said_by(log).items():
+            close = key == "train_time_ms" and is_number(result.get(key)) and abs(result[key] - value) <= 1
+            if result.get(key) != value and not close:
                 yield "error", f"result_seed{seed}.json", f"{key} {value} of its log", result.get(key)
         if result.get("complete") is False:
             yield "error", f"result_seed{seed}.json", "a whole run on the whole validation set", "complete: false"
         yield from our_metrics(s, seed, log)
+
+
+def said_by(log: Log) -> dict[str, object]:
+    """What a log of ours says of its run, in the keys of result.json; the last word counts, if it was resumed."""
+    said = {"seed": log.seed, "val_tokens": log.val_tokens, "steps": log.steps[-1].step if log.steps else None}
+    if log.config:
+        said |= {"layout": log.config.get("layout"), "dataset": Path(log.config.get("data_path") or "").name or None}
+    for line in log.lines:
+        if match := re.match(r"device: (.+?)  processes: (\d+)  ", line):
+            said |= {"device": match[1], "world_size": int(match[2])}
+        elif match := re.match(r"training: \d+ steps, (\d+) tokens, ", line):
+            said["tokens"] = int(match[1])
+    times = [step.values["train_time"] for step in log.steps if {"val_loss", "train_time"} <= step.values.keys()]
+    evals = [score.values["eval_time"] for score in log.all_scores if "eval_time" in score.values]
+    said |= {"train_time_ms": times[-1] if times else None, "eval_time_ms": evals[-1] if evals else None}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def our_metrics(s: Submission, seed: str, log: Log) -> Complaints:
@@ -98,7 +111,10 @@ def our_source(s: Submission) -> Complaints:
             yield "error", f"{name}:{log.sizes['code'][0]}", f"code {len(logged.encode())} bytes, as at its head", code
 
 
+BAKED = re.compile(r'^    "submission": dict\(.*?\),\n(?=    "|\})', re.M | re.S)
+
+
 def plain(source: str) -> str:
     """A script without what submit bakes in: the preset "submission" and the name of the default one."""
-    source = re.sub(r'^    "submission": dict\(.*?\),\n(?=    "|\})', "", source, count=1, flags=re.M | re.S)
+    source = BAKED.sub("", source, count=1)
     return re.sub(r'^DEFAULT_PRESET = ".*"$', "DEFAULT_PRESET", source, flags=re.M).rstrip()

@@ -82,6 +82,20 @@ def read_json(path: Path, what: str = "a JSON object") -> dict:
     return value
 
 
+def read_curve(path: Path) -> list[tuple[float, float]]:
+    """(training FLOPs, val_bpb) of every validation in a metrics.jsonl; at least one."""
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        points = [(float(row["flops"]), float(row["val_bpb"])) for row in rows if "val_bpb" in row]
+    except OSError as error:
+        raise InputError(f"{path}: expected the metrics of a run, found nothing to read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: expected the metrics of a run, found a line that is none ({error})") from None
+    if not points or not all(map(math.isfinite, sum(points, ()))):
+        raise InputError(f"{path}: expected finite validation scores, found {'others' if points else 'none'}")
+    return points
+
+
 # Statistics --------------------------------------------------------------------------------------------------------
 
 

@@ -28,12 +28,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from check import check_folder
+from check_ours import BAKED
 from common import (
     BYTES_CAP,
     NATS_TO_BEAT,
@@ -60,6 +60,9 @@ from common import (
 # Settings that say how a run was started, not what it was.
 NOT_BAKED = ("mode", "preset", "run_id", "resume", "artifact", "checkpoint", "init_from", "log_dir", "prompt",
              "sample_tokens", "temperature", "top_k")  # fmt: skip
+NEEDED = """run_id framework seed val_bpb val_loss val_bpb_raw complete fits config_sha256 dataset dataset_sha256
+    bytes_artifact steps tokens train_flops train_time_ms eval_time_ms calib_time_ms versions device world_size layout
+    params_stored val_tokens quantizer codec""".split()  # of result.json
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "constriction", "tqdm")  # what train_gpt.py imports
 PRESET = "submission"
 TRAIN_CAP_MS = EVAL_CAP_MS = 600_000  # of the 10-minute track
@@ -97,8 +100,7 @@ def read_run(folder: Path) -> Run:
     result = read_json(path, "the result of a run")
     for name in ("train.log", "metrics.jsonl"):
         need((folder / name).is_file(), short(folder), name, "none")
-    keys = "run_id framework seed val_bpb val_loss complete fits config_sha256 dataset bytes_artifact".split()
-    missing = [key for key in keys if key not in result]
+    missing = [key for key in NEEDED if key not in result]
     need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}")
     need(result["val_bpb"] is not None, short(path), "a finished run", "one stopped before its end",
          f"go on with RUN_ID={result['run_id']} RESUME=1")  # fmt: skip
@@ -111,8 +113,12 @@ def read_run(folder: Path) -> Run:
     log = read_log(folder / "train.log")
     need(log.config and log.source_bytes, short(folder / "train.log"), "the script's source and a config at its head",
          "none", "give a log as the script wrote it")  # fmt: skip
-    text = (folder / "train.log").read_text(encoding="utf-8")
-    need(not log.config.get("init_from"), short(folder), "a run from scratch", f"INIT_FROM={log.config['init_from']}",
+    try:
+        text = (folder / "train.log").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{short(folder / 'train.log')}: expected UTF-8 text, found {error}") from None
+    start = log.config.get("init_from")
+    need(not start, short(folder), "a run from scratch", f"INIT_FROM={start}",
          "what it started from is not in the artifact's ten minutes")  # fmt: skip
     return Run(folder, result, log, text[: text.index(f"\n{SOURCE_END}\n")])
 
@@ -167,21 +173,33 @@ def from_folder(path: str, kind: str) -> str:
 
 def baked_settings(run: Run) -> dict[str, object]:
     """What differs from the script's defaults, as the record's own script states it."""
-    defaults, config = field_defaults(run.source), dict(run.log.config)
+    config = dict(run.log.config)
+    try:
+        defaults = field_defaults(run.source)
+    except (SyntaxError, ValueError, StopIteration):
+        defaults = {}
+    need(defaults and defaults.keys() == config.keys(), short(run.folder / "train.log"),
+         "a script whose Config has the settings of the config line", "another", "was the log edited?")  # fmt: skip
     config["data_path"] = from_folder(config["data_path"], "datasets")
     config["tokenizer_path"] = from_folder(config["tokenizer_path"], "tokenizers")
     return {key: value for key, value in config.items() if key not in NOT_BAKED and value != defaults.get(key)}
 
 
 def literal(value: object) -> str:
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def bake(source: str, settings: dict[str, object]) -> str:
-    """The script with one more preset, which is what it runs without flags. Nothing else changes."""
-    entries = ", ".join(f"{key}={literal(value)}" for key, value in settings.items())
-    lines = textwrap.wrap(f'"{PRESET}": dict({entries}),', 116, break_long_words=False, break_on_hyphens=False)
-    preset = "".join(("    " if i == 0 else "        ") + line + "\n" for i, line in enumerate(lines))
+    """The script with one more preset, which is what it runs without flags. Nothing else changes.
+
+    A run of a record's own script has such a preset already: it is replaced."""
+    source, lines = BAKED.sub("", source, count=1), [f'    "{PRESET}": dict(']
+    for i, (key, value) in enumerate(settings.items(), 1):  # not textwrap, which would break a path with spaces
+        entry = f"{key}={literal(value)}" + (", " if i < len(settings) else "),")
+        if len((lines[-1] + entry).rstrip()) > 120:
+            lines.append(" " * 8)
+        lines[-1] += entry
+    preset = "".join(line.rstrip() + "\n" for line in lines)
     table, default = "PRESETS: dict[str, dict[str, object]] = {\n", re.compile(r'^DEFAULT_PRESET = ".*"$', re.M)
     need(source.count(table) == 1 and len(default.findall(source)) == 1, "train.log",
          "a script with one PRESETS table and one DEFAULT_PRESET", "another")  # fmt: skip
@@ -197,8 +215,9 @@ def prove_configuration(script: Path, run: Run) -> None:
         sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
         spec.loader.exec_module(module)
         config = module.load_config([], {}, module.DEFAULT_PRESET)[0]
-    except (ImportError, ValueError) as error:
-        raise InputError(f"{script.name}: expected the baked script to load, found: {error}") from None
+    except Exception as error:  # whatever an edited source does
+        found = f"{type(error).__name__}: {error}"
+        raise InputError(f"{script.name}: expected the baked script to load, found {found}") from None
     finally:
         sys.dont_write_bytecode = before
         del sys.modules["baked_script"]
@@ -213,6 +232,7 @@ def prove_run(folder: Path, run: Run, minutes: float) -> str:
     """Starts the record's script inside its folder and compares its first steps with the log. Returns what was seen."""
     expected = {step.step: step.values["train_loss"] for step in run.log.steps if "train_loss" in step.values}
     steps = sorted(expected)[:PROOF_STEPS]
+    need(steps, short(run.folder / "train.log"), "training losses, to compare the proof with", "none")
     script = "train_gpt.py" if run.result["framework"] == "torch" else "train_gpt_mlx.py"
     with tempfile.TemporaryDirectory() as logs:
         fields = {name.upper() for name in run.log.config}
@@ -228,15 +248,21 @@ def prove_run(folder: Path, run: Run, minutes: float) -> str:
             process = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT,
                                        stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         found, deadline = {}, time.monotonic() + 60 * minutes
+        # A SIGTERM must not leave a whole training behind, which has a session of its own.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             while process.poll() is None and len(found) < len(steps) and time.monotonic() < deadline:
                 time.sleep(0.3)
                 found = first_losses(log, steps)
         finally:
-            if process.poll() is None:
+            process.terminate()  # torchrun hands it on to its processes, which have sessions of their own
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        found = found or first_losses(log, steps)
+                process.wait()
+            signal.signal(signal.SIGTERM, before)
+        found = first_losses(log, steps)  # it may have ended since the last look
         said = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
         error = next((line for line in reversed(said) if "error:" in line.lower()), said[-1] if said else "no output")
         need(len(found) == len(steps), "proof", f"{len(steps)} steps in {minutes:g} minutes from inside the folder",
@@ -273,7 +299,7 @@ def against_score(runs: list[Run], beat: float) -> dict:
     losses = [run.result["val_loss"] for run in runs]
     margin = p_below(losses, beat * ratio - NATS_TO_BEAT)
     return {"score_to_beat": beat, "p_below": p_below(losses, beat * ratio), "p_below_by_0.005_nats": margin,
-            "is_record": margin is not None and margin < P_TO_BEAT and len(runs) >= 3}  # fmt: skip
+            "beats_by_margin": margin is not None and margin < P_TO_BEAT and len(runs) >= 3}  # fmt: skip
 
 
 def summary(runs: list[Run], args, code_bytes: int) -> dict:
@@ -305,7 +331,8 @@ def summary(runs: list[Run], args, code_bytes: int) -> dict:
         "dataset": first["dataset"], "val_tokens": first["val_tokens"],
         "compliance": {
             "train_under_600s": train <= TRAIN_CAP_MS, "eval_under_600s": evaluation <= EVAL_CAP_MS,
-            "artifact_under_16mb": artifact + code_bytes <= BYTES_CAP, "whole_validation_set": True,
+            "artifact_under_16mb": artifact + code_bytes <= BYTES_CAP,
+            "whole_validation_set": all(run.result["complete"] for run in runs),
         },
         "against": against_score(runs, args.beat) if args.beat else None,
         "blurb": args.blurb or FILL_IN, "technique_summary": args.blurb or FILL_IN,
@@ -356,7 +383,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
 
 {markdown_table(head, rows)}
 {claim}Layout `{facts["layout"]}`, {facts["params_stored"]:,} parameters; artifact {result["quantizer"]}, coder \
-{result["codec"]}; {facts["val_tokens"]:,} validation tokens, all of them scored. Numbers: computed from the logs here.
+{result["codec"]}; {facts["val_tokens"]:,} validation tokens, all of them scored. Numbers: computed from logs and results here.
 
 ## Rules
 
@@ -366,7 +393,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
 {said("artifact_under_16mb")} |
 | training within 600 s (on {facts["hardware"]}) | {said("train_under_600s")} |
 | evaluation within 600 s | {said("eval_under_600s")} |
-| the whole validation set scored, each token once, none of it trained on | yes |
+| the whole validation set scored ({facts["val_tokens"]:,} tokens) | {said("whole_validation_set")} |
 
 ## Run
 
@@ -383,6 +410,21 @@ The script is the one at the head of each log but for its default: the preset `{
 `train_seed<N>.log` as the script wrote it, source included; `result_seed<N>.json` and `metrics_seed<N>.jsonl`: the same
 run's numbers for programs; `submission.json`, `requirements.txt`, `{script}`.
 """
+
+
+def put(part: Path, home: Path, replace: bool) -> None:
+    """Gives a finished folder its name. What was there goes only when the new one is in its place."""
+    # Asked again: another submit may have made it during the proof.
+    need(replace or not home.exists(), short(home), "a new folder", "one of that name", "--replace, or --name")
+    old = part.with_name("replaced")
+    if home.exists():
+        os.replace(home, old)
+    try:
+        os.replace(part, home)
+    except BaseException:
+        if old.exists():
+            os.replace(old, home)
+        raise
 
 
 def git_setting(name: str) -> str:
@@ -409,9 +451,10 @@ def parse_args(argv: list[str] | None):
     name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name)
     need(name, "--name", 'letters, digits, ".", "_" and "-", no spaces', f'"{args.name}"')
     try:
-        datetime.date.fromisoformat(args.date)
+        written = datetime.date.fromisoformat(args.date).isoformat()
     except ValueError:
-        raise InputError(f'--date: expected YYYY-MM-DD, found "{args.date}"') from None
+        written = None
+    need(written == args.date, "--date", "YYYY-MM-DD", f'"{args.date}"')  # 20261121 is a date, too
     need(args.beat is None or 0 < args.beat < 16, "--beat", "a score in bits per byte", args.beat)
     args.author = args.author or git_setting("user.name")
     args.github_id = args.github_id or git_setting("github.user") or None
@@ -427,11 +470,17 @@ def parse_args(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    runs = sorted((read_run(folder) for folder in args.runs), key=lambda run: args.runs.index(run.folder))
+    runs = [read_run(folder) for folder in args.runs]
     check_together(runs)
     check_track(args.track, runs)
     home = args.out / f"track_{args.track}" / f"{args.date}_{args.name}"
     need(args.replace or not home.exists(), short(home), "a new folder", "one of that name", "--replace, or --name")
+    if home.exists() and not (args.blurb or args.prose) and (home / "README.md").is_file():
+        theirs = FILL_IN not in (home / "README.md").read_text(encoding="utf-8", errors="replace")
+        need(not theirs, short(home), "a README without words of yours", "one with them",
+             "repeat them with --blurb and --prose, or delete the folder")  # fmt: skip
+    if len({str(run.result["versions"]) for run in runs}) > 1:
+        print("notice: the runs had different package versions; requirements.txt states the first run's")
     settings = baked_settings(runs[0])
     script = "train_gpt.py" if runs[0].result["framework"] == "torch" else "train_gpt_mlx.py"
     part = args.out / f".submit.{os.getpid()}.tmp" / home.name  # as deep below the root as the folder will be
@@ -462,9 +511,7 @@ def main(argv: list[str] | None = None) -> int:
             print(proof)
             write_text(part / "README.md", readme(runs, args, facts, settings, proof))
         home.parent.mkdir(parents=True, exist_ok=True)
-        if home.exists():
-            shutil.rmtree(home)
-        os.replace(part, home)
+        put(part, home, args.replace)
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
     std = f" ± {facts['val_bpb_std']:.4f}" if facts["val_bpb_std"] is not None else ""

@@ -4,14 +4,13 @@
     python records/table.py --check    exit code 1 if README.md is not what would be written
 """
 
-import json
 import math
 import re
 import sys
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ablate import read_matrix
 from common import (
     COLORS,
     RECORDS,
@@ -23,6 +22,7 @@ from common import (
     number,
     p_text,
     plotting,
+    read_curve,
     read_json,
     run_tool,
     save_picture,
@@ -120,8 +120,7 @@ def draw(records: list[Record], path: Path, title: str) -> None:
         color, style = COLORS[i % len(COLORS)], ("-", "--", ":", "-.")[i // len(COLORS) % 4]
         label = f"{record.facts.get('name') or record.folder.name}  {mean_std(record.scores)[0]:.4f}"
         for j, metrics in enumerate(sorted(record.folder.glob("metrics_seed*.jsonl"))):
-            rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-            points = [(row["flops"], row["val_bpb"]) for row in rows if "val_bpb" in row]
+            points = read_curve(metrics)
             axes.plot(*zip(*points), style, color=color, linewidth=1.3, alpha=0.8, label=None if j else label)
             ends += [y for x, y in points if x >= 0.15 * points[-1][0]]
         for result in record.results:
@@ -139,22 +138,21 @@ def draw(records: list[Record], path: Path, title: str) -> None:
 
 
 def ablation_rows(home: Path) -> list[list[object]]:
-    """One row for each matrix: its question, how far it is, its best arm."""
+    """One row for each matrix: its question, how far it is, its best arm of those that it has now."""
     rows = []
     for path in sorted((home / "ablations").glob("*.toml")):
-        with open(path, "rb") as file:
-            toml = tomllib.load(file)
-        results = {found.parent.name: read_json(found) for found in path.with_suffix("").glob("*_seed*/result.json")}
-        arms: dict[str, list[float]] = {}
-        for name, result in results.items():
-            arms.setdefault(name.rpartition("_seed")[0], []).append(result["val_bpb"])
+        matrix, arms = read_matrix(path), {}
+        results = [(run.arm, result) for run in matrix.runs() if (result := run.result())]
+        for arm, result in results:
+            if "diverged" not in result:
+                arms.setdefault(arm, []).append(result["val_bpb"])
         best = min(arms, key=lambda arm: mean_std(arms[arm])[0], default=None)
         score = "–" if best is None else f"`{best}` {mean_std(arms[best])[0]:.4f} (n = {len(arms[best])})"
         readme = path.with_suffix("") / "README.md"
         link = f"[{path.stem}](ablations/{path.stem}/README.md)" if readme.is_file() else path.stem
-        about = " ".join(toml.get("about", "").split())
-        budget = ", ".join(f"{value:.3g} {name}" for name, value in toml["budget"].items())
-        rows.append([link, re.split(r"(?<=[.?!])\s", about)[0], budget, len(results), score])
+        about = " ".join(matrix.about.split())
+        budget = f"{matrix.budget[1]:.3g} {matrix.budget[0]}"
+        rows.append([link, re.split(r"(?<=[.?!])\s", about)[0], budget, f"{len(results)}/{len(matrix.runs())}", score])
     return rows
 
 

@@ -20,7 +20,8 @@ import ablate
 import common
 from conftest import ROOT, TINY
 
-# Trains for `seconds` in steps of 0.05 s, checkpoints on SIGTERM, resumes; its score depends on its settings and seed.
+# Trains for `seconds` in steps of 0.05 s, checkpoints on SIGTERM and at its end, resumes a run of its own settings; its
+# score depends on its settings and seed.
 STAND_IN = '''
 import dataclasses, hashlib, json, os, signal, sys, time
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Config:
     max_train_flops: float = 0.0
     train_batch_tokens: int = 100
     val_max_tokens: int = 0
-    data: str = "a"
+    data_path: str = ""
+    tokenizer_path: str = ""
 def load_config(argv, environ, preset):
     values = {}
     for flag in argv:
@@ -55,6 +57,9 @@ def load_config(argv, environ, preset):
 def config_sha256(c):
     kept = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("seed", "run_id", "log_dir", "resume")}
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+def dataset_sha256(c):
+    changed = Path(__file__).with_name("data.txt")
+    return changed.read_text() if changed.exists() else "a"
 def main():
     c = load_config(sys.argv[1:], {}, "")[0]
     if "MATRIX_LR" in os.environ:
@@ -65,6 +70,8 @@ def main():
         file.write(f"{c.run_id} {int(c.resume)} {os.environ.get('OMP_NUM_THREADS')} {time.time()}\\n")
     log = open(folder / "train.log", "a")
     log.write(Path(__file__).read_text() + "\\n" + "=" * 120 + "\\n")
+    log.write("config: " + json.dumps(dataclasses.asdict(c)) + "\\n")
+    log.flush()
     if c.matrix_lr == 13:
         sys.exit("error: MATRIX_LR: expected luck, found 13")
     if c.matrix_lr > 100:
@@ -72,16 +79,21 @@ def main():
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
     checkpoint = folder / "checkpoint.safetensors"
-    began = time.time() - (float(checkpoint.read_text()) if c.resume else 0)
+    spent, of = checkpoint.read_text().split() if c.resume else ("0", config_sha256(c))
+    if of != config_sha256(c):
+        sys.exit("error: expected the config_sha256 that it was trained with")
+    began = time.time() - float(spent)
     base = {"run_id": c.run_id, "framework": "torch", "layout": c.layout, "seed": c.seed, "steps": 3, "tokens": 300,
-            "config_sha256": config_sha256(c), "dataset": "d", "dataset_sha256": c.data, "versions": {"torch": "9"}}
+            "config_sha256": config_sha256(c), "dataset": "d", "dataset_sha256": dataset_sha256(c),
+            "versions": {"torch": "9"}}
     while time.time() - began < c.seconds:
         time.sleep(0.05)
         if stopped:
-            checkpoint.write_text(str(time.time() - began))
+            checkpoint.write_text(f"{time.time() - began} {of}")
             (folder / "result.json").write_text(json.dumps(base | {"val_bpb": None}))
             sys.exit(143)
-    bpb = 2 + c.matrix_lr / 10 + (c.seed % 7) / 1000
+    checkpoint.write_text(f"{time.time() - began} {of}")
+    bpb = float("nan") if c.matrix_lr == 99 else 2 + c.matrix_lr / 10 + (c.seed % 7) / 1000
     with open(folder / "metrics.jsonl", "w") as file:
         for i in (1, 2, 3):
             file.write(json.dumps({"step": i, "val_loss": 3.0, "val_bpb": bpb + 1 / i, "flops": 1e9 * i}) + "\\n")
@@ -159,8 +171,8 @@ def test_goes_on_from_the_committed_files_alone(home):
 
 
 def test_stops_in_time_and_resumes_the_run_in_hand(home, capsys):
-    path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nseconds = 0.8'))
-    assert run(path, "--max-minutes=0.02") == 0  # 1.2 s: one run and a half
+    path = write(home, MATRIX + "seconds = 2.5\n")  # of `high`
+    assert run(path, "--max-minutes=0.035") == 0  # 2.1 s: one run and a half
     out = capsys.readouterr().out
     assert "stopping" in out and "runs left" in out
     done = [run for run in path.with_suffix("").glob("*_seed*")]
@@ -258,6 +270,143 @@ def test_refuses_to_mix_settings_scripts_and_data(home, capsys):
     assert run(path, "--report") == 1 and "expected runs on one dataset" in capsys.readouterr().err
 
 
+def scores(path: Path) -> dict[str, float]:
+    return {file.parent.name: json.loads(file.read_text())["val_bpb"]
+            for file in path.with_suffix("").glob("*/result.json")}  # fmt: skip
+
+
+ONE = "seeds = [1]\n[budget]\ntokens = 300\n[base]\nseconds = 0.0\n[arms.low]\nmatrix_lr = 0.1\n"
+
+
+def test_a_run_deleted_to_be_repeated_is_not_taken_from_logs(home, capsys):
+    """The way out that the refusal names: the files in logs/, of the old settings, must not come back as new ones."""
+    path = write(home, ONE)
+    assert run(path) == 0
+    write(home, ONE.replace("0.1", "0.2"))
+    assert run(path) == 1 and "delete" in capsys.readouterr().err
+    shutil.rmtree(path.with_suffix("") / "low_seed1")
+    assert run(path) == 0
+    assert scores(path) == {"low_seed1": pytest.approx(2.021)}
+
+
+@pytest.mark.parametrize("change", ["settings", "script"])
+def test_a_run_in_hand_goes_on_under_its_own_settings_and_script_only(home, capsys, change):
+    path = write(home, ONE.replace("seconds = 0.0", "seconds = 2.5"))
+    assert run(path, "--max-minutes=0.03") == 0 and scores(path) == {}
+    if change == "settings":
+        write(home, ONE.replace("seconds = 0.0", "seconds = 2.5").replace("0.1", "0.2"))
+    else:
+        (home / "train_gpt.py").write_text(STAND_IN + "# another\n")
+    assert run(path) == 0
+    assert [line.split()[1] for line in starts(home)] == ["0", "0"] and "started anew" in capsys.readouterr().out
+    assert run(path) == 0  # what it kept is of this script and these settings
+
+
+def test_a_run_that_ended_without_the_tool_is_kept_as_it_is(home):
+    """The tool was killed, its run went on alone and finished."""
+    path = write(home, ONE)
+    assert run(path) == 0
+    log = (home / "logs" / "m" / "low_seed1" / "train.log").read_text()
+    shutil.rmtree(path.with_suffix("") / "low_seed1")
+    (home / "logs" / "m" / "low_seed1" / "checkpoint.safetensors").write_text("0 x")  # as before it was kept
+    assert run(path) == 0 and len(starts(home)) == 1
+    assert (path.with_suffix("") / "low_seed1" / "train.log").read_text() == log
+
+
+def test_finished_runs_are_of_their_seed_and_settings(home, capsys):
+    path = write(home, MATRIX + "[arms.wild]\nmatrix_lr = 1e6\n")
+    assert run(path) == 0
+    folder = path.with_suffix("")
+    write(home, MATRIX + "[arms.wild]\nmatrix_lr = 0.7\n")  # it did not diverge at that rate
+    assert run(path) == 1 and "wild_seed1: expected the settings of the TOML" in capsys.readouterr().err
+    write(home, MATRIX.replace("0.9", "0.8"))  # the report alone must not label old runs with new settings
+    assert run(path, "--report") == 1 and "high_seed1: expected matrix_lr=0.8" in capsys.readouterr().err
+    write(home, MATRIX)
+    shutil.rmtree(folder / "low_seed2")
+    shutil.copytree(folder / "low_seed1", folder / "low_seed2")
+    for words in ([], ["--report"]):
+        assert run(path, *words) == 1 and "low_seed2: expected a run of seed 2, found 1" in capsys.readouterr().err
+
+
+def test_other_data_is_refused_before_anything_runs(home, capsys):
+    path = write(home, MATRIX)
+    assert run(path) == 0
+    folder = path.with_suffix("")
+    result = folder / "low_seed1" / "result.json"
+    result.write_text(result.read_text().replace('"dataset_sha256": "a"', '"dataset_sha256": "b"'))
+    shutil.rmtree(folder / "high_seed3")
+    assert run(path) == 1 and "low_seed1: expected runs on the data that is here" in capsys.readouterr().err
+    result.write_text(result.read_text().replace('"dataset_sha256": "b"', '"dataset_sha256": "a"'))
+    (home / "data.txt").write_text("c")
+    assert run(path) == 1 and "expected runs on the data that is here" in capsys.readouterr().err
+    assert len(starts(home)) == 6
+
+
+def test_an_incomplete_folder_of_a_finished_run_is_replaced(home):
+    path = write(home, ONE)
+    (path.with_suffix("") / "low_seed1").mkdir(parents=True)
+    (path.with_suffix("") / "low_seed1" / "train.log").write_text("half")
+    assert run(path) == 0 and scores(path) == {"low_seed1": pytest.approx(2.011)}
+
+
+def test_an_error_of_the_tool_stops_the_runs_in_hand(home, capsys, monkeypatch):
+    """A full disk, say: what runs beside it must not go on alone."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    path = write(home, ONE + "[arms.long]\nseconds = 30.0\nmatrix_lr = 0.3\n")
+
+    def keep(*_):
+        raise OSError(28, "No space left on device", "a file")
+
+    monkeypatch.setattr(ablate.Queue, "keep", keep)
+    began = time.monotonic()
+    assert run(path, "--jobs=2") == 1 and "No space left" in capsys.readouterr().err
+    assert time.monotonic() - began < 20
+    assert (home / "logs" / "m" / "long_seed1" / "checkpoint.safetensors").is_file()
+    monkeypatch.undo()
+
+
+def test_an_earlier_attempt_does_not_explain_a_failure(home, capsys):
+    """Divergence is a result, so it must be of this attempt and not of one before."""
+    path = write(home, ONE.replace("0.1", "1e6"))
+    assert run(path) == 0 and (path.with_suffix("") / "low_seed1" / "diverged.json").is_file()
+    shutil.rmtree(path.with_suffix("") / "low_seed1")
+    (home / "train_gpt.py").write_text(STAND_IN.replace("    if c.matrix_lr > 100:", "    os._exit(3)\n    if 0:"))
+    assert run(path) == 1 and "failed (3)" in capsys.readouterr().out
+    assert not (path.with_suffix("") / "low_seed1").exists()
+
+
+def test_a_score_that_is_not_finite_is_no_score(home):
+    path = write(home, ONE.replace("0.1", "99.0"))
+    assert run(path) == 0
+    assert (path.with_suffix("") / "low_seed1" / "diverged.json").is_file()
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"val_bpb": null}', '{"val_bpb": "2"}', "{"])
+def test_a_broken_result_is_one_line(home, capsys, text):
+    path = write(home, ONE)
+    assert run(path) == 0
+    (path.with_suffix("") / "low_seed1" / "result.json").write_text(text)
+    for words in ([], ["--report"], ["--list"]):
+        assert run(path, *words) == 1
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and "result.json" in err
+
+
+@pytest.mark.parametrize("words", ["--jobs=-1", "--max-minutes=-1", "--max-minutes=nan"])
+def test_bad_numbers_are_refused(home, capsys, words):
+    assert run(write(home, ONE), words) == 1
+    assert capsys.readouterr().err.startswith(f"error: {words.partition('=')[0]}: expected")
+
+
+def test_torchrun_that_was_stopped_has_not_failed(home, capsys, monkeypatch):
+    """torchrun answers SIGTERM with exit code 1."""
+    path = write(home, ONE.replace("seconds = 0.0", "seconds = 30.0"))
+    (home / "train_gpt.py").write_text(STAND_IN.replace("sys.exit(143)", "sys.exit(1)"))
+    assert run(path, "--max-minutes=0.01") == 0
+    assert "the same command goes on" in capsys.readouterr().out
+
+
 def test_factors_make_the_product(home):
     head = "seeds = [1]\n[budget]\nflops = 1e9\n"
     path = write(home, head + '[factors]\nlayout = ["9", "3+3x3+3"]\nmatrix_lr = [0.1, 0.2]\n')
@@ -283,6 +432,7 @@ def test_factors_make_the_product(home):
     (MATRIX.replace("matrix_lr = 0.9", "iterations = 9"), "expected the budget in [budget] alone"),
     (MATRIX.replace("matrix_lr = 0.9", "matrix_lr = 0.1"), "expected arms that differ"),
     (MATRIX.replace("matrix_lr = 0.9", "seed = 4"), "expected no setting that this tool makes"),
+    (MATRIX.replace("matrix_lr = 0.9", "SEED = 4"), "expected a setting in lower case"),
     (MATRIX.replace("matrix_lr = 0.9", "matrix_lr = [1]"), "expected a text or a number"),
     (MATRIX.replace("seeds", 'script = "other.py"\nseeds'), "script: expected train_gpt.py or"),
     ("seeds = [1]\n[budget]\ntokens = 100\n", "expected at least one arm or factor"),

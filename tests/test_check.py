@@ -126,7 +126,8 @@ def write_ours(home: Path) -> Path:
     ]  # fmt: skip
     (folder / "train_seed7.log").write_text("\n".join(log) + "\n")
     result = {"seed": 7, "steps": 20, "val_tokens": 4096, "val_loss": loss, "val_bpb": bpb, "bytes_code": code,
-              "bytes_artifact": 5000, "bytes_total": code + 5000, "complete": True}  # fmt: skip
+              "bytes_artifact": 5000, "bytes_total": code + 5000, "complete": True,
+              "layout": "5x3", "eval_time_ms": 35, "train_time_ms": 2005}  # fmt: skip
     (folder / "result_seed7.json").write_text(json.dumps(result))
     (folder / "metrics_seed7.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = {
@@ -177,6 +178,17 @@ def test_sound_folders_pass(tmp_path):
     assert found(write_folder(tmp_path / "b"), beat=1.2) == {}
     assert found(write_ours(tmp_path)) == {}
     assert found(write_folder(tmp_path / "c", "non_record_16mb")) == {}
+
+
+def test_a_folder_is_judged_from_inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_folder(tmp_path))
+    assert found(Path()) == {}
+    Path("README.md").unlink()
+    for log in Path().glob("*.log"):
+        log.unlink()
+    assert {finding.where for finding in check.check_folder(Path(".")) if finding.rule == "files"} == {
+        "README.md", "2026-04-01_Sound"
+    }  # fmt: skip
 
 
 def rename(folder: Path) -> None:
