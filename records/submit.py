@@ -383,7 +383,8 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
 
 {markdown_table(head, rows)}
 {claim}Layout `{facts["layout"]}`, {facts["params_stored"]:,} parameters; artifact {result["quantizer"]}, coder \
-{result["codec"]}; {facts["val_tokens"]:,} validation tokens, all of them scored. Numbers: computed from logs and results here.
+{result["codec"]}; {facts["val_tokens"]:,} validation tokens, all of them scored.
+Numbers: computed from the logs and results here.
 
 ## Rules
 
