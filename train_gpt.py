@@ -1277,7 +1277,7 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
         data = assemble(c, loops, coded, shapes)
         total, seen[sigma] = len(data) + code_bytes, len(data) + code_bytes
         rank = (True, total) if total <= c.target_bytes else (False, -total)
-        best = max(best or (rank,), (rank, sigma, data, coded), key=lambda entry: (entry[0], len(entry)))
+        best = (rank, sigma, data, coded) if best is None or rank > best[0] else best
         if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes or len(seen) == 8:
             break
         sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()))
