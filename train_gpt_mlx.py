@@ -1596,7 +1596,7 @@ def check_before_start(c: Config) -> list[str]:
     """Checks what would otherwise fail late; returns notices. Raises InputError."""
     if c.codec == "ans":
         need_constriction()
-    code, cap = len(Path(__file__).read_bytes()), c.target_bytes or c.bytes_cap
+    code, cap = code_size(), c.target_bytes or c.bytes_cap
     sigma = SIGMA_RANGE[1] / 2 if c.target_bytes else sigma_of(c, code)  # half of the widest still leaves 3 levels
     estimate, name = estimated_bytes(c, sigma), "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
     found = f"{code} + about {estimate}"

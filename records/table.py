@@ -193,6 +193,9 @@ Welch's t-test (two-sided) against the best record of the same track and dataset
 | `python records/check.py FOLDER...` | judge any submission folder by the challenge's rules |
 | `python records/table.py` | write this page and the pictures |
 | `python records/curve.py logs/RUN...` | loss curves of runs |
+| `python records/contents.py logs/RUN/model.int6.rgpt` | what an artifact holds, and where its bytes are |
+
+[coders/](coders/README.md): the artifact's coder beside general compressors.
 """)
     return "\n".join(parts)
 
