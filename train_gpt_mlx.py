@@ -130,14 +130,16 @@ class Config:
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
     # Artifact
     bytes_cap: int = 16000000  # largest code + artifact, bytes (decimal)
-    target_bytes: int = 0  # tune QUANT_SIGMA until code + artifact just fit into so many bytes; 0 = off
+    target_bytes: int = 0  # tune QUANT_SIGMA or QUANT_LOSS until code + artifact just fit into so many bytes; 0 = off
     quantizer: str = "absmax"  # absmax: a row spans its largest weight | sigma: QUANT_SIGMA | gptq: and makes up errors
+    # | fisher: and every weight's step is as wide as the loss allows
     quant_sigma: float = 0.0  # standard deviations that a row spans (the embedding 1.56 times as many); 0 = 12.85
+    quant_loss: float = 0.0  # fisher: what rounding may add to the loss, nats a token, as predicted; 0 = 0.005
     quant_bits: str = "embed:8,lora:8,*:6"  # of embed, lora, prelude, core, coda, attn, mlp, *; 3 to 8, 16 = float16
     quant_noise: str = "none"  # none | uniform | round: training feels the export's steps in the core's matrices ...
     quant_noise_from: float = 0.75  # ... from this fraction of training on
-    calib_tokens: int = 131072  # gptq: training tokens whose activations it looks at
-    calib_seconds: float = 20.0  # gptq: part of max_wallclock_seconds that is kept for it
+    calib_tokens: int = 131072  # gptq, fisher: training tokens whose activations and gradients they look at
+    calib_seconds: float = 20.0  # gptq, fisher: part of max_wallclock_seconds that is kept for it
     codec: str = "ans"  # ans (constriction) | lzma: entropy coder of the quantized weights
     # Cadence
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
@@ -181,9 +183,10 @@ PRESETS: dict[str, dict[str, object]] = {
 CHOICES = {
     "mode": ("train", "eval", "sample", "export"), "skips": ("per_loop", "unrolled", "official", "none"),
     "loop_gate": ("x0", "gain", "none"), "codec": ("ans", "lzma"), "dtype": ("", "bfloat16", "float32"),
-    "quantizer": ("absmax", "sigma", "gptq"), "quant_noise": ("none", "uniform", "round"),
+    "quantizer": ("absmax", "sigma", "gptq", "fisher"), "quant_noise": ("none", "uniform", "round"),
     "preset": ("", *PRESETS), "device": ("", "cuda", "mps", "gpu", "cpu"),
 }  # fmt: skip
+CALIBRATED = ("gptq", "fisher")  # quantizers that look at training tokens first
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9", "NUM_UNIQUE_LAYERS": "LAYOUT=5x3", "NUM_LOOPS": "LAYOUT=5x3",
@@ -326,17 +329,22 @@ def check_config(c: Config) -> None:
     multiple, near = f"a multiple of TRAIN_SEQ_LEN={length}", max(batch // length, 1) * length
     require(batch % length == 0, "TRAIN_BATCH_TOKENS", multiple, batch, f"try {near}")
     require(length % (stride or 1) == 0, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", stride)
-    calibrates = ["calib_tokens"] if c.quantizer == "gptq" and c.mode == "train" else []
-    for name in ("microbatch_tokens", "val_max_tokens", *calibrates):
+    calibrates = c.quantizer in CALIBRATED
+    for name in ("microbatch_tokens", "val_max_tokens", *["calib_tokens"] * (calibrates and c.mode == "train")):
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
     require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
     parse_quant_bits(c.quant_bits)
     sigma, absmax = c.quant_sigma or c.target_bytes, "0 with QUANTIZER=absmax"
     require(c.quantizer != "absmax" or not sigma, "QUANT_SIGMA, TARGET_BYTES", absmax, sigma, "add QUANTIZER=sigma")
-    both, cap = c.quant_sigma and c.target_bytes, f"at most BYTES_CAP={c.bytes_cap}"
-    require(not both, "TARGET_BYTES", "no QUANT_SIGMA beside it (it finds that)", c.quant_sigma)
+    fisher, wide = c.quantizer == "fisher", c.quant_sigma or c.quant_loss
+    require(not (c.quant_sigma and fisher), "QUANT_SIGMA", "0 with QUANTIZER=fisher", c.quant_sigma, "set QUANT_LOSS")
+    require(not c.quant_loss or fisher, "QUANT_LOSS", f"0 with QUANTIZER={c.quantizer}", c.quant_loss)
+    require(c.quant_noise == "none" or not fisher, "QUANT_NOISE", "none with QUANTIZER=fisher", c.quant_noise,
+            "its steps are not known before the end")  # fmt: skip
+    cap = f"at most BYTES_CAP={c.bytes_cap}"
+    require(not (wide and c.target_bytes), "TARGET_BYTES", "no QUANT_SIGMA or QUANT_LOSS beside it", wide)
     require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
-    left = c.quantizer != "gptq" or not c.max_wallclock_seconds or c.calib_seconds < c.max_wallclock_seconds
+    left = not calibrates or not c.max_wallclock_seconds or c.calib_seconds < c.max_wallclock_seconds
     below = f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
     require(left, "CALIB_SECONDS", below, f"{c.calib_seconds:g}, which leaves nothing to train in")
     trained = c.eval_loops <= layout.loops or c.skips in ("per_loop", "none")
@@ -534,9 +542,14 @@ def count_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.nda
 # runs after which, which shortcut connects which, which parameters there are, and what a step costs.
 # ======================================================================================================================
 def seconds_to_train(c: Config) -> float:
-    """MAX_WALLCLOCK_SECONDS without what is kept for the calibration of GPTQ; 0 = no such budget."""
-    kept = c.calib_seconds if c.quantizer == "gptq" else 0.0
+    """MAX_WALLCLOCK_SECONDS without what is kept for the calibration; 0 = no such budget."""
+    kept = c.calib_seconds if c.quantizer in CALIBRATED else 0.0
     return c.max_wallclock_seconds and c.max_wallclock_seconds - kept
+def calibration_batch(c: Config, world: int) -> Config:
+    """`c` with a batch of CALIB_TOKENS, in whole sequences and at least one a process."""
+    length = c.train_seq_len
+    return dataclasses.replace(c, train_batch_tokens=max(c.calib_tokens // length, world) * length)
+
 def progress_of(c: Config, step: int, seconds: float, flops: float) -> float:
     """Fraction of training done, from 0 to 1: the largest over the budgets that are set."""
     budgets = ((step, c.iterations), (seconds, seconds_to_train(c)), (flops, c.max_train_flops))
@@ -1051,7 +1064,7 @@ class Engine:
     def hessians(self, stream: TokenStream, start: int, loops: int) -> dict[str, np.ndarray]:
         """Mean of x x^T, float32 [in, in], over the inputs x of every matrix on CALIB_TOKENS training tokens from
         `start` on, all passes of the core together."""
-        c, found = self.config, {}
+        found: dict[str, mx.array] = {}
 
         def watch(name: str, x: mx.array) -> None:
             x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
@@ -1059,8 +1072,7 @@ class Engine:
 
         self.model.update(tree_unflatten(list(self.params.items())))
         linears = {name: module for name, module in self.model.named_modules() if isinstance(module, Linear)}
-        length = c.train_seq_len
-        batch = dataclasses.replace(c, train_batch_tokens=max(c.calib_tokens // length, self.world) * length)
+        batch = calibration_batch(self.config, self.world)
         for name, linear in linears.items():
             linear.watch = functools.partial(watch, f"{name}.weight")
         try:
@@ -1072,6 +1084,19 @@ class Engine:
         if self.world > 1:
             found = {name: mx.distributed.all_sum(x, group=self.group, stream=mx.cpu) for name, x in found.items()}
         return {name: np.array(total) / batch.train_batch_tokens for name, total in found.items()}
+
+    def fisher(self, stream: TokenStream, start: int, loops: int) -> dict[str, np.ndarray]:
+        """Empirical Fisher information: squares of each sequence's gradient of its summed loss, over the tokens of
+        `hessians`, a token; float32, in the shapes of the weights. The curvature of the loss, roughly."""
+        c, batch = self.config, calibration_batch(self.config, self.world)
+        squares = {name: mx.zeros(p.shape) for name, p in self.params.items()}
+        for ids, targets in stream.microbatches(start, batch, self.rank, self.world, c.train_seq_len):
+            grads = self.function("gradients", loops)(self.params, self.tensor(ids), self.tensor(targets))[1]
+            squares = {name: total + mx.square(grads[name] * c.train_batch_tokens) for name, total in squares.items()}
+            mx.eval(squares)
+        if self.world > 1:
+            squares = {name: mx.distributed.all_sum(x, group=self.group, stream=mx.cpu) for name, x in squares.items()}
+        return {name: np.array(total) / batch.train_batch_tokens for name, total in squares.items()}
 
     def sum_over_ranks(self, total: mx.array, grads: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         """Loss and gradients of all processes, in one message."""
@@ -1139,16 +1164,19 @@ def keep_freed_memory() -> None:
 # ARTIFACT [shared]
 # One file: magic, version, length of the header, header (JSON, deflated: model, passes trained, an entry a tensor),
 # payload, SHA-256 of all before. A matrix is integers of QUANT_BITS and a step a row; vectors are float16, a few
-# numbers float32. Integers and steps are ANS-coded with a histogram a tensor. Reading runs no code.
+# numbers float32. Integers and steps are ANS-coded with a histogram a tensor. QUANTIZER=fisher has steps of row times
+# column ("grid"), and the decoder knows from them how wide an integer is spread. Reading runs no code.
 # ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 2, struct.Struct("<4sII")
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 3, struct.Struct("<4sII")
 LARGEST_HEADER, LARGEST_EXPONENT, FLOATS = 1 << 22, 800, {"f16": "<f2", "f32": "<f4"}
 SIGMA, EMBED_SIGMA, SIGMA_RANGE = 12.85, 20 / 12.85, (3.0, 62.0)  # PR #1394: 12.85 for matrices, 20 for the embedding
+GRID_HEAD, LARGEST_SYMBOL, GRID_LIMITS, SPREADS = struct.Struct("<hBII"), 2**15 - 1, (240, 160), (-24, 44)  # / 4
+LOSS, WIDTH_RANGE, SHAPES = 0.005, (1e-9, 1.0), 5
 # 2 ** (i / 8), written out: a row's step is one of these times a power of two, equal on every platform.
 EIGHTHS = np.float32([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081])
 
 class Coded(NamedTuple):
-    scheme: str  # int3 ... int8, f16, f32
+    scheme: str  # int3 ... int8, grid, f16, f32
     data: bytes
     check: int  # CRC-32 of name, shape and what is decoded: a damaged model of the coder cannot give wrong weights
     weights: int  # coded as integers
@@ -1159,7 +1187,7 @@ def scheme_of(c: Config, name: str, shape: tuple[int, ...]) -> str:
         return "f32" if math.prod(shape) <= 64 else "f16"
     groups = quant_groups(c, name)
     bits = next(bits for group, bits in parse_quant_bits(c.quant_bits).items() if group in groups or group == "*")
-    return "f16" if bits == 16 else f"int{bits}"
+    return "f16" if bits == 16 else "grid" if c.quantizer == "fisher" else f"int{bits}"
 
 def quant_groups(c: Config, name: str) -> list[str]:
     """Groups of a tensor in QUANT_BITS and in the report; the first tells where its bytes are listed."""
@@ -1171,7 +1199,7 @@ def quant_groups(c: Config, name: str) -> list[str]:
     return [*kind, part, *(sub for sub in ("attn", "mlp") if f".{sub}." in name)]
 
 def largest_symbol(scheme: str) -> int:
-    return 2 ** (int(scheme[3:]) - 1) - 1
+    return LARGEST_SYMBOL if scheme == "grid" else 2 ** (int(scheme[3:]) - 1) - 1
 
 def row_exponents(rows: np.ndarray, top: int, sigma: float) -> np.ndarray:
     """int16 [n]: the step of a row is 2 ** (exponent / 8), so that `top` steps span its largest weight (`sigma` 0: no
@@ -1186,29 +1214,47 @@ def step_sizes(exponents: np.ndarray) -> np.ndarray:
     return np.ldexp(EIGHTHS[exponents % 8], (exponents // 8).astype(np.int32))
 
 def gptq_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order of the columns, upper Cholesky factor [m, m] of the inverse) of a Hessian: what GPTQ needs of it. Columns
-    with the largest inputs come first; 1 % of the mean diagonal is added (arXiv 2210.17323, act-order and damping)."""
+    """(order of the columns, upper Cholesky factor [m, m] of the inverse) of a Hessian over its mean diagonal: what
+    GPTQ needs of it. The columns of the largest inputs come first; 0.01 is added to the diagonal (arXiv 2210.17323,
+    act-order and damping)."""
     diagonal = np.diag(hessian).astype(np.float64)
-    order = np.argsort(-diagonal, kind="stable")
-    damped = hessian[np.ix_(order, order)].astype(np.float64)
-    damped[np.diag_indices_from(damped)] += max(0.01 * diagonal.mean(), 1e-12)
+    order, mean = np.argsort(-diagonal, kind="stable"), max(diagonal.mean(), 1e-10)
+    damped = hessian[np.ix_(order, order)] / mean
+    damped[np.diag_indices_from(damped)] += 0.01
     return order, np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
 
-def quantize_rows(rows: np.ndarray, steps: np.ndarray, top: int, factor=None) -> np.ndarray:
-    """rows [n, m] in steps [n] -> symbols int16 [n, m] within +-top. With a GPTQ factor the columns are rounded one by
-    one, and those to come make up for the error in the layer's output; 128 at a time are kept up to date."""
+def loss_steps(rows: np.ndarray, squares: np.ndarray, width: float, factor=None) -> tuple[np.ndarray, np.ndarray]:
+    """int16 [n] and [m]: the step of weight (i, j) is 2 ** ((a[i] + b[j]) / 4), about `width` over the root of the
+    curvature of the loss along it. That spends every bit where it buys most (reverse water-filling). Curvature: of a
+    row its mean in `squares`, the Fisher information; of a column what its input adds to those after it, where GPTQ
+    makes up for errors (the factor's diagonal, as in WaterSIC), else its mean in `squares`, too."""
+    of_rows, of_columns = squares.mean(axis=1, dtype=np.float64), squares.mean(axis=0, dtype=np.float64)
+    mean = max(of_rows.mean(), 1e-30)
+    of_rows, of_columns = of_rows + 1e-3 * mean, of_columns / mean + 1e-3
+    if factor is not None:
+        of_columns[factor[0]] = np.diag(factor[1]).astype(np.float64) ** -2
+    widest = 4 * math.log2(max(float(rows.std()), 1e-12)) + 16  # all zeros from there on
+    exponents = np.minimum(4 * np.log2(width) - 2 * np.log2(of_rows), widest), -2 * np.log2(of_columns)
+    return tuple(np.clip(np.rint(e), -most, most).astype(np.int16) for e, most in zip(exponents, GRID_LIMITS))
+
+def quantize_rows(rows: np.ndarray, steps: np.ndarray, top: int, factor=None, columns=None) -> np.ndarray:
+    """rows [n, m] in steps [n], times `columns` [m] where given -> symbols int16 [n, m] within +-top. With a GPTQ
+    factor the columns are rounded one by one, and those to come make up for the error in the layer's output; 128 at a
+    time are kept up to date."""
+    columns = np.ones(rows.shape[1], np.float32) if columns is None else columns
     if factor is None:
-        return np.clip(np.rint(rows / steps[:, None]), -top, top).astype(np.int16)
+        return np.clip(np.rint(rows / steps[:, None] / columns), -top, top).astype(np.int16)
     order, upper = factor
     left, symbols = (rows[:, order] / steps[:, None]).astype(np.float32), np.empty(rows.shape, dtype=np.int16)
     for start in range(0, rows.shape[1], 128):
         end = min(start + 128, rows.shape[1])
         block, errors = np.ascontiguousarray(left[:, start:end].T), np.empty((end - start, rows.shape[0]), np.float32)
         for i in range(end - start):
-            rounded = np.clip(np.rint(block[i]), -top, top)
-            errors[i] = (block[i] - rounded) / upper[start + i, start + i]
+            column, size = order[start + i], columns[order[start + i]]
+            rounded = np.clip(np.rint(block[i] / size), -top, top)
+            errors[i] = (block[i] - rounded * size) / upper[start + i, start + i]
             block[i + 1 :] -= np.multiply.outer(upper[start + i, start + i + 1 : end], errors[i])
-            symbols[:, order[start + i]] = rounded
+            symbols[:, column] = rounded
         left[:, end:] -= errors.T @ upper[start:end, end:]
     return symbols
 
@@ -1245,6 +1291,84 @@ def decode_symbols(data: bytes, count: int, codec: str, largest: int = 2**15 - 1
         raise ValueError(f"symbols beyond {largest}")
     return symbols.astype("<i2")
 
+def spread_classes(rows: np.ndarray, columns: np.ndarray, scale: int) -> np.ndarray:
+    """int16 [n, m]: quarter octaves from a weight's step to the tensor's spread, 2 ** (scale / 4)."""
+    return np.clip(scale - rows[:, None].astype(np.int32) - columns[None], *SPREADS).astype(np.int16)
+
+@functools.cache  # 69 spreads of 5 shapes
+def spread_model(spread: int, shape: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of integers -k to k with standard deviation 2 ** (spread / 4): frequencies (their sum is about 2 ** 22), and the
+    bits of 0 to k. A mixture of a normal distribution and `shape` quarters of Laplace's. Only sums, products, quotients
+    and roundings: equal on every platform."""
+    def exp(x: np.ndarray) -> np.ndarray:  # of x <= 0
+        whole = np.floor(x * 1.4426950408889634)
+        rest, total = (x * 1.4426950408889634 - whole) * 0.6931471805599453, np.ones_like(x)
+        for n in range(14, 0, -1):
+            total = total * rest / n + 1.0
+        return np.ldexp(total, np.maximum(whole, -1000).astype(np.int32))
+    size = float(step_sizes(np.array(2 * spread)))
+    edges = (np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + 0.5) / size
+    t = 1.0 / (1.0 + 0.3275911 * edges * 0.7071067811865476)  # the error function by Abramowitz and Stegun, 7.1.26
+    tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
+    above = ((1 - shape / 4) * tail * exp(-0.5 * edges * edges) + shape / 4 * exp(-1.4142135623730951 * edges)) / 2
+    parts = np.concatenate([[1.0 - 2.0 * above[0]], np.maximum(above[:-1] - above[1:], 0.0)])
+    half = np.maximum(np.rint(parts * 2.0**22), 1.0)
+    frequencies = np.concatenate([half[:0:-1], half])
+    return frequencies, np.log2(frequencies.sum() / half)
+
+def by_spread(rows: np.ndarray, columns: np.ndarray, scale: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """The order in which a tensor's symbols are coded, and (spread, start, end) of each run of one model."""
+    spreads = spread_classes(rows, columns, scale).ravel()
+    kinds, counts = np.unique(spreads, return_counts=True)
+    ends = np.cumsum(counts).tolist()
+    return np.argsort(spreads, kind="stable"), list(zip(kinds.tolist(), [0, *ends[:-1]], ends))
+
+def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, codec: str) -> bytes:
+    """Steps and symbols of a tensor -> bytes: scale and shape of the symbols' model, lengths of the coded steps, steps
+    of rows and of columns, symbols. The model is the one of the shortest code."""
+    exponents, sizes, limit = rows[:, None] + columns.astype(np.int64), np.abs(symbols.astype(np.int64)), 2**16
+    pairs, counts = np.unique((exponents * limit + sizes).ravel(), return_counts=True)
+    kinds, starts = np.unique(pairs // limit, return_index=True)
+    found = list(zip(kinds.tolist(), *(np.split(x, starts[1:]) for x in (pairs % limit, counts))))
+    def bits(scale: int, shape: int) -> float:
+        total = 0.0
+        for kind, some, often in found:
+            model = spread_model(min(max(scale - kind, SPREADS[0]), SPREADS[1]), shape)[1]
+            total += often @ model[some] if some[-1] < len(model) else math.inf
+        return total
+    near = round(4 * math.log2(max(float((symbols * np.exp2(exponents / 4)).std()), 1e-12)))
+    scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
+    _, scale, shape = min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))
+    parts = [encode_symbols(rows, codec), encode_symbols(columns, codec)]
+    head = GRID_HEAD.pack(scale, shape, len(parts[0]), len(parts[1])) + parts[0] + parts[1]
+    if codec == "lzma":
+        return head + encode_symbols(symbols, codec)
+    (order, runs), constriction = by_spread(rows, columns, scale), need_constriction()
+    coder, ordered = constriction.stream.stack.AnsCoder(), symbols.ravel()[order].astype(np.int32)
+    for spread, start, end in reversed(runs):
+        frequencies = spread_model(spread, shape)[0]
+        coder.encode_reverse(ordered[start:end] + len(frequencies) // 2, ans_model(constriction, frequencies))
+    return head + coder.get_compressed().astype("<u4").tobytes()
+
+def decode_grid(data: bytes, n: int, m: int, codec: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The opposite of `encode_grid`: steps of n rows and m columns, symbols [n * m], int16. ValueError on damage."""
+    scale, shape, *lengths = GRID_HEAD.unpack_from(data)
+    if shape >= SHAPES:
+        raise ValueError(f"shape {shape}")
+    middle, start = GRID_HEAD.size + lengths[0], GRID_HEAD.size + sum(lengths)
+    rows = decode_symbols(data[GRID_HEAD.size : middle], n, codec, GRID_LIMITS[0])
+    columns = decode_symbols(data[middle:start], m, codec, GRID_LIMITS[1])
+    if codec == "lzma":
+        return rows, columns, decode_symbols(data[start:], n * m, codec, LARGEST_SYMBOL)
+    (order, runs), constriction = by_spread(rows, columns, scale), need_constriction()
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, dtype="<u4", offset=start).astype(np.uint32))
+    symbols = np.empty(n * m, dtype="<i2")
+    for spread, low, high in runs:
+        frequencies = spread_model(spread, shape)[0]
+        decoded = coder.decode(ans_model(constriction, frequencies), high - low)
+        symbols[order[low:high]] = decoded - len(frequencies) // 2
+    return rows, columns, symbols
+
 def ans_model(constriction, frequencies: np.ndarray):
     """The coder's model of a histogram; sums and quotients of whole numbers, so equal on every platform."""
     if len(frequencies) < 2 or int(frequencies.min()) < 1:
@@ -1264,19 +1388,28 @@ def crc_of_place(name: str, shape: tuple[int, ...]) -> int:
     """Begins the CRC-32 of a tensor, so that two tensors whose entries and bytes were swapped are seen."""
     return zlib.crc32(f"{name} {shape}".encode())
 
-def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=None) -> Coded:
+def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=None, squares=None) -> Coded:
     scheme, check = scheme_of(c, name, value.shape), crc_of_place(name, value.shape)
     if scheme in FLOATS:
         data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
         return Coded(scheme, data, zlib.crc32(data, check), 0, 0.0)
     rows, top = value.reshape(-1, value.shape[-1]), largest_symbol(scheme)
-    wider = EMBED_SIGMA if param_group(name) == "embed" else 1.0
-    exponents = row_exponents(rows, top, 0.0 if c.quantizer == "absmax" else sigma * wider)
-    symbols = quantize_rows(rows, step_sizes(exponents), top, factor)
-    steps, counts = encode_symbols(exponents, c.codec), np.unique(symbols, return_counts=True)[1]
-    data = struct.pack("<I", len(steps)) + steps + encode_symbols(symbols, c.codec)
-    for decoded in (exponents, symbols):
+    embedding = param_group(name) == "embed"
+    if scheme == "grid":
+        factor = None if embedding else factor  # its Hessian would know of the output only
+        exponents = loss_steps(rows, squares.reshape(rows.shape), sigma, factor)
+        row_steps, column_steps = (step_sizes(2 * part) for part in exponents)
+        symbols = quantize_rows(rows, row_steps, top, factor, column_steps)
+        data = encode_grid(*exponents, symbols, c.codec)
+    else:
+        wider = EMBED_SIGMA if embedding else 1.0
+        exponents = (row_exponents(rows, top, 0.0 if c.quantizer == "absmax" else sigma * wider),)
+        symbols = quantize_rows(rows, step_sizes(exponents[0]), top, factor)
+        steps = encode_symbols(exponents[0], c.codec)
+        data = struct.pack("<I", len(steps)) + steps + encode_symbols(symbols, c.codec)
+    for decoded in (*exponents, symbols):
         check = zlib.crc32(decoded.astype("<i2").tobytes(), check)
+    counts = np.unique(symbols, return_counts=True)[1]
     return Coded(scheme, data, check, value.size, float((counts * np.log2(counts.sum() / counts)).sum()))
 
 def decode_tensor(data: bytes, name: str, scheme: str, shape: tuple[int, ...], codec: str, check: int) -> np.ndarray:
@@ -1285,6 +1418,12 @@ def decode_tensor(data: bytes, name: str, scheme: str, shape: tuple[int, ...], c
     if scheme in FLOATS:
         value = np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape)
         found = zlib.crc32(data, found)
+    elif scheme == "grid":
+        parts = decode_grid(data, math.prod(shape[:-1]), shape[-1], codec)
+        for part in parts:
+            found = zlib.crc32(part.tobytes(), found)
+        rows, columns = (step_sizes(2 * part) for part in parts[:2])
+        value = (parts[2].reshape(len(rows), -1) * rows[:, None] * columns).reshape(shape)
     else:
         rows, start = math.prod(shape[:-1]), 4 + struct.unpack_from("<I", data)[0]
         exponents = decode_symbols(data[4:start], rows, codec, LARGEST_EXPONENT)
@@ -1306,21 +1445,24 @@ def assemble(c: Config, loops: int, coded: dict[str, Coded], shapes: dict[str, t
     return body + hashlib.sha256(body).digest()
 
 def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndarray], hessians=None,
-                   code_bytes: int = 0) -> dict[str, float]:  # fmt: skip
-    """Writes the artifact atomically. With TARGET_BYTES it is coded anew with other clippings until it fits, and the
-    largest that fits is kept. Returns its bytes, those of each group, the bits a quantized weight (with steps and
-    histograms), the order-0 entropy of the integers, the clipping, and how often it was coded."""
+                   code_bytes: int = 0, squares=None) -> dict[str, float]:  # fmt: skip
+    """Writes the artifact atomically. With TARGET_BYTES it is coded anew with other steps until it fits, and the
+    largest that fits is kept. `hessians`: for gptq and fisher, `squares`: the Fisher information. Returns its bytes,
+    those of each group, the bits a quantized weight (with steps and histograms), the order-0 entropy of the integers,
+    the clipping or the predicted loss, and how often it was coded."""
     shapes, sigma, best, seen, goal = param_shapes(c), sigma_of(c, code_bytes), None, {}, 0.999 * c.target_bytes
     factors = {name: gptq_factor(hessian) for name, hessian in (hessians or {}).items()}
     while True:
-        coded = {name: encode_tensor(c, name, weights[name], sigma, factors.get(name)) for name in shapes}
+        coded = {name: encode_tensor(c, name, weights[name], sigma, factors.get(name), (squares or {}).get(name))
+                 for name in shapes}  # fmt: skip
         data = assemble(c, loops, coded, shapes)
         total, seen[sigma] = len(data) + code_bytes, len(data) + code_bytes
         rank = (True, total) if total <= c.target_bytes else (False, -total)
         best = (rank, sigma, data, coded) if best is None or rank > best[0] else best
         if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes or len(seen) == 8:
             break
-        sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()))
+        limits = WIDTH_RANGE if c.quantizer == "fisher" else SIGMA_RANGE
+        sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()), limits)
         if sigma in seen:
             break
     _, sigma, data, coded = best
@@ -1332,12 +1474,13 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
         groups[group] = groups.get(group, 0) + len(part.data)
     groups["header"] = len(data) - sum(groups.values())
     bits = 8 * sum(len(part.data) for part in coded.values() if part.weights) / quantized
-    entropy, sigma = sum(part.entropy_bits for part in coded.values()) / quantized, sigma * (c.quantizer != "absmax")
+    entropy, fisher = sum(part.entropy_bits for part in coded.values()) / quantized, c.quantizer == "fisher"
     return {"bytes_artifact": len(data), "bits_per_weight": bits, "entropy_bits_per_weight": entropy,
-            "bytes_by_group": groups, "sigma": sigma, "rounds": len(seen)}  # fmt: skip
+            "bytes_by_group": groups, "sigma": 0.0 if fisher or c.quantizer == "absmax" else sigma,
+            "loss": quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(seen)}  # fmt: skip
 
-def next_sigma(seen: dict[float, int], goal: float, weights: int) -> float:
-    """The clipping to try next, from the sizes of those tried: a doubling saves about a bit a weight."""
+def next_sigma(seen: dict[float, int], goal: float, weights: int, limits: tuple[float, float]) -> float:
+    """The clipping (or width) to try next, from the sizes of those tried: a doubling saves about a bit a weight."""
     below = max((s for s, size in seen.items() if size > goal), default=None)  # a wider step makes it smaller
     above = min((s for s, size in seen.items() if size <= goal), default=None)
     if below and above:
@@ -1345,7 +1488,7 @@ def next_sigma(seen: dict[float, int], goal: float, weights: int) -> float:
         return below * (above / below) ** part
     last = above or below
     factor = 2.0 ** (8 * (seen[last] - goal) / max(weights, 1))
-    return min(max(last * factor, SIGMA_RANGE[0]), SIGMA_RANGE[1])
+    return min(max(last * factor, limits[0]), limits[1])
 
 def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
     """Returns (model settings, passes trained, float32 weights). Raises InputError on anything unexpected."""
@@ -1390,11 +1533,15 @@ def read_header(data: bytes) -> dict:
         raise ValueError("a header without its end")
     return json.loads(text)
 
-SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "f16")
+SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "grid", "f16")
 
 @functools.lru_cache(maxsize=8)
 def sigma_of(c: Config, code_bytes: int) -> float:
-    """The clipping to begin with: QUANT_SIGMA, or what should meet TARGET_BYTES."""
+    """The clipping to begin with: QUANT_SIGMA, or what should meet TARGET_BYTES. For fisher the width of `loss_steps`:
+    a step s wide costs curvature * s ** 2 / 24, on average, so all n weights together n * width ** 2 / 24."""
+    if c.quantizer == "fisher":
+        n = sum(math.prod(shape) for name, shape in param_shapes(c).items() if scheme_of(c, name, shape) == "grid")
+        return math.sqrt(24 * (c.quant_loss or LOSS) / max(n, 1))
     if not c.target_bytes:
         return c.quant_sigma or SIGMA
     low, high = SIGMA_RANGE
@@ -1412,6 +1559,9 @@ def estimated_bytes(c: Config, sigma: float) -> int:
         scheme, count = scheme_of(c, name, shape), math.prod(shape)
         if scheme in FLOATS:
             bits += count * (16 if scheme == "f16" else 32)
+            continue
+        if scheme == "grid":  # nobody knows before training: few bits where they must fit, else many
+            bits += count * (0.7 if c.target_bytes else 3.0)
             continue
         wide = sigma * (EMBED_SIGMA if param_group(name) == "embed" else 1.0)
         wide = math.sqrt(2 * math.log(max(shape[-1], 3))) if c.quantizer == "absmax" else wide
@@ -1802,12 +1952,15 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
     began, code = time.perf_counter(), code_size()
-    hessians = engine.hessians(stream, state["tokens"], loops) if c.quantizer == "gptq" else None
+    calibrates, fisher = c.quantizer in CALIBRATED, c.quantizer == "fisher"
+    hessians = engine.hessians(stream, state["tokens"], loops) if calibrates else None
+    squares = engine.fisher(stream, state["tokens"], loops) if fisher else None
+    calib_ms = round(1000 * (time.perf_counter() - began)) if calibrates else None
     if engine.rank == 0:
         weights = engine.weights()
         named = {f"weights.{name}": value for name, value in weights.items()}
         save_tensors(log.folder / "model.safetensors", named, about(c, state["loops"]))
-        sizes = write_artifact(path, c, state["loops"], weights, hessians, code)
+        sizes = write_artifact(path, c, state["loops"], weights, hessians, code, squares)
     engine.agree(0.0, False)  # the others wait for the file
     export_ms, began = round(1000 * (time.perf_counter() - began)), time.perf_counter()
     engine.set_weights(read_artifact(path)[2])
@@ -1818,26 +1971,29 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     if engine.rank:
         return 0
     artifact, groups = sizes["bytes_artifact"], sizes.pop("bytes_by_group")
-    sigma, rounds, total = sizes.pop("sigma"), sizes.pop("rounds"), code + artifact
-    clip = f", {sigma:.3f} sigma" if sigma else ""
+    sigma, rise, rounds, total = (*(sizes.pop(key) for key in ("sigma", "loss", "rounds")), code + artifact)
+    clip = f", {sigma:.3f} sigma" if sigma else f", {rise:.5f} nats predicted" if rise else ""
     r = write_result(c, engine, log, state, score, sizes | {
         "eval_time_ms": ms, "val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "val_loss": loss, "val_bpb": bpb,
         "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial,
-        "quantizer": f"{c.quantizer} {c.quant_bits}{clip}", "calib_time_ms": export_ms if hessians else None})
+        "quantizer": f"{c.quantizer} {c.quant_bits}{clip}", "calib_time_ms": calib_ms})
     over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
-    reserved = f" of {c.calib_seconds:g} s kept for it" if hessians and c.max_wallclock_seconds else ""
+    kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
+    calibration = f", {calib_ms / 1000:.1f} s of them calibration{kept}" if calibrates else ""
     log.line(f"""---
 score:    {bpb:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {loops} passes){score.label}
 size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code} + artifact {artifact}, \
 {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, {over:.2f} % above it)
 bytes:    {", ".join(f"{group} {size}" for group, size in groups.items())}
-export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{reserved}, {rounds} round{"s" if rounds > 1 else ""}
+export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{calibration}, {rounds} round{"s" if rounds > 1 else ""}
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
 files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
     if c.target_bytes and total < 0.998 * c.target_bytes:
         log.line(f"notice: {c.target_bytes - total} bytes of TARGET_BYTES are left: more QUANT_BITS or a larger model")
-    return 0 if r["fits"] else 1
+    if 0 < c.target_bytes < total:
+        log.line(f"notice: TARGET_BYTES missed by {total - c.target_bytes} bytes: lower QUANT_BITS or a smaller model")
+    return 0 if r["fits"] and (not c.target_bytes or total <= c.target_bytes) else 1
 # ======================================================================================================================
 # SAMPLE [shared]
 # Naive: every token runs the whole model on the last train_seq_len tokens.
