@@ -169,12 +169,13 @@ PRESETS: dict[str, dict[str, object]] = {
         data_path="./data/datasets/offline_sp1024", tokenizer_path="./data/tokenizers/offline_1024_bpe.model",
         layout="1+2x2+1", model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=256, train_batch_tokens=4096,
         max_wallclock_seconds=180.0, loop_schedule="0:1,0.6:2", val_loss_every=100, train_log_every=20,
-        muon_momentum_warmup_steps=100, val_max_tokens=65536),
+        muon_momentum_warmup_steps=100, val_max_tokens=65536, quantizer="fisher", calib_tokens=16384,
+        calib_seconds=10.0),
     "laptop": dict(  # ten minutes on an 8 GB M-series laptop; useful on a CPU, too
         model_dim=384, num_heads=6, num_kv_heads=3, train_seq_len=512, train_batch_tokens=16384, train_log_every=20,
         loop_schedule="0:1,0.35:3", val_loss_every=200, muon_momentum_warmup_steps=200, val_max_tokens=1048576),
     "record": dict(  # ten minutes on 8xH100
-        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", quantizer="sigma", grad_clip_norm=1.0),
+        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", quantizer="fisher", grad_clip_norm=1.0),
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": dict(layout="9", skips="official", loop_gate="none", warmdown_frac=0.087),
     "pr319": dict(layout="5x3", model_dim=640, skips="none", loop_gate="x0", loop_gate_init=1 / 3, warmdown_frac=0.0,
@@ -1234,8 +1235,12 @@ def loss_steps(rows: np.ndarray, squares: np.ndarray, width: float, factor=None)
     if factor is not None:
         of_columns[factor[0]] = np.diag(factor[1]).astype(np.float64) ** -2
     widest = 4 * math.log2(max(float(rows.std()), 1e-12)) + 16  # all zeros from there on
-    exponents = np.minimum(4 * np.log2(width) - 2 * np.log2(of_rows), widest), -2 * np.log2(of_columns)
-    return tuple(np.clip(np.rint(e), -most, most).astype(np.int16) for e, most in zip(exponents, GRID_LIMITS))
+    columns = np.clip(np.rint(-2 * np.log2(of_columns)), -GRID_LIMITS[1], GRID_LIMITS[1])
+    largest = (np.abs(rows) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
+    finest = np.ceil(4 * np.log2(np.maximum(2 * largest / LARGEST_SYMBOL, 1e-30)))
+    steps = np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)
+    steps = np.clip(np.maximum(np.rint(steps), finest), -GRID_LIMITS[0], GRID_LIMITS[0])
+    return steps.astype(np.int16), columns.astype(np.int16)
 
 def quantize_rows(rows: np.ndarray, steps: np.ndarray, top: int, factor=None, columns=None) -> np.ndarray:
     """rows [n, m] in steps [n], times `columns` [m] where given -> symbols int16 [n, m] within +-top. With a GPTQ
@@ -1486,9 +1491,11 @@ def next_sigma(seen: dict[float, int], goal: float, weights: int, limits: tuple[
     if below and above:
         part = (seen[below] - goal) / max(seen[below] - seen[above], 1)
         return below * (above / below) ** part
-    last = above or below
-    factor = 2.0 ** (8 * (seen[last] - goal) / max(weights, 1))
-    return min(max(last * factor, limits[0]), limits[1])
+    (near, size), *more = sorted(seen.items(), key=lambda item: abs(item[1] - goal))[:2]
+    saved = weights / 8  # by a doubling, bytes
+    if more and size != more[0][1]:  # less where many weights are zeros already
+        saved = min(max((size - more[0][1]) / math.log2(more[0][0] / near), saved / 16), 2 * saved)
+    return min(max(near * 2.0 ** ((size - goal) / max(saved, 1)), limits[0]), limits[1])
 
 def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
     """Returns (model settings, passes trained, float32 weights). Raises InputError on anything unexpected."""

@@ -30,6 +30,7 @@ from common import (
     welch_p,
     write_text,
 )
+from exports import read_lines, read_plan
 
 TITLES = {
     "10min_16mb": "ten minutes on 8xH100, 16,000,000 bytes",
@@ -156,6 +157,18 @@ def ablation_rows(home: Path) -> list[list[object]]:
     return rows
 
 
+def export_rows(home: Path) -> list[list[str]]:
+    """Plan, question, models, exports done, for every plan of `exports.py` that has a report."""
+    rows = []
+    for path in sorted((home / "exports").glob("*.toml")):
+        plan = read_plan(path)
+        if (plan.home / "README.md").is_file():
+            link = f"[{path.stem}](exports/{path.stem}/README.md)"
+            about = re.split(r"(?<=[.?!])\s", " ".join(plan.about.split()))[0]
+            rows.append([link, about, plan.models, str(len(read_lines(plan)))])
+    return rows
+
+
 def build(home: Path) -> str:
     """The text of records/README.md."""
     parts = ["""<!-- written by records/table.py -->
@@ -184,11 +197,15 @@ Welch's t-test (two-sided) against the best record of the same track and dataset
         head = ["matrix", "question", "budget a run", "runs", "best arm"]
         parts.append("## Ablations\n\nMatrices of runs by `ablate.py`; each has its table, picture and logs.\n")
         parts.append(markdown_table(head, rows))
+    if rows := export_rows(home):
+        parts.append("## Exports\n\nOne model, many artifacts: what quantizing costs, by `exports.py`.\n")
+        parts.append(markdown_table(["plan", "question", "models of", "exports"], rows))
     parts.append("""## Tools
 
 | command | what it does |
 |---|---|
 | `python records/ablate.py records/ablations/NAME.toml` | run a declared matrix, or go on with it; table and picture |
+| `python records/exports.py records/exports/NAME.toml` | export trained models in many ways; table and picture |
 | `python records/submit.py logs/RUN... --track ... --name ...` | finished runs (one a seed) into a record folder |
 | `python records/check.py FOLDER...` | judge any submission folder by the challenge's rules |
 | `python records/table.py` | write this page and the pictures |

@@ -6,6 +6,9 @@
 zlib, bz2 and lzma come with Python; brotli and zstandard are shown where they are installed (`pip install brotli
 zstandard`). They get one byte an integer, all matrices one after the other. Overhead: bytes above the order-0 entropy
 of each matrix's integers; ours include steps and histograms, and the time to encode includes that to quantize.
+
+Without a file, two more lines: the same weights by QUANTIZER=gptq and fisher, with made-up inputs and curvatures; their
+overhead is over the entropy of their own integers, which fisher undercuts: its coder knows how wide each is spread.
 """
 
 import bz2
@@ -53,6 +56,33 @@ def compressors():
         yield "brotli-11", lambda data: brotli.compress(data, quality=11), brotli.decompress
 
 
+def calibrated(c: script.Config, weights: dict[str, np.ndarray], names: list[str], line) -> None:
+    """Times gptq and fisher (processor seconds). Curvatures of rows and columns are spread by about an octave."""
+    rng, c = np.random.default_rng(1), script.dataclasses.replace(c, quant_sigma=0.0)
+    seconds, sizes, entropy = {"gptq": 0.0, "fisher": 0.0}, {"gptq": 0, "fisher": 0}, {"gptq": 0.0, "fisher": 0.0}
+    reading = dict.fromkeys(seconds, 0.0)
+    for name in names:
+        rows = weights[name]
+        x = rng.standard_normal((4096, rows.shape[1]), dtype=np.float32) * np.exp2(rng.standard_normal(rows.shape[1]))
+        mixed = x + x[:, rng.permutation(rows.shape[1])]
+        hessian = (mixed.T @ mixed / len(x)).astype(np.float32)
+        curvature = np.exp2(2 * rng.standard_normal(len(rows)))[:, None] * np.diag(hessian)
+        for quantizer in seconds:
+            config = script.dataclasses.replace(c, quantizer=quantizer)
+            began = time.process_time()
+            factor = script.gptq_factor(hessian)
+            sigma = script.SIGMA if quantizer == "gptq" else 0.6 * rows.std() * float(np.sqrt(np.median(curvature)))
+            part = script.encode_tensor(config, name, rows, sigma, factor, curvature)
+            middle = time.process_time()
+            script.decode_tensor(part.data, name, part.scheme, rows.shape, c.codec, part.check)
+            seconds[quantizer] += middle - began
+            reading[quantizer] += time.process_time() - middle
+            sizes[quantizer] += len(part.data)
+            entropy[quantizer] += part.entropy_bits / 8
+    for quantizer, size in sizes.items():
+        line(quantizer, size, seconds[quantizer], reading[quantizer], entropy[quantizer])
+
+
 def main() -> None:
     if "--help" in sys.argv:
         print(__doc__)
@@ -81,10 +111,12 @@ def main() -> None:
     print(f"order-0 entropy {entropy:,.0f} bytes, {8 * entropy / count:.4f} bits a weight")
     print(f"{'coder':12} {'bytes':>12} {'overhead':>9} {'encode':>8} {'decode':>8}")
 
-    def line(name: str, size: int, first: float, second: float) -> None:
+    def line(name: str, size: int, first: float, second: float, entropy: float = entropy) -> None:
         print(f"{name:12} {size:12,} {100 * (size / entropy - 1):8.2f}% {first:7.1f}s {second:7.1f}s", flush=True)
 
     line(f"ours ({c.codec})", sum(len(part.data) for part in coded.values()), encode, decode)
+    if not files:
+        calibrated(c, weights, names, line)
     parts = []
     for name in names:
         shape, top = weights[name].shape, script.largest_symbol(script.scheme_of(c, name, weights[name].shape))

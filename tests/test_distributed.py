@@ -87,7 +87,8 @@ def test_two_torch_ranks(tiny, tmp_path):
         "--lora_rank=2",
         "--loop_gate=gain",
         "--skips=unrolled",
-        "--quantizer=gptq",
+        "--quantizer=fisher",
+        "--quant_loss=0.00001",
         "--calib_tokens=160",
     )
 
@@ -149,6 +150,7 @@ def test_two_mlx_ranks(tiny, tmp_path):
         "--lora_rank=2",
         "--loop_gate=gain",
         "--skips=unrolled",
-        "--quantizer=gptq",
+        "--quantizer=fisher",
+        "--quant_loss=0.00001",
         "--calib_tokens=160",
     )

@@ -8,6 +8,7 @@ The files are read in a process of its own, whose memory and time are limited: a
 the process, and the test then names the file.
 """
 
+import copy
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME, SHAPE, SCHEME, SIZE, CRC = range(5)  # of an entry in the header
-SECONDS, MEBIBYTES = 5, 200  # that one file may take; 200 MiB in all
+SECONDS, MEBIBYTES = 5, 200  # of processor time that one file may take; 200 MiB in all
 
 
 def bases(module, folder):
@@ -32,6 +33,8 @@ def bases(module, folder):
         ("ans", dict(quant_bits="core:7,embed:8,lora:8,*:6", lora_rank=2, loop_gate="gain")),
         ("ans", dict(quant_bits="embed:16,attn:3,*:5", quantizer="sigma")),
         ("lzma", dict(quant_bits="prelude:16,*:6", lora_rank=2)),
+        ("ans", dict(quant_bits="coda:16,*:6", lora_rank=2, quantizer="fisher", quant_loss=100.0)),
+        ("lzma", dict(quantizer="fisher", quant_loss=1.0)),
     ):
         c = module.Config(
             layout="1+2x2+1", vocab_size=48, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16, codec=codec,
@@ -39,7 +42,8 @@ def bases(module, folder):
         )  # fmt: skip
         rng, path = np.random.default_rng(0), folder / "base.rgpt"
         weights = {k: rng.standard_normal(s).astype(np.float32) for k, s in module.param_shapes(c).items()}
-        module.write_artifact(path, c, 2, weights)
+        squares = {k: np.exp2(rng.uniform(-3, 3, v.shape)).astype(np.float32) for k, v in weights.items()}
+        module.write_artifact(path, c, 2, weights, squares=squares)
         content = path.read_bytes()
         size = struct.unpack_from("<4sII", content)[2]
         header = json.loads(zlib.decompress(content[12 : 12 + size]))
@@ -84,8 +88,8 @@ def other_value(rng, header, value):
     """Something to put where `value` was: near it, of another kind, huge, or from elsewhere in the header."""
     near = [value + 1, value - 1, -value, value * 2, value ^ (1 << rng.randrange(32))] if type(value) is int else []
     huge = [2**31 - 1, 2**31, 2**32, 2**40, 2**63, 2**64, 2**70, -(2**63), 10**100, 1e308, math.inf, math.nan]
-    kinds = [0, 1, -1, 0.5, "", "1", "int6", "x" * 1000, None, True, [], [[]], {}, {"a": 1}]
-    entry = rng.choice(header["tensors"])
+    kinds = [0, 1, -1, 0.5, "", "1", "int6", "grid", "x" * 1000, None, True, [], [[]], {}, {"a": 1}]
+    entry = copy.deepcopy(rng.choice(header["tensors"]))  # a list in itself would have no end
     return rng.choice([*near, *near, rng.choice(huge), rng.choice(kinds), rng.choice(entry), rng.randrange(-9, 99)])
 
 
@@ -130,7 +134,8 @@ def other_model(rng, module, header):
     header["model"][field] = layout if field == "layout" else rng.choice(sizes)
     header["loops"] = 1
     try:
-        c = module.Config(**header["model"], quant_bits=rng.choice(["*:3", "*:6", "*:16"]))
+        quantizer = rng.choice(["absmax", "fisher"])
+        c = module.Config(**header["model"], quant_bits=rng.choice(["*:3", "*:6", "*:16"]), quantizer=quantizer)
         shapes = module.param_shapes(c)
         sizes = {name: (tensor[SIZE], tensor[CRC]) for tensor in header["tensors"] for name in [tensor[NAME]]}
         header["tensors"] = [
@@ -201,6 +206,49 @@ def changed_coder(rng, header, payload):
     return bytes(payload)
 
 
+def changed_grid(rng, module, header, payload):
+    """Of one tensor with steps of rows and columns: how its symbols are spread, the lengths, or steps, coded anew."""
+    import numpy as np
+
+    header, start = json.loads(json.dumps(header)), 0
+    chosen = rng.choice([entry for entry in header["tensors"] if entry[SCHEME] == "grid"])
+    for entry in header["tensors"]:
+        if entry is chosen:
+            break
+        start += entry[SIZE]
+    end, head, i = start + chosen[SIZE], module.GRID_HEAD, rng.randrange(2)
+    scale, shape, *lengths = head.unpack_from(payload, start)
+    bounds = [start + head.size, start + head.size + lengths[0], start + head.size + sum(lengths), end]
+    parts = [payload[a:b] for a, b in zip(bounds, bounds[1:])]
+    what, by = rng.choice(["scale", "shape", "lengths", "steps", "all", "all", "swap"]), rng.choice([1, -1, 8])
+    if what == "scale":
+        scale = rng.choice([scale + by, -scale, -(2**15), 2**15 - 1, rng.randrange(-700, 700)])
+    elif what == "shape":
+        shape = rng.choice([0, 1, 2, 3, 4, 5, 255])
+    elif what == "lengths":
+        length = rng.choice([0, 3, lengths[i] + by, lengths[i] + 4 * by, 2 * lengths[i], 2**31, 2**32 - 1])
+        lengths[1 - i] += rng.choice([0, lengths[i] - length])  # or all that follows lies elsewhere
+        lengths[i] = length
+    elif what == "swap":
+        parts[:2] = parts[1::-1]
+    else:
+        count, limit = chosen[SHAPE][-1], module.GRID_LIMITS[i]
+        count = count if i else math.prod(chosen[SHAPE][:-1])
+        steps = module.decode_symbols(parts[i], count, header["codec"])
+        if what == "all":  # the symbols are spread as before, so they are the right ones; the weights are not
+            steps, scale = steps + np.int16(by), scale + by
+        else:
+            others = [rng.randrange(-limit, limit + 1) for _ in range(count)]
+            few = [step if rng.random() < 0.9 else other for step, other in zip(steps.tolist(), others)]
+            beyond = rng.choice([1, -1]) * (limit + 1)
+            steps = rng.choice([few, few, others, [beyond] * count, few + few[:1], few[1:] or [0, 0]])
+        parts[i] = module.encode_symbols(np.array(steps, np.int16), header["codec"])
+        lengths[i] = len(parts[i])
+    data = head.pack(scale, shape, *(length % 2**32 for length in lengths)) + b"".join(parts)
+    chosen[SIZE] = len(data)
+    return header, payload[:start] + data + payload[end:]
+
+
 def mutation(module, originals, number):
     """(what was done, whether the checksum is right, the tensors of the original, the file)."""
     rng = random.Random(number)
@@ -214,6 +262,8 @@ def mutation(module, originals, number):
         return kind, True, tensors, signed(module, damaged(rng, packed), payload)
     if kind == "swap":
         return kind, True, tensors, signed(module, *swapped_tensors(rng, header, payload))
+    if kind == "coder" and any(entry[SCHEME] == "grid" for entry in header["tensors"]):
+        return "grid", True, tensors, signed(module, *changed_grid(rng, module, header, payload))
     if kind in ("payload", "coder"):
         payload = damaged(rng, payload) if kind == "payload" else changed_coder(rng, header, payload)
     if kind == "model" and rng.random() < 0.5:  # so large that the parts behind it are there, too
@@ -261,13 +311,13 @@ def read_all(first, count, limited):
         if limited and before:
             limit = 1024 * in_status("VmSize") + (1 << 30)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.signal(signal.SIGALRM, late)
+        signal.signal(signal.SIGPROF, late)
         for number in range(first, first + count):
             print(number, flush=True)
             kind, is_signed, tensors, content = mutation(module, originals, number)
             path.write_bytes(content)
             decoded[0], problem = 0, ""
-            signal.alarm(SECONDS if limited else 0)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS if limited else 0)
             try:
                 found = module.read_artifact(path)[2]
                 seen["read"] += 1
@@ -282,7 +332,7 @@ def read_all(first, count, limited):
                 said[kind] = line[len(str(path)) :][:100]
             except BaseException as error:
                 problem = f"{type(error).__name__}: {str(error)[:200]}"
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             seen["signed"] += is_signed
             seen["reached"] += decoded[0] > 0
             if problem:
