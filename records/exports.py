@@ -259,7 +259,7 @@ def report(plan: Plan) -> str:
                 f"{average(found, 'bytes_artifact'):,.0f}", number(average(found, "val_bpb")), number(gap), number(std),
                 "" if predicted is None else number(predicted),
             ])  # fmt: skip
-            points.setdefault((run, kind), []).append((bits, gap))
+            points.setdefault((run, kind), []).append((average(found, "bytes_artifact") / 1000, gap))
     head = ["model", "layout", "kind", "settings", "n", "bits a weight", "entropy", "artifact bytes", "val_bpb", "gap",
             "std of gap", "nats predicted"]  # fmt: skip
     table, one = markdown_table(head, rows), lines[0]
@@ -278,7 +278,7 @@ bits per byte after export, read back from disk, less those of the weights befor
 information says that rounding adds to the loss, nats a token.
 
 {table}
-{note}![gap against coded bits](exports.png)
+{note}![gap against the artifact's bytes](exports.png)
 
 - Models: `{plan.models}`, seeds {", ".join(map(str, plan.seeds))}. Data: `{one["dataset"]}`, sha256 \
 {one["dataset_sha256"][:12]}, {one["val_tokens"]:,} validation tokens{partial}.
@@ -294,7 +294,7 @@ Again: `python records/exports.py {short(plan.path)}`. A line an export: `export
 
 
 def draw(plan: Plan, points: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
-    """A panel a model: gap in bits per byte against coded bits a weight, a line a kind."""
+    """A panel a model: gap in bits per byte against the artifact's bytes, a line a kind."""
     plt = plotting()
     runs, kinds = (
         [run for run in plan.runs if any(key[0] == run for key in points)],
@@ -310,7 +310,7 @@ def draw(plan: Plan, points: dict[tuple[str, str], list[tuple[float, float]]]) -
                 panel.plot(x, [max(value, 1e-5) for value in y], "o-", color=COLORS[i % len(COLORS)], markersize=4,
                            linewidth=1.3, label=kind)  # fmt: skip
         panel.set_title(run, loc="left", fontsize=11)
-        panel.set(xlabel="coded bits a weight", yscale="log")
+        panel.set(xlabel="artifact, kilobytes", yscale="log")
         panel.spines["right"].set_visible(False)
         panel.grid(color="#e4e4e4", linewidth=0.8)
         panel.set_axisbelow(True)
