@@ -1448,17 +1448,17 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
             "loss": quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(seen)}  # fmt: skip
 
 def next_sigma(seen: dict[float, int], goal: float, weights: int, limits: tuple[float, float]) -> float:
-    """The clipping (or width) to try next, from the sizes of those tried: a doubling saves about a bit a weight."""
-    below = max((s for s, size in seen.items() if size > goal), default=None)  # a wider step makes it smaller
-    above = min((s for s, size in seen.items() if size <= goal), default=None)
-    if below and above:
-        part = (seen[below] - goal) / max(seen[below] - seen[above], 1)
-        return below * (above / below) ** part
-    (near, size), *more = sorted(seen.items(), key=lambda item: abs(item[1] - goal))[:2]
-    saved = weights / 8  # by a doubling, bytes
-    if more and size != more[0][1]:  # less where many weights are zeros already
-        saved = min(max((size - more[0][1]) / math.log2(more[0][0] / near), saved / 16), 2 * saved)
-    return min(max(near * 2.0 ** ((size - goal) / max(saved, 1)), limits[0]), limits[1])
+    """The clipping (or width) to try next, from the sizes of those tried: a doubling saves a bit a weight at most."""
+    fine = max((s for s, size in seen.items() if size > goal), default=0.0)  # a wider step makes it smaller
+    coarse = min((s for s, size in seen.items() if size <= goal), default=0.0)
+    if fine and coarse:  # where most weights are zeros the sizes are no line: halve now and then
+        part = (seen[fine] - goal) / max(seen[fine] - seen[coarse], 1) if len(seen) % 3 else 0.5
+        return fine * (coarse / fine) ** part
+    near, saved = fine or coarse, weights / 8
+    for other in sorted(set(seen) - {near}, key=lambda s: abs(math.log(s / near)))[:1]:
+        saved = min(max((seen[near] - seen[other]) / math.log2(other / near), saved / 16), saved)
+    doublings = min(max((seen[near] - goal) / max(saved, 1), -6.0), 6.0)
+    return min(max(near * 2.0**doublings, limits[0]), limits[1])
 
 def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
     """Returns (model settings, passes trained, float32 weights). Raises InputError on anything unexpected."""
@@ -1531,7 +1531,7 @@ def estimated_bytes(c: Config, sigma: float) -> int:
             bits += count * (16 if scheme == "f16" else 32)
             continue
         if scheme == "grid":  # nobody knows before training: few bits where they must fit, else many
-            bits += count * (0.7 if c.target_bytes else 3.0)
+            bits += count * (0.7 if c.target_bytes else 2.0)
             continue
         wide = sigma * (EMBED_SIGMA if param_group(name) == "embed" else 1.0)
         wide = math.sqrt(2 * math.log(max(shape[-1], 3))) if c.quantizer == "absmax" else wide
@@ -1720,7 +1720,8 @@ def check_before_start(c: Config) -> list[str]:
     sigma = SIGMA_RANGE[1] / 2 if c.target_bytes else sigma_of(c, code)  # half of the widest still leaves 3 levels
     estimate, name = estimated_bytes(c, sigma), "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
     found = f"{code} + about {estimate}"
-    advice = "lower MODEL_DIM, MLP_MULT, the number of blocks or QUANT_BITS, or set QUANTIZER=sigma"
+    coarser = "raise QUANT_LOSS" if c.quantizer == "fisher" else "lower QUANT_BITS, or set QUANTIZER=fisher"
+    advice = f"lower MODEL_DIM, MLP_MULT or the number of blocks, {coarser}"
     require(0.85 * estimate + code <= cap, name, f"code + artifact within {cap} bytes", found, advice)
     over = estimate + code > cap
     return [f"notice: the artifact may exceed the cap: {found} of {cap} bytes; {advice}"] if over else []
@@ -1959,10 +1960,11 @@ export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{calibration}, {rounds} roun
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
 files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
-    if c.target_bytes and total < 0.998 * c.target_bytes:
-        log.line(f"notice: {c.target_bytes - total} bytes of TARGET_BYTES are left: more QUANT_BITS or a larger model")
-    if 0 < c.target_bytes < total:
-        log.line(f"notice: TARGET_BYTES missed by {total - c.target_bytes} bytes: lower QUANT_BITS or a smaller model")
+    left, bits = c.target_bytes - total, "" if c.quantizer == "fisher" else "QUANT_BITS or "
+    if c.target_bytes and left > 0.002 * c.target_bytes:
+        log.line(f"notice: {left} bytes of TARGET_BYTES are left: more {bits}parameters")
+    if c.target_bytes and left < 0:
+        log.line(f"notice: TARGET_BYTES missed by {-left} bytes: fewer {bits}parameters")
     return 0 if r["fits"] and (not c.target_bytes or total <= c.target_bytes) else 1
 # ======================================================================================================================
 # SAMPLE [shared]

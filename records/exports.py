@@ -131,17 +131,12 @@ class Model:
     def __init__(self, plan: Plan, script, run: str, seed: int):
         folder = LOGS / plan.models / f"{run}_seed{seed}"
         path, log = folder / "model.safetensors", folder / "train.log"
-        if not path.is_file() or not log.is_file():
-            raise InputError(f"{short(path)}: expected the weights of a finished run, found none; train them with "
-                             f"python records/ablate.py records/ablations/{plan.models}.toml")  # fmt: skip
-        trained = {
-            name: value
-            for name, value in (read_log(log).config or {}).items()
-            if name in script.Config.__dataclass_fields__
-        }
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # FileNotFoundError where it was not trained
+        known = script.Config.__dataclass_fields__
+        trained = {name: value for name, value in (read_log(log).config or {}).items() if name in known}
         own = ("mode", "preset", "run_id", "resume", "artifact", "checkpoint", "init_from", "target_bytes", "compile")
         kept = {name: value for name, value in trained.items() if name not in own and not name.startswith("quant")}
-        self.script, self.sha256 = script, hashlib.sha256(path.read_bytes()).hexdigest()
+        self.script = script
         weights, _, self.loops = script.load_model_file(str(path))
         self.base = dataclasses.replace(script.Config(**kept), compile=False, **plan.base)
         paths = {name: str(ROOT / getattr(self.base, name)) for name in ("data_path", "tokenizer_path")}
@@ -204,11 +199,15 @@ def work(plan: Plan) -> None:
         wanted += [(seed, run, kind, settings) for kind, settings in plan.exports
                    if key_of(dict(run=run, seed=seed, kind=kind, settings=settings)) not in done]  # fmt: skip
     plan.home.mkdir(parents=True, exist_ok=True)
-    scratch = plan.home / f"artifact.{os.getpid()}.tmp"
+    missing, scratch = [], plan.home / f"artifact.{os.getpid()}.tmp"
     print(f"{plan.path.stem}: {len(done) + len(wanted)} exports, {len(wanted)} to do", flush=True)
     try:
         for (seed, run), group in itertools.groupby(wanted, lambda item: item[:2]):
-            model = Model(plan, script, run, seed)
+            try:
+                model = Model(plan, script, run, seed)
+            except FileNotFoundError as error:  # the others can be exported
+                missing.append(short(Path(error.filename)))
+                continue
             for _, _, kind, settings in group:
                 result = model.export(settings, scratch, code)
                 line = {"run": run, "seed": seed, "kind": kind, "settings": settings, **result,
@@ -220,6 +219,9 @@ def work(plan: Plan) -> None:
                       f"bpb, gap {result['gap']:.4f}", flush=True)  # fmt: skip
     finally:
         scratch.unlink(missing_ok=True)
+    if missing:
+        raise InputError(f"{', '.join(missing)}: expected the weights of finished runs, found none; train them with "
+                         f"python records/ablate.py records/ablations/{plan.models}.toml")  # fmt: skip
 
 
 def label(settings: dict) -> str:
@@ -315,7 +317,8 @@ def draw(plan: Plan, points: dict[tuple[str, str], list[tuple[float, float]]]) -
         panel.grid(color="#e4e4e4", linewidth=0.8)
         panel.set_axisbelow(True)
     panels[0][0].set_ylabel("gap, bits per byte")
-    panels[0][-1].legend(frameon=False, fontsize=9)
+    shown = {name: line for panel in panels[0] for line, name in zip(*panel.get_legend_handles_labels())}
+    figure.legend([shown[kind] for kind in kinds], kinds, loc="outside lower center", ncols=len(kinds), frameon=False)
     save_picture(figure, plan.home / "exports.png")
 
 

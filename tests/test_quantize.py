@@ -714,18 +714,19 @@ def test_no_weight_is_too_large_for_its_step(any_script, tmp_path):
 
 def test_the_best_of_all_rounds_is_kept(any_script, tmp_path, monkeypatch):
     """The largest that fits, else the smallest, whichever round it came in."""
-    c, path = tiny_config(any_script, quantizer="fisher"), tmp_path / "a"
-    weights, losses, contents = random_weights(any_script, c), (0.3, 0.01, 3.0, 0.1, 1.0, 0.03), []
-    for loss in losses:
+    c, path = tiny_config(any_script, quantizer="fisher", quant_bits="prelude:6,*:16"), tmp_path / "a"
+    weights, contents = random_weights(any_script, c), []
+    squares = {name: 1000 * value for name, value in squares_of(weights).items()}
+    for loss in (0.3, 0.01, 3.0, 0.1, 1.0, 0.03):
         fixed = any_script.dataclasses.replace(c, quant_loss=loss)
-        any_script.write_artifact(path, fixed, 2, weights, None, 0, squares_of(weights))
+        any_script.write_artifact(path, fixed, 2, weights, None, 0, squares)
         contents.append((path.read_bytes(), any_script.sigma_of(fixed, 0)))
     ordered = sorted(contents, key=lambda content: len(content[0]))
-    for target, best in ((len(ordered[3][0]) + 50, ordered[3]), (len(ordered[0][0]) - 50, ordered[0])):
+    for target, best in ((len(ordered[3][0]) + 200, ordered[3]), (len(ordered[0][0]) - 200, ordered[0])):
         widths = iter([width for _, width in contents] * 2)
         monkeypatch.setattr(any_script, "next_sigma", lambda *_, widths=widths: next(widths))
         c = any_script.dataclasses.replace(c, target_bytes=target)
-        sizes = any_script.write_artifact(path, c, 2, weights, None, 0, squares_of(weights))
+        sizes = any_script.write_artifact(path, c, 2, weights, None, 0, squares)
         assert path.read_bytes() == best[0] and sizes["rounds"] == 7
 
 
