@@ -82,7 +82,7 @@ def test_exports_resume_and_report(data, plan, capsys, monkeypatch):
 
 
 def test_other_script_and_missing_weights(data, plan):
-    with pytest.raises(exports.InputError, match=r"model\.safetensors: expected the weights of a finished run"):
+    with pytest.raises(exports.InputError, match=r"model\.safetensors: expected the weights of finished runs"):
         exports.main([str(plan)])
     lines = plan.with_suffix("") / "exports.jsonl"
     old = dict(run="loop", seed=1, kind="sigma", settings={"quantizer": "sigma"}, script_sha256="0")
