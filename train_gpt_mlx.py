@@ -1986,12 +1986,13 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
         "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial,
         "quantizer": f"{c.quantizer} {c.quant_bits}{clip}", "calib_time_ms": calib_ms})
     over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
+    side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # fisher's coder knows more than a histogram
     kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
     calibration = f", {calib_ms / 1000:.1f} s of them calibration{kept}" if calibrates else ""
     log.line(f"""---
 score:    {bpb:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {loops} passes){score.label}
 size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code} + artifact {artifact}, \
-{r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, {over:.2f} % above it)
+{r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, {side} it)
 bytes:    {", ".join(f"{group} {size}" for group, size in groups.items())}
 export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{calibration}, {rounds} round{"s" if rounds > 1 else ""}
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
