@@ -321,7 +321,8 @@ def check_config(c: Config) -> None:
     require(batch % length == 0, "TRAIN_BATCH_TOKENS", multiple, batch, f"try {near}")
     require(length % (stride or 1) == 0, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", stride)
     calibrates = c.quantizer in CALIBRATED
-    for name in ("microbatch_tokens", "val_max_tokens", *["calib_tokens"] * (calibrates and c.mode == "train")):
+    calibration = ["calib_tokens"] if calibrates and c.mode == "train" else []
+    for name in ("microbatch_tokens", "val_max_tokens", *calibration):
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
     require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
     parse_quant_bits(c.quant_bits)
@@ -540,7 +541,6 @@ def calibration_batch(c: Config, world: int) -> Config:
     """`c` with a batch of CALIB_TOKENS, in whole sequences and at least one a process."""
     length = c.train_seq_len
     return dataclasses.replace(c, train_batch_tokens=max(c.calib_tokens // length, world) * length)
-
 def progress_of(c: Config, step: int, seconds: float, flops: float) -> float:
     """Fraction of training done, from 0 to 1: the largest over the budgets that are set."""
     budgets = ((step, c.iterations), (seconds, seconds_to_train(c)), (flops, c.max_train_flops))
@@ -1066,7 +1066,7 @@ class Engine:
         length = self.config.train_seq_len
         for ids, targets in stream.microbatches(start, batch, self.rank, self.world, length):
             loss = self.model.token_losses(self.tensor(ids), self.tensor(targets), loops).sum()
-            grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
             for total, grad in zip(squares.values(), grads):
                 total.addcmul_(grad, grad)
         self.model.requires_grad_(self.optimizer is not None)
@@ -1259,10 +1259,6 @@ def decode_symbols(data: bytes, count: int, codec: str, largest: int = 2**15 - 1
         raise ValueError(f"symbols beyond {largest}")
     return symbols.astype("<i2")
 
-def spread_classes(rows: np.ndarray, columns: np.ndarray, scale: int) -> np.ndarray:
-    """int16 [n, m]: quarter octaves from a weight's step to the tensor's spread, 2 ** (scale / 4)."""
-    return np.clip(scale - rows[:, None].astype(np.int32) - columns[None], *SPREADS).astype(np.int16)
-
 @functools.cache  # 69 spreads of 5 shapes
 def spread_model(spread: int, shape: int) -> tuple[np.ndarray, np.ndarray]:
     """Of integers -k to k with standard deviation 2 ** (spread / 4): frequencies (their sum is about 2 ** 22), and the
@@ -1285,8 +1281,9 @@ def spread_model(spread: int, shape: int) -> tuple[np.ndarray, np.ndarray]:
     return frequencies, np.log2(frequencies.sum() / half)
 
 def by_spread(rows: np.ndarray, columns: np.ndarray, scale: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """The order in which a tensor's symbols are coded, and (spread, start, end) of each run of one model."""
-    spreads = spread_classes(rows, columns, scale).ravel()
+    """The order in which a tensor's symbols are coded, and (spread, start, end) of each run of one model. A spread:
+    quarter octaves from a weight's step to the tensor's spread, 2 ** (scale / 4)."""
+    spreads = np.clip(scale - rows[:, None].astype(np.int32) - columns, *SPREADS).astype(np.int16).ravel()
     kinds, counts = np.unique(spreads, return_counts=True)
     ends = np.cumsum(counts).tolist()
     return np.argsort(spreads, kind="stable"), list(zip(kinds.tolist(), [0, *ends[:-1]], ends))

@@ -39,7 +39,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +55,7 @@ from common import (
     read_curve,
     read_json,
     read_log,
+    read_toml,
     run_tool,
     save_picture,
     short,
@@ -153,13 +153,7 @@ def slug(text: str) -> str:
 
 def read_matrix(path: Path) -> Matrix:
     """Reads and checks the TOML, as far as that goes without the script."""
-    try:
-        with open(path, "rb") as file:
-            toml = tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected TOML, found an error ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: expected a matrix (TOML), found nothing to read ({error.strerror})") from None
+    toml = read_toml(path, "a matrix")
 
     def need(holds, what, expected, found):
         if not holds:

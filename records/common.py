@@ -7,6 +7,7 @@ import os
 import re
 import statistics
 import sys
+import tomllib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,16 @@ def read_json(path: Path, what: str = "a JSON object") -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected {what}, found a {type(value).__name__}")
     return value
+
+
+def read_toml(path: Path, what: str) -> dict:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected TOML, found an error ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: expected {what} (TOML), found nothing to read ({error.strerror})") from None
 
 
 def read_curve(path: Path) -> list[tuple[float, float]]:

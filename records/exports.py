@@ -27,7 +27,6 @@ import json
 import os
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 from ablate import load_script
@@ -41,6 +40,7 @@ from common import (
     number,
     plotting,
     read_log,
+    read_toml,
     run_tool,
     save_picture,
     short,
@@ -74,13 +74,7 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    try:
-        with open(path, "rb") as file:
-            toml = tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected TOML, found an error ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: expected a plan (TOML), found nothing to read ({error.strerror})") from None
+    toml = read_toml(path, "a plan")
 
     def need(holds, what, expected, found):
         if not holds:
@@ -138,9 +132,9 @@ class Model:
         kept = {name: value for name, value in trained.items() if name not in own and not name.startswith("quant")}
         self.script = script
         weights, _, self.loops = script.load_model_file(str(path))
-        self.base = dataclasses.replace(script.Config(**kept), compile=False, **plan.base)
-        paths = {name: str(ROOT / getattr(self.base, name)) for name in ("data_path", "tokenizer_path")}
-        self.config = dataclasses.replace(self.base, **paths)
+        base = dataclasses.replace(script.Config(**kept), compile=False, **plan.base)
+        paths = {name: str(ROOT / getattr(base, name)) for name in ("data_path", "tokenizer_path")}
+        self.config = dataclasses.replace(base, **paths)
         self.weights, self.score = weights, script.Score(self.config)
         self.engine = script.Engine(self.config)
         self.engine.build(weights, training=False)
@@ -198,7 +192,13 @@ def work(plan: Plan) -> None:
     for seed, run in itertools.product(plan.seeds, plan.runs):
         wanted += [(seed, run, kind, settings) for kind, settings in plan.exports
                    if key_of(dict(run=run, seed=seed, kind=kind, settings=settings)) not in done]  # fmt: skip
+    for _, settings in plan.exports:  # before hours of work; again with each model
+        given = plan.base | settings | {"mode": "export", "checkpoint": "given"}
+        script.check_config(dataclasses.replace(script.Config(), **given))
     plan.home.mkdir(parents=True, exist_ok=True)
+    if plan.lines.is_file() and not plan.lines.read_bytes().endswith(b"\n"):
+        with open(plan.lines, "a", encoding="utf-8") as file:
+            file.write("\n")  # after a line that was cut off
     missing, scratch = [], plan.home / f"artifact.{os.getpid()}.tmp"
     print(f"{plan.path.stem}: {len(done) + len(wanted)} exports, {len(wanted)} to do", flush=True)
     try:
@@ -230,10 +230,9 @@ def label(settings: dict) -> str:
 
 def report(plan: Plan) -> str:
     """Writes README.md and exports.png beside the lines. Returns the table."""
-    wanted = {(run, seed, kind, json.dumps(settings)) for run in plan.runs for seed in plan.seeds
-              for kind, settings in plan.exports}  # fmt: skip
-    lines = [line for line in read_lines(plan)
-             if (line["run"], line["seed"], line["kind"], json.dumps(line["settings"])) in wanted]  # fmt: skip
+    wanted = {key_of(dict(run=run, seed=seed, kind=kind, settings=settings))
+              for run in plan.runs for seed in plan.seeds for kind, settings in plan.exports}  # fmt: skip
+    lines = [line for line in read_lines(plan) if key_of(line) in wanted]
     if not lines:
         return "nothing exported yet\n"
     same = ("dataset_sha256", "val_tokens", "script_sha256")
@@ -298,10 +297,8 @@ Again: `python records/exports.py {short(plan.path)}`. A line an export: `export
 def draw(plan: Plan, points: dict[tuple[str, str], list[tuple[float, float]]]) -> None:
     """A panel a model: gap in bits per byte against the artifact's bytes, a line a kind."""
     plt = plotting()
-    runs, kinds = (
-        [run for run in plan.runs if any(key[0] == run for key in points)],
-        dict.fromkeys(k for _, k in points),
-    )
+    runs = [run for run in plan.runs if any(key[0] == run for key in points)]
+    kinds = dict.fromkeys(kind for _, kind in points)
     figure, panels = plt.subplots(1, len(runs), figsize=(2 + 3.6 * len(runs), 4.2), dpi=130, layout="constrained",
                                   sharey=True, squeeze=False)  # fmt: skip
     for panel, run in zip(panels[0], runs):

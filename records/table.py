@@ -138,6 +138,10 @@ def draw(records: list[Record], path: Path, title: str) -> None:
     save_picture(figure, path)
 
 
+def first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.?!])\s", " ".join(text.split()))[0]
+
+
 def ablation_rows(home: Path) -> list[list[object]]:
     """One row for each matrix: its question, how far it is, its best arm of those that it has now."""
     rows = []
@@ -151,9 +155,8 @@ def ablation_rows(home: Path) -> list[list[object]]:
         score = "–" if best is None else f"`{best}` {mean_std(arms[best])[0]:.4f} (n = {len(arms[best])})"
         readme = path.with_suffix("") / "README.md"
         link = f"[{path.stem}](ablations/{path.stem}/README.md)" if readme.is_file() else path.stem
-        about = " ".join(matrix.about.split())
         budget = f"{matrix.budget[1]:.3g} {matrix.budget[0]}"
-        rows.append([link, re.split(r"(?<=[.?!])\s", about)[0], budget, f"{len(results)}/{len(matrix.runs())}", score])
+        rows.append([link, first_sentence(matrix.about), budget, f"{len(results)}/{len(matrix.runs())}", score])
     return rows
 
 
@@ -164,8 +167,7 @@ def export_rows(home: Path) -> list[list[str]]:
         plan = read_plan(path)
         if (plan.home / "README.md").is_file():
             link = f"[{path.stem}](exports/{path.stem}/README.md)"
-            about = re.split(r"(?<=[.?!])\s", " ".join(plan.about.split()))[0]
-            rows.append([link, about, plan.models, str(len(read_lines(plan)))])
+            rows.append([link, first_sentence(plan.about), plan.models, str(len(read_lines(plan)))])
     return rows
 
 
