@@ -758,25 +758,35 @@ def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         out.append((probs @ v[:, :, :high]).reshape(n, h // groups, groups, high - low, d))
     return mx.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(n, t, h * d)
 
+@mx.custom_function
+def with_probe(x: mx.array, y: mx.array, probe: mx.array) -> mx.array:
+    """Passes y = W x on. Gradient of `probe`, zeros [in, in]: the sum over tokens of x x^T, times the squares of the
+    loss's gradient at y."""
+    return y
+
+@with_probe.vjp
+def with_probe_vjp(primals: tuple, grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    x = primals[0].reshape(-1, primals[0].shape[-1]).astype(mx.float32)
+    squares = mx.square(grad.astype(mx.float32)).sum(axis=-1).reshape(-1, 1)
+    return mx.zeros_like(primals[0]), grad, x.T @ (x * squares)
+
 class Linear(nn.Module):
     """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
 
     def __init__(self, out_dim: int, in_dim: int, passes: int = 0, rank: int = 0):
         super().__init__()
         self.weight = mx.zeros((out_dim, in_dim))
-        self.has_lora, self.watch = rank > 0, None
+        self.has_lora, self.probe = rank > 0, None
         if self.has_lora:
             self.lora_a = mx.zeros((passes, rank, in_dim))
             self.lora_b = mx.zeros((passes, out_dim, rank))
 
     def __call__(self, x: mx.array, loop: int) -> mx.array:
-        if self.watch is not None:  # `Engine.hessians` looks at the inputs
-            self.watch(x)
         y = x @ self.weight.astype(x.dtype).T
         if self.has_lora:
             row = min(loop, self.lora_a.shape[0] - 1)  # passes beyond the trained ones reuse the last
             y = y + x @ self.lora_a[row].astype(x.dtype).T @ self.lora_b[row].astype(x.dtype).T
-        return y
+        return y if self.probe is None else with_probe(x, y, self.probe)  # `Engine.curvature` looks at the inputs
 
 class Attention(nn.Module):
     """Causal grouped-query attention; queries and keys are normed per head, turned, and queries scaled per head."""
@@ -1062,42 +1072,38 @@ class Engine:
                     found[name] = p + (mx.random.uniform(shape=p.shape, key=now) - 0.5) * steps
         return found
 
-    def hessians(self, stream: TokenStream, start: int, loops: int) -> dict[str, np.ndarray]:
-        """Mean of x x^T, float32 [in, in], over the inputs x of every matrix on CALIB_TOKENS training tokens from
-        `start` on, all passes of the core together."""
-        found: dict[str, mx.array] = {}
-
-        def watch(name: str, x: mx.array) -> None:
-            x = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-            found[name] = found[name] + x.T @ x if name in found else x.T @ x
-
-        self.model.update(tree_unflatten(list(self.params.items())))
-        linears = {name: module for name, module in self.model.named_modules() if isinstance(module, Linear)}
+    def curvature(self, stream: TokenStream, start: int, loops: int) -> tuple[dict, dict]:
+        """How the loss bends, on CALIB_TOKENS training tokens from `start` on, all passes of the core together; both a
+        token, float32. Hessians [in, in], of every matrix: mean of x x^T over its inputs x, each times the squares of
+        the loss's gradient at its output (GuidedQuant, arXiv 2505.07004). And the empirical Fisher information of every
+        weight: squares of each sequence's gradient."""
         batch = calibration_batch(self.config, self.world)
-        for name, linear in linears.items():
-            linear.watch = functools.partial(watch, f"{name}.weight")
+        linears = {f"{name}.weight": part for name, part in self.model.named_modules() if isinstance(part, Linear)}
+
+        def loss(params: dict[str, mx.array], probes: dict[str, mx.array], ids: mx.array, targets: mx.array):
+            self.model.update(tree_unflatten(list(params.items())))
+            for name, linear in linears.items():
+                linear.probe = probes[name]
+            return self.model.token_losses(ids, targets, loops).sum()
+
+        gradients = mx.grad(loss, argnums=(0, 1))
+        probes = {name: mx.zeros((linear.weight.shape[1],) * 2) for name, linear in linears.items()}
+        squares, hessians = {name: mx.zeros(p.shape) for name, p in self.params.items()}, dict(probes)
         try:
-            for ids, _ in stream.microbatches(start, batch, self.rank, self.world, self.largest):
-                mx.eval(self.model(self.tensor(ids), loops), found)
+            for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.config.train_seq_len):
+                grads, seen = gradients(self.params, probes, self.tensor(ids), self.tensor(targets))
+                squares = {name: total + mx.square(grads[name]) for name, total in squares.items()}
+                hessians = {name: total + seen[name] for name, total in hessians.items()}
+                mx.eval(squares, hessians)
         finally:
             for linear in linears.values():
-                linear.watch = None
-        if self.world > 1:
-            found = {name: mx.distributed.all_sum(x, group=self.group, stream=mx.cpu) for name, x in found.items()}
-        return {name: np.array(total) / batch.train_batch_tokens for name, total in found.items()}
-
-    def fisher(self, stream: TokenStream, start: int, loops: int) -> dict[str, np.ndarray]:
-        """Empirical Fisher information: squares of each sequence's gradient of its summed loss, over the tokens of
-        `hessians`, a token; float32, in the shapes of the weights. The curvature of the loss, roughly."""
-        c, batch = self.config, calibration_batch(self.config, self.world)
-        squares = {name: mx.zeros(p.shape) for name, p in self.params.items()}
-        for ids, targets in stream.microbatches(start, batch, self.rank, self.world, c.train_seq_len):
-            grads = self.function("gradients", loops)(self.params, self.tensor(ids), self.tensor(targets))[1]
-            squares = {name: total + mx.square(grads[name] * c.train_batch_tokens) for name, total in squares.items()}
-            mx.eval(squares)
-        if self.world > 1:
-            squares = {name: mx.distributed.all_sum(x, group=self.group, stream=mx.cpu) for name, x in squares.items()}
-        return {name: np.array(total) / batch.train_batch_tokens for name, total in squares.items()}
+                linear.probe = None
+        for part in (hessians, squares) if self.world > 1 else ():
+            for name, total in part.items():
+                part[name] = mx.distributed.all_sum(total, group=self.group, stream=mx.cpu)
+        hessians, squares = ({name: np.array(total) / batch.train_batch_tokens for name, total in part.items()}
+                             for part in (hessians, squares))  # fmt: skip
+        return hessians, squares
 
     def sum_over_ranks(self, total: mx.array, grads: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         """Loss and gradients of all processes, in one message."""
@@ -1219,7 +1225,7 @@ def gptq_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     GPTQ needs of it. The columns of the largest inputs come first; 0.01 is added to the diagonal (arXiv 2210.17323,
     act-order and damping)."""
     diagonal = np.diag(hessian).astype(np.float64)
-    order, mean = np.argsort(-diagonal, kind="stable"), max(diagonal.mean(), 1e-10)
+    order, mean = np.argsort(-diagonal, kind="stable"), max(diagonal.mean(), 1e-30)
     damped = hessian[np.ix_(order, order)] / mean
     damped[np.diag_indices_from(damped)] += 0.01
     return order, np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
@@ -1390,7 +1396,9 @@ def crc_of_place(name: str, shape: tuple[int, ...]) -> int:
     """Begins the CRC-32 of a tensor, so that two tensors whose entries and bytes were swapped are seen."""
     return zlib.crc32(f"{name} {shape}".encode())
 
-def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=None, squares=None) -> Coded:
+def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=None, squares=None,
+                  draft: bool = False) -> Coded:  # fmt: skip
+    """One tensor of an artifact. A draft is rounded without GPTQ: nearly as large, and made much faster."""
     scheme, check = scheme_of(c, name, value.shape), crc_of_place(name, value.shape)
     if scheme in FLOATS:
         data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
@@ -1401,12 +1409,12 @@ def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=
         factor = None if embedding else factor  # its Hessian would know of the output only
         exponents = loss_steps(rows, squares.reshape(rows.shape), sigma, factor)
         row_steps, column_steps = (step_sizes(2 * part) for part in exponents)
-        symbols = quantize_rows(rows, row_steps, top, factor, column_steps)
+        symbols = quantize_rows(rows, row_steps, top, None if draft else factor, column_steps)
         data = encode_grid(*exponents, symbols, c.codec)
     else:
         wider = EMBED_SIGMA if embedding else 1.0
         exponents = (row_exponents(rows, top, 0.0 if c.quantizer == "absmax" else sigma * wider),)
-        symbols = quantize_rows(rows, step_sizes(exponents[0]), top, factor)
+        symbols = quantize_rows(rows, step_sizes(exponents[0]), top, None if draft else factor)
         steps = encode_symbols(exponents[0], c.codec)
         data = struct.pack("<I", len(steps)) + steps + encode_symbols(symbols, c.codec)
     for decoded in (*exponents, symbols):
@@ -1448,26 +1456,32 @@ def assemble(c: Config, loops: int, coded: dict[str, Coded], shapes: dict[str, t
 
 def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndarray], hessians=None,
                    code_bytes: int = 0, squares=None) -> dict[str, float]:  # fmt: skip
-    """Writes the artifact atomically. With TARGET_BYTES it is coded anew with other steps until it fits, and the
-    largest that fits is kept. `hessians`: for gptq and fisher, `squares`: the Fisher information. Returns its bytes,
-    those of each group, the bits a quantized weight (with steps and histograms), the order-0 entropy of the integers,
-    the clipping or the predicted loss, and how often it was coded."""
-    shapes, sigma, best, seen, goal = param_shapes(c), sigma_of(c, code_bytes), None, {}, 0.999 * c.target_bytes
+    """Writes the artifact atomically. With TARGET_BYTES it is coded anew with other steps until it fits, drafts first,
+    and the largest that fits is kept. `hessians`: for gptq and fisher, `squares`: the Fisher information. Returns its
+    bytes, those of each group, the bits a quantized weight (with steps and histograms), the order-0 entropy of the
+    integers, the clipping or the predicted loss, and how often it was coded, drafts left out."""
+    shapes, sigma, goal = param_shapes(c), sigma_of(c, code_bytes), 0.999 * c.target_bytes
     factors = {name: gptq_factor(hessian) for name, hessian in (hessians or {}).items()}
-    while True:
-        coded = {name: encode_tensor(c, name, weights[name], sigma, factors.get(name), (squares or {}).get(name))
-                 for name in shapes}  # fmt: skip
-        data = assemble(c, loops, coded, shapes)
-        total, seen[sigma] = len(data) + code_bytes, len(data) + code_bytes
-        rank = (True, total) if total <= c.target_bytes else (False, -total)
-        best = (rank, sigma, data, coded) if best is None or rank > best[0] else best
-        if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes or len(seen) == 8:
-            break
-        limits = WIDTH_RANGE if c.quantizer == "fisher" else SIGMA_RANGE
-        sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()), limits)
-        if sigma in seen:
-            break
-    _, sigma, data, coded = best
+    seen: dict[float, float] = {}  # sizes of all so far, those of drafts as the real ones should be
+    for draft in (True, False) if factors and c.target_bytes else (False,):
+        best, tried = None, set()
+        while True:
+            coded = {name: encode_tensor(c, name, weights[name], sigma, factors.get(name), (squares or {}).get(name),
+                                         draft) for name in shapes}  # fmt: skip
+            data = assemble(c, loops, coded, shapes)
+            total = len(data) + code_bytes
+            larger = total / seen[sigma] if sigma in seen else 1.0
+            seen = {width: larger * size for width, size in seen.items()} | {sigma: total}
+            tried.add(sigma)
+            rank = (True, total) if total <= c.target_bytes else (False, -total)
+            best = (rank, sigma, data, coded) if best is None or rank > best[0] else best
+            if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes or len(tried) == 8:
+                break
+            limits = WIDTH_RANGE if c.quantizer == "fisher" else SIGMA_RANGE
+            sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()), limits)
+            if sigma in tried:
+                break
+        _, sigma, data, coded = best
     write_atomically(path, data)
     quantized = sum(part.weights for part in coded.values()) or 1
     groups: dict[str, int] = {}
@@ -1479,7 +1493,7 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
     entropy, fisher = sum(part.entropy_bits for part in coded.values()) / quantized, c.quantizer == "fisher"
     return {"bytes_artifact": len(data), "bits_per_weight": bits, "entropy_bits_per_weight": entropy,
             "bytes_by_group": groups, "sigma": 0.0 if fisher or c.quantizer == "absmax" else sigma,
-            "loss": quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(seen)}  # fmt: skip
+            "loss": quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(tried)}  # fmt: skip
 
 def next_sigma(seen: dict[float, int], goal: float, weights: int, limits: tuple[float, float]) -> float:
     """The clipping (or width) to try next, from the sizes of those tried: a doubling saves a bit a weight at most."""
@@ -1957,9 +1971,8 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
     began, code = time.perf_counter(), code_size()
-    calibrates, fisher = c.quantizer in CALIBRATED, c.quantizer == "fisher"
-    hessians = engine.hessians(stream, state["tokens"], loops) if calibrates else None
-    squares = engine.fisher(stream, state["tokens"], loops) if fisher else None
+    calibrates = c.quantizer in CALIBRATED
+    hessians, squares = engine.curvature(stream, state["tokens"], loops) if calibrates else (None, None)
     calib_ms = round(1000 * (time.perf_counter() - began)) if calibrates else None
     if engine.rank == 0:
         weights = engine.weights()

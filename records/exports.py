@@ -151,14 +151,12 @@ class Model:
         """(Hessians, Fisher information, seconds), found once for each number of tokens and passes."""
         if c.quantizer not in self.script.CALIBRATED:
             return None, None, None
-        fisher = c.quantizer == "fisher"
-        if (c.calib_tokens, loops, fisher) not in self.calibrations:
+        if (c.calib_tokens, loops) not in self.calibrations:
             self.engine.set_weights(self.weights)
             self.engine.config, began = c, time.perf_counter()
-            hessians = self.engine.hessians(self.stream, 0, loops)
-            squares = self.engine.fisher(self.stream, 0, loops) if fisher else None
-            self.calibrations[c.calib_tokens, loops, fisher] = hessians, squares, time.perf_counter() - began
-        return self.calibrations[c.calib_tokens, loops, fisher]
+            found = self.engine.curvature(self.stream, 0, loops)
+            self.calibrations[c.calib_tokens, loops] = *found, time.perf_counter() - began
+        return self.calibrations[c.calib_tokens, loops]
 
     def export(self, settings: dict, path: Path, code: int) -> dict:
         """One export, from weights to the score of what is on disk."""

@@ -138,8 +138,9 @@ def test_shared_sections_are_equal_byte_for_byte():
 
 # What only one framework needs.
 ONLY = {
-    "torch": {"Engine.can_compile"},
-    "mlx": {"Engine.function", "Engine.sum_over_ranks", "Engine.gather", "Optimizer.rule"},
+    "torch": {"Engine.can_compile", "Probe", "Probe.__call__", "Probe.backward"},
+    "mlx": {"with_probe", "with_probe_vjp", "Engine.function", "Engine.sum_over_ranks", "Engine.gather",
+            "Optimizer.rule"},
 }
 
 
