@@ -169,7 +169,7 @@ def test_lzma_needs_no_constriction_and_ans_does(script, config, tmp_path, monke
         "pip install constriction",
     )
     with pytest.raises(script.InputError, match="pip install constriction"):
-        write(script, tmp_path / "new", config(script))
+        write(script, tmp_path / "new", config(script, codec="ans"))
     assert not (tmp_path / "new").exists()
 
 

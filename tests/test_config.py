@@ -1,6 +1,7 @@
 """Settings: precedence, notices, --help, and every bad input: one clear line, exit 1, nothing left behind."""
 
 import dataclasses
+import json
 import re
 import shutil
 
@@ -269,15 +270,23 @@ def test_run_id_in_use(script, tiny, tmp_path, quiet):
 
 
 def test_codec_missing(script, tiny, tmp_path, quiet, monkeypatch):
+    """Asked for, it is refused before the first step; not asked for, lzma takes its place and the log says so."""
     found = script.importlib.util.find_spec
     monkeypatch.setattr(
         script.importlib.util, "find_spec", lambda name, *rest: None if name == "constriction" else found(name, *rest)
     )
     before = tree(tmp_path)
-    assert_refused(
-        run_in_process(script, **tiny), "CODEC=ans", "constriction", "pip install constriction", "CODEC=lzma"
-    )
-    assert tree(tmp_path) == before
+    for how in ({"CODEC": "ans"}, {}):
+        flags = () if how else ("--codec=ans",)
+        outcome = run_in_process(script, *flags, **tiny | how)
+        assert_refused(outcome, "CODEC=ans", "constriction", "pip install constriction", "CODEC=lzma")
+        assert tree(tmp_path) == before
+    outcome = run_in_process(script, "--run_id=a", **tiny)
+    assert outcome.code == 0 and "notice: constriction is not installed, so CODEC=lzma" in outcome.out, outcome
+    result = json.loads((tmp_path / "logs/a/result.json").read_text())
+    assert result["codec"] == "lzma" and result["val_bpb"] > 0
+    outcome = run_in_process(script, "--run_id=b", "--codec=lzma", **tiny)
+    assert outcome.code == 0 and "notice: constriction" not in outcome.out
 
 
 def test_smoke_data_cannot_be_made(script, tiny, tmp_path, quiet):
