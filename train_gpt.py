@@ -1136,13 +1136,20 @@ def keep_freed_memory() -> None:
 # One file: magic, version, length of the header, header (JSON, deflated: model, passes trained, an entry a tensor),
 # payload, SHA-256 of all before. A matrix is integers of QUANT_BITS and a step a row; vectors are float16, a few
 # numbers float32. Integers and steps are ANS-coded with a histogram a tensor. QUANTIZER=fisher has steps of row times
-# column ("grid"), and the decoder knows from them how wide an integer is spread. Reading runs no code.
+# column ("grid"), integers on a trellis, and the decoder knows from the steps how wide each is spread. Reading runs no
+# code.
 # ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 3, struct.Struct("<4sII")
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 4, struct.Struct("<4sII")
 LARGEST_HEADER, LARGEST_EXPONENT, FLOATS = 1 << 22, 800, {"f16": "<f2", "f32": "<f4"}
 SIGMA, EMBED_SIGMA, SIGMA_RANGE = 12.85, 20 / 12.85, (3.0, 62.0)  # PR #1394: 12.85 for matrices, 20 for the embedding
 GRID_HEAD, LARGEST_SYMBOL, GRID_LIMITS, SPREADS = struct.Struct("<hBII"), 2**15 - 1, (240, 160), (-24, 44)  # / 4
 LOSS, WIDTH_RANGE, SHAPES = 0.005, (1e-9, 1.0), 5
+# A trellis starts anew every 64 rows. NEXT_STATE[state, parity]; a state's lowest bit: levels k - sign(k) / 2. A branch
+# is 2 * that bit + parity; each state is reached from two.
+TRELLIS, TRELLIS_GAIN = 64, 0.75
+NEXT_STATE = np.uint8([[0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]])
+CAME_FROM, PARITY = np.divmod(np.stack([np.flatnonzero(NEXT_STATE.ravel() == state) for state in range(8)]), 2)
+BRANCH = 2 * (CAME_FROM & 1) + PARITY
 # 2 ** (i / 8), written out: a row's step is one of these times a power of two, equal on every platform.
 EIGHTHS = np.float32([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081])
 
@@ -1212,25 +1219,71 @@ def loss_steps(rows: np.ndarray, squares: np.ndarray, width: float, factor=None)
     steps = np.clip(np.maximum(np.rint(steps), finest), -GRID_LIMITS[0], GRID_LIMITS[0])
     return steps.astype(np.int16), columns.astype(np.int16)
 
-def quantize_rows(rows: np.ndarray, steps: np.ndarray, top: int, factor=None, columns=None) -> np.ndarray:
-    """rows [n, m] in steps [n], times `columns` [m] where given -> symbols int16 [n, m] within +-top. With a GPTQ
-    factor the columns are rounded one by one, and those to come make up for the error in the layer's output; 128 at a
-    time are kept up to date."""
-    columns = np.ones(rows.shape[1], np.float32) if columns is None else columns
-    if factor is None:
-        return np.clip(np.rint(rows / steps[:, None] / columns), -top, top).astype(np.int16)
-    order, upper = factor
-    left, symbols = (rows[:, order] / steps[:, None]).astype(np.float32), np.empty(rows.shape, dtype=np.int16)
-    for start in range(0, rows.shape[1], 128):
-        end = min(start + 128, rows.shape[1])
-        block, errors = np.ascontiguousarray(left[:, start:end].T), np.empty((end - start, rows.shape[0]), np.float32)
+def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Trellis-coded quantization of x [count, n], in steps: integers within +-top and the levels they stand for. In
+    each TRELLIS numbers, every integer's parity moves the state, and the state says whether the next stands for k or
+    for k - sign(k) / 2; Viterbi's algorithm finds the nearest path. At the same error that saves 0.15 bits a number
+    (Marcellin and Fischer 1990; the two quantizers and their states as in H.266)."""
+    (count, n), length = x.shape, min(TRELLIS, x.shape[1])
+    padded = np.zeros((count, -(-n // length) * length), np.float32)
+    padded[:, :n] = np.minimum(np.abs(x), top - 2)
+    size = np.ascontiguousarray(padded.reshape(-1, length).T)  # [length, chains]
+    even = np.where(size < 0.75, 0, 2 * np.rint((size - 1.5) / 2) + 2)  # of those at k - 1 / 2, and at 0
+    odd = 2 * np.rint((size - 0.5) / 2) + 1
+    numbers = np.stack([2 * np.rint(size / 2), 2 * np.floor(size / 2) + 1, even, odd], axis=1)
+    levels = numbers.copy()
+    levels[:, 2:] -= 0.5 * (numbers[:, 2:] > 0)
+    errors, chains = np.square(levels - size[:, None]), np.arange(size.shape[1])
+    cost, second = np.full((8, len(chains)), np.inf, np.float32), np.empty((length, 8, len(chains)), bool)
+    cost[0] = 0
+    for i in range(length):
+        reached = cost[CAME_FROM] + errors[i][BRANCH]
+        np.less(reached[:, 1], reached[:, 0], out=second[i])
+        cost = np.minimum(reached[:, 0], reached[:, 1])
+    state, taken = cost.argmin(axis=0), np.empty((length, len(chains)), np.intp)
+    for i in reversed(range(length)):
+        way = second[i, state, chains].astype(np.intp)
+        taken[i], state = BRANCH[state, way], CAME_FROM[state, way]
+    def along(part: np.ndarray) -> np.ndarray:
+        found = np.take_along_axis(part, taken[:, None], 1)[:, 0]
+        return np.copysign(found.T.reshape(count, -1)[:, :n], x)
+    return along(numbers), along(levels)
+
+def shifted_levels(symbols: np.ndarray) -> np.ndarray:
+    """uint8 [n, m]: 1 where an integer of a trellis stands for k - sign(k) / 2. A trellis runs down a column."""
+    found = np.empty(symbols.shape, np.uint8)
+    state = np.zeros((-(-len(symbols) // TRELLIS), symbols.shape[1]), np.uint8)
+    for i in range(min(TRELLIS, len(symbols))):
+        here = state[: len(symbols[i::TRELLIS])]
+        found[i::TRELLIS] = here & 1
+        here[:] = NEXT_STATE[here, symbols[i::TRELLIS] & 1]
+    return found
+
+def quantize(rows: np.ndarray, steps: np.ndarray, top: int, factors=None, columns=None) -> np.ndarray:
+    """rows [count, n, m] of as many matrices in steps [count, n] -> symbols int16 [count, n, m] within +-top; in steps
+    times `columns` [count, m] where given, and then of a trellis. With GPTQ factors the columns are rounded one by one,
+    and those to come make up for the error in the layer's output; 128 at a time are kept up to date."""
+    def nearest(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return trellis_path(x, top) if columns is not None else (np.clip(np.rint(x), -top, top),) * 2
+    scaled = (rows / steps[..., None]).astype(np.float32)
+    widths = np.ones((len(rows), rows.shape[2]), np.float32) if columns is None else columns
+    if factors is None:
+        found = [nearest(np.ascontiguousarray(part.T))[0].T for part in scaled / widths[:, None]]
+        return np.stack(found).astype(np.int16)
+    order, upper = (np.stack([factor[i] for factor in factors]) for i in (0, 1))
+    left, widths = np.take_along_axis(scaled, order[:, None], 2), np.take_along_axis(widths, order, 1)
+    ordered, symbols = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.int16)
+    for start in range(0, rows.shape[2], 128):
+        end = min(start + 128, rows.shape[2])
+        block = np.ascontiguousarray(left[:, :, start:end].transpose(2, 0, 1))
+        errors = np.empty_like(block)
         for i in range(end - start):
-            column, size = order[start + i], columns[order[start + i]]
-            rounded = np.clip(np.rint(block[i] / size), -top, top)
-            errors[i] = (block[i] - rounded * size) / upper[start + i, start + i]
-            block[i + 1 :] -= np.multiply.outer(upper[start + i, start + i + 1 : end], errors[i])
-            symbols[:, column] = rounded
-        left[:, end:] -= errors.T @ upper[start:end, end:]
+            at, width = start + i, widths[:, start + i, None]
+            ordered[:, :, at], levels = nearest(block[i] / width)
+            errors[i] = (block[i] - levels * width) / upper[:, at, at, None]
+            block[i + 1 :] -= upper[:, at, at + 1 : end].T[..., None] * errors[i]
+        left[:, :, end:] -= errors.transpose(1, 2, 0) @ upper[:, start:end, end:]
+    np.put_along_axis(symbols, order[:, None], ordered, 2)
     return symbols
 
 def encode_symbols(symbols: np.ndarray, codec: str) -> bytes:
@@ -1266,11 +1319,11 @@ def decode_symbols(data: bytes, count: int, codec: str, largest: int = 2**15 - 1
         raise ValueError(f"symbols beyond {largest}")
     return symbols.astype("<i2")
 
-@functools.cache  # 69 spreads of 5 shapes
-def spread_model(spread: int, shape: int) -> tuple[np.ndarray, np.ndarray]:
+@functools.cache  # 69 spreads of 5 shapes of 2 quantizers
+def spread_model(spread: int, shape: int, shifted: int) -> tuple[np.ndarray, np.ndarray]:
     """Of integers -k to k with standard deviation 2 ** (spread / 4): frequencies (their sum is about 2 ** 22), and the
-    bits of 0 to k. A mixture of a normal distribution and `shape` quarters of Laplace's. Only sums, products, quotients
-    and roundings: equal on every platform."""
+    bits of 0 to k. A mixture of a normal distribution and `shape` quarters of Laplace's, cut about where trellises cut
+    it. Only sums, products, quotients and roundings: equal on every platform."""
     def exp(x: np.ndarray) -> np.ndarray:  # of x <= 0
         whole = np.floor(x * 1.4426950408889634)
         rest, total = (x * 1.4426950408889634 - whole) * 0.6931471805599453, np.ones_like(x)
@@ -1278,7 +1331,9 @@ def spread_model(spread: int, shape: int) -> tuple[np.ndarray, np.ndarray]:
             total = total * rest / n + 1.0
         return np.ldexp(total, np.maximum(whole, -1000).astype(np.int32))
     size = float(step_sizes(np.array(2 * spread)))
-    edges = (np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + 0.5) / size
+    edges = np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + (0.08 if shifted else 0.46)
+    edges[0] = max(0.287 - 0.032 / size, 0.12) if shifted else 0.42 + 0.3 * max(0.65 - size, 0.0)
+    edges /= size
     t = 1.0 / (1.0 + 0.3275911 * edges * 0.7071067811865476)  # the error function by Abramowitz and Stegun, 7.1.26
     tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
     above = ((1 - shape / 4) * tail * exp(-0.5 * edges * edges) + shape / 4 * exp(-1.4142135623730951 * edges)) / 2
@@ -1287,25 +1342,33 @@ def spread_model(spread: int, shape: int) -> tuple[np.ndarray, np.ndarray]:
     frequencies = np.concatenate([half[:0:-1], half])
     return frequencies, np.log2(frequencies.sum() / half)
 
-def by_spread(rows: np.ndarray, columns: np.ndarray, scale: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """The order in which a tensor's symbols are coded, and (spread, start, end) of each run of one model. A spread:
-    quarter octaves from a weight's step to the tensor's spread, 2 ** (scale / 4)."""
-    spreads = np.clip(scale - rows[:, None].astype(np.int32) - columns, *SPREADS).astype(np.int16).ravel()
-    kinds, counts = np.unique(spreads, return_counts=True)
-    ends = np.cumsum(counts).tolist()
-    return np.argsort(spreads, kind="stable"), list(zip(kinds.tolist(), [0, *ends[:-1]], ends))
+@functools.cache
+def spread_coder(model: int, shape: int) -> tuple[int, object]:
+    """Index of the integer 0 and the coder's model, for a model of `by_model`."""
+    frequencies = spread_model(model >> 1, shape, model & 1)[0]
+    return len(frequencies) // 2, ans_model(need_constriction(), frequencies)
+
+def by_model(rows: np.ndarray, columns: np.ndarray, scale: int, shifted: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
+    """The order in which symbols are coded, and (model, start, end) of each run of one model: spread * 2 + shifted. A
+    spread: quarter octaves from a weight's step to the tensor's spread, 2 ** (scale / 4)."""
+    spreads = np.clip(scale - rows[:, None].astype(np.int32) - columns, *SPREADS)
+    models = (2 * spreads + shifted).astype(np.int16).ravel()
+    order = np.argsort(models, kind="stable")
+    starts = [0, *(np.flatnonzero(np.diff(models[order])) + 1).tolist()]
+    return order, list(zip(models[order[starts]].tolist(), starts, [*starts[1:], len(models)]))
 
 def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, codec: str) -> bytes:
     """Steps and symbols of a tensor -> bytes: scale and shape of the symbols' model, lengths of the coded steps, steps
     of rows and of columns, symbols. The model is the one of the shortest code."""
-    exponents, sizes, limit = rows[:, None] + columns.astype(np.int64), np.abs(symbols.astype(np.int64)), 2**16
-    pairs, counts = np.unique((exponents * limit + sizes).ravel(), return_counts=True)
+    shifted, exponents, limit = shifted_levels(symbols), rows[:, None] + columns.astype(np.int64), 2**16
+    pairs = ((2 * exponents + shifted) * limit + np.abs(symbols.astype(np.int64))).ravel()
+    pairs, counts = np.unique(pairs, return_counts=True)
     kinds, starts = np.unique(pairs // limit, return_index=True)
     found = list(zip(kinds.tolist(), *(np.split(x, starts[1:]) for x in (pairs % limit, counts))))
     def bits(scale: int, shape: int) -> float:
         total = 0.0
         for kind, some, often in found:
-            model = spread_model(min(max(scale - kind, SPREADS[0]), SPREADS[1]), shape)[1]
+            model = spread_model(min(max(scale - (kind >> 1), SPREADS[0]), SPREADS[1]), shape, kind & 1)[1]
             total += often @ model[some] if some[-1] < len(model) else math.inf
         return total
     near = round(4 * math.log2(max(float((symbols * np.exp2(exponents / 4)).std()), 1e-12)))
@@ -1315,15 +1378,18 @@ def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, code
     head = GRID_HEAD.pack(scale, shape, len(parts[0]), len(parts[1])) + parts[0] + parts[1]
     if codec == "lzma":
         return head + encode_symbols(symbols, codec)
-    (order, runs), constriction = by_spread(rows, columns, scale), need_constriction()
-    coder, ordered = constriction.stream.stack.AnsCoder(), symbols.ravel()[order].astype(np.int32)
-    for spread, start, end in reversed(runs):
-        frequencies = spread_model(spread, shape)[0]
-        coder.encode_reverse(ordered[start:end] + len(frequencies) // 2, ans_model(constriction, frequencies))
+    coder, parts = need_constriction().stream.stack.AnsCoder(), []
+    for i in range(min(TRELLIS, len(symbols))):
+        order, runs = by_model(rows[i::TRELLIS], columns, scale, shifted[i::TRELLIS])
+        ordered = symbols[i::TRELLIS].ravel()[order].astype(np.int32)
+        parts += [(model, ordered[start:end]) for model, start, end in runs]
+    for model, part in reversed(parts):
+        middle, coding = spread_coder(model, shape)
+        coder.encode_reverse(part + middle, coding)
     return head + coder.get_compressed().astype("<u4").tobytes()
 
 def decode_grid(data: bytes, n: int, m: int, codec: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The opposite of `encode_grid`: steps of n rows and m columns, symbols [n * m], int16. ValueError on damage."""
+    """The opposite of `encode_grid`: steps of n rows and m columns, symbols [n, m], int16. ValueError on damage."""
     scale, shape, *lengths = GRID_HEAD.unpack_from(data)
     if shape >= SHAPES:
         raise ValueError(f"shape {shape}")
@@ -1331,14 +1397,19 @@ def decode_grid(data: bytes, n: int, m: int, codec: str) -> tuple[np.ndarray, np
     rows = decode_symbols(data[GRID_HEAD.size : middle], n, codec, GRID_LIMITS[0])
     columns = decode_symbols(data[middle:start], m, codec, GRID_LIMITS[1])
     if codec == "lzma":
-        return rows, columns, decode_symbols(data[start:], n * m, codec, LARGEST_SYMBOL)
-    (order, runs), constriction = by_spread(rows, columns, scale), need_constriction()
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(data, dtype="<u4", offset=start).astype(np.uint32))
-    symbols = np.empty(n * m, dtype="<i2")
-    for spread, low, high in runs:
-        frequencies = spread_model(spread, shape)[0]
-        decoded = coder.decode(ans_model(constriction, frequencies), high - low)
-        symbols[order[low:high]] = decoded - len(frequencies) // 2
+        return rows, columns, decode_symbols(data[start:], n * m, codec, LARGEST_SYMBOL).reshape(n, m)
+    words = np.frombuffer(data, dtype="<u4", offset=start).astype(np.uint32)
+    coder, symbols = need_constriction().stream.stack.AnsCoder(words), np.empty((n, m), dtype="<i2")
+    state = np.zeros((-(-n // TRELLIS), m), np.uint8)
+    for i in range(min(TRELLIS, n)):
+        here = state[: len(rows[i::TRELLIS])]
+        order, runs = by_model(rows[i::TRELLIS], columns, scale, here & 1)
+        part = np.empty(here.size, dtype="<i2")
+        for model, low, high in runs:
+            middle, coding = spread_coder(model, shape)
+            part[order[low:high]] = coder.decode(coding, high - low) - middle
+        symbols[i::TRELLIS] = part.reshape(here.shape)
+        here[:] = NEXT_STATE[here, symbols[i::TRELLIS] & 1]
     return rows, columns, symbols
 
 def ans_model(constriction, frequencies: np.ndarray):
@@ -1360,31 +1431,45 @@ def crc_of_place(name: str, shape: tuple[int, ...]) -> int:
     """Begins the CRC-32 of a tensor, so that two tensors whose entries and bytes were swapped are seen."""
     return zlib.crc32(f"{name} {shape}".encode())
 
-def encode_tensor(c: Config, name: str, value: np.ndarray, sigma: float, factor=None, squares=None,
-                  draft: bool = False) -> Coded:  # fmt: skip
-    """One tensor of an artifact. A draft is rounded without GPTQ: nearly as large, and made much faster."""
-    scheme, check = scheme_of(c, name, value.shape), crc_of_place(name, value.shape)
-    if scheme in FLOATS:
-        data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
-        return Coded(scheme, data, zlib.crc32(data, check), 0, 0.0)
-    rows, top = value.reshape(-1, value.shape[-1]), largest_symbol(scheme)
-    embedding = param_group(name) == "embed"
-    if scheme == "grid":
-        factor = None if embedding else factor  # its Hessian would know of the output only
-        exponents = loss_steps(rows, squares.reshape(rows.shape), sigma, factor)
-        row_steps, column_steps = (step_sizes(2 * part) for part in exponents)
-        symbols = quantize_rows(rows, row_steps, top, None if draft else factor, column_steps)
-        data = encode_grid(*exponents, symbols, c.codec)
-    else:
-        wider = EMBED_SIGMA if embedding else 1.0
-        exponents = (row_exponents(rows, top, 0.0 if c.quantizer == "absmax" else sigma * wider),)
-        symbols = quantize_rows(rows, step_sizes(exponents[0]), top, None if draft else factor)
-        steps = encode_symbols(exponents[0], c.codec)
-        data = struct.pack("<I", len(steps)) + steps + encode_symbols(symbols, c.codec)
-    for decoded in (*exponents, symbols):
-        check = zlib.crc32(decoded.astype("<i2").tobytes(), check)
-    counts = np.unique(symbols, return_counts=True)[1]
-    return Coded(scheme, data, check, value.size, float((counts * np.log2(counts.sum() / counts)).sum()))
+def encode_tensors(c: Config, weights: dict[str, np.ndarray], sigma: float, factors: dict, squares: dict,
+                   draft: bool = False) -> dict[str, Coded]:  # fmt: skip
+    """The tensors of an artifact, coded; matrices of one shape are rounded together. A draft is rounded without GPTQ:
+    nearly as large, and made much faster."""
+    coded: dict[str, Coded] = {}
+    stacks: dict[tuple, dict[str, tuple]] = {}
+    for name, value in weights.items():
+        scheme, embedding = scheme_of(c, name, value.shape), param_group(name) == "embed"
+        if scheme in FLOATS:
+            data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
+            coded[name] = Coded(scheme, data, zlib.crc32(data, crc_of_place(name, value.shape)), 0, 0.0)
+            continue
+        rows, factor = value.reshape(-1, value.shape[-1]), factors.get(name)
+        if scheme == "grid":
+            factor = None if embedding else factor  # its Hessian would know of the output only
+            exponents = loss_steps(rows, squares[name].reshape(rows.shape), sigma, factor)
+        else:
+            wide = 0.0 if c.quantizer == "absmax" else sigma * (EMBED_SIGMA if embedding else 1.0)
+            exponents = (row_exponents(rows, largest_symbol(scheme), wide),)
+        factor = None if draft else factor
+        stacks.setdefault((scheme, rows.shape, factor is None), {})[name] = rows, exponents, factor
+    for (scheme, _, alone), stack in stacks.items():
+        rows, exponents, chosen = zip(*stack.values())
+        fine = 2 if scheme == "grid" else 1
+        steps = [np.stack([step_sizes(fine * parts[i]) for parts in exponents]) for i in range(fine)]
+        found = quantize(np.stack(rows), steps[0], largest_symbol(scheme), None if alone else chosen, *steps[1:])
+        for name, parts, symbols in zip(stack, exponents, found):
+            if scheme == "grid":
+                data = encode_grid(*parts, symbols, c.codec)
+            else:
+                coded_steps = encode_symbols(parts[0], c.codec)
+                data = struct.pack("<I", len(coded_steps)) + coded_steps + encode_symbols(symbols, c.codec)
+            check = crc_of_place(name, weights[name].shape)
+            for part in (*parts, symbols):
+                check = zlib.crc32(part.astype("<i2").tobytes(), check)
+            counts = np.unique(symbols, return_counts=True)[1]
+            entropy = float((counts * np.log2(counts.sum() / counts)).sum())
+            coded[name] = Coded(scheme, data, check, symbols.size, entropy)
+    return {name: coded[name] for name in weights}
 
 def decode_tensor(data: bytes, name: str, scheme: str, shape: tuple[int, ...], codec: str, check: int) -> np.ndarray:
     """One tensor of an artifact as float32. Raises ValueError on damage."""
@@ -1397,7 +1482,8 @@ def decode_tensor(data: bytes, name: str, scheme: str, shape: tuple[int, ...], c
         for part in parts:
             found = zlib.crc32(part.tobytes(), found)
         rows, columns = (step_sizes(2 * part) for part in parts[:2])
-        value = (parts[2].reshape(len(rows), -1) * rows[:, None] * columns).reshape(shape)
+        levels = parts[2] - np.float32(0.5) * np.sign(parts[2]) * shifted_levels(parts[2])
+        value = (levels * rows[:, None] * columns).reshape(shape)
     else:
         rows, start = math.prod(shape[:-1]), 4 + struct.unpack_from("<I", data)[0]
         exponents = decode_symbols(data[4:start], rows, codec, LARGEST_EXPONENT)
@@ -1430,8 +1516,7 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
     for draft in (True, False) if factors and c.target_bytes else (False,):
         best, tried = None, set()
         while True:
-            coded = {name: encode_tensor(c, name, weights[name], sigma, factors.get(name), (squares or {}).get(name),
-                                         draft) for name in shapes}  # fmt: skip
+            coded = encode_tensors(c, {name: weights[name] for name in shapes}, sigma, factors, squares or {}, draft)
             data = assemble(c, loops, coded, shapes)
             total = len(data) + code_bytes
             larger = total / seen[sigma] if sigma in seen else 1.0
@@ -1457,7 +1542,7 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
     entropy, fisher = sum(part.entropy_bits for part in coded.values()) / quantized, c.quantizer == "fisher"
     return {"bytes_artifact": len(data), "bits_per_weight": bits, "entropy_bits_per_weight": entropy,
             "bytes_by_group": groups, "sigma": 0.0 if fisher or c.quantizer == "absmax" else sigma,
-            "loss": quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(tried)}  # fmt: skip
+            "loss": TRELLIS_GAIN * quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(tried)}  # fmt: skip
 
 def next_sigma(seen: dict[float, int], goal: float, weights: int, limits: tuple[float, float]) -> float:
     """The clipping (or width) to try next, from the sizes of those tried: a doubling saves a bit a weight at most."""
@@ -1520,10 +1605,11 @@ SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "grid", "f16")
 @functools.lru_cache(maxsize=8)
 def sigma_of(c: Config, code_bytes: int) -> float:
     """The clipping to begin with: QUANT_SIGMA, or what should meet TARGET_BYTES. For fisher the width of `loss_steps`:
-    a step s wide costs curvature * s ** 2 / 24, on average, so all n weights together n * width ** 2 / 24."""
+    a step s wide costs curvature * s ** 2 / 24 on average, a trellis TRELLIS_GAIN of that, so all n weights together
+    TRELLIS_GAIN * n * width ** 2 / 24."""
     if c.quantizer == "fisher":
         n = sum(math.prod(shape) for name, shape in param_shapes(c).items() if scheme_of(c, name, shape) == "grid")
-        return math.sqrt(24 * (c.quant_loss or LOSS) / max(n, 1))
+        return math.sqrt(24 * (c.quant_loss or LOSS) / (TRELLIS_GAIN * max(n, 1)))
     if not c.target_bytes:
         return c.quant_sigma or SIGMA
     low, high = SIGMA_RANGE

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from common import COLORS, InputError, Parser, plotting, run_tool, save_picture, short
 
-HEAD, VERSION, LARGEST_HEADER = struct.Struct("<4sII"), 3, 1 << 22  # as in the scripts
+HEAD, VERSION, LARGEST_HEADER = struct.Struct("<4sII"), 4, 1 << 22  # as in the scripts
 KINDS = ("attention", "MLP", "LoRA", "embedding", "vectors", "header")
 
 

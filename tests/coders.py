@@ -59,28 +59,24 @@ def compressors():
 def calibrated(c: script.Config, weights: dict[str, np.ndarray], names: list[str], line) -> None:
     """Times gptq and fisher (processor seconds). Curvatures of rows and columns are spread by about an octave."""
     rng, c = np.random.default_rng(1), script.dataclasses.replace(c, quant_sigma=0.0)
-    seconds, sizes, entropy = {"gptq": 0.0, "fisher": 0.0}, {"gptq": 0, "fisher": 0}, {"gptq": 0.0, "fisher": 0.0}
-    reading = dict.fromkeys(seconds, 0.0)
-    for name in names:
-        rows = weights[name]
+    weights, hessians, squares = {name: weights[name] for name in names}, {}, {}
+    for name, rows in weights.items():
         x = rng.standard_normal((4096, rows.shape[1]), dtype=np.float32) * np.exp2(rng.standard_normal(rows.shape[1]))
         mixed = x + x[:, rng.permutation(rows.shape[1])]
-        hessian = (mixed.T @ mixed / len(x)).astype(np.float32)
-        curvature = np.exp2(2 * rng.standard_normal(len(rows)))[:, None] * np.diag(hessian)
-        for quantizer in seconds:
-            config = script.dataclasses.replace(c, quantizer=quantizer)
-            began = time.process_time()
-            factor = script.gptq_factor(hessian)
-            sigma = script.SIGMA if quantizer == "gptq" else 0.6 * rows.std() * float(np.sqrt(np.median(curvature)))
-            part = script.encode_tensor(config, name, rows, sigma, factor, curvature)
-            middle = time.process_time()
-            script.decode_tensor(part.data, name, part.scheme, rows.shape, c.codec, part.check)
-            seconds[quantizer] += middle - began
-            reading[quantizer] += time.process_time() - middle
-            sizes[quantizer] += len(part.data)
-            entropy[quantizer] += part.entropy_bits / 8
-    for quantizer, size in sizes.items():
-        line(quantizer, size, seconds[quantizer], reading[quantizer], entropy[quantizer])
+        hessians[name] = (mixed.T @ mixed / len(x)).astype(np.float32)
+        squares[name] = np.exp2(2 * rng.standard_normal(len(rows)))[:, None] * np.diag(hessians[name])
+    for quantizer in ("gptq", "fisher"):
+        began = time.process_time()
+        factors = {name: script.gptq_factor(hessian) for name, hessian in hessians.items()}
+        wide = [rows.std() * np.sqrt(np.median(squares[name])) for name, rows in weights.items()]
+        wide = script.SIGMA if quantizer == "gptq" else 0.6 * float(np.median(wide))
+        config = script.dataclasses.replace(c, quantizer=quantizer)
+        parts = script.encode_tensors(config, weights, wide, factors, squares)
+        middle = time.process_time()
+        for name, part in parts.items():
+            script.decode_tensor(part.data, name, part.scheme, weights[name].shape, c.codec, part.check)
+        reading, size = time.process_time() - middle, sum(len(part.data) for part in parts.values())
+        line(quantizer, size, middle - began, reading, sum(part.entropy_bits for part in parts.values()) / 8)
 
 
 def main() -> None:
@@ -96,9 +92,8 @@ def main() -> None:
     else:
         weights = gaussian_weights(c)
     names = [name for name, shape in script.param_shapes(c).items() if script.scheme_of(c, name, shape)[:3] == "int"]
-    began, coded = time.perf_counter(), {}
-    for name in names:
-        coded[name] = script.encode_tensor(c, name, weights[name], script.sigma_of(c, 0))
+    began = time.perf_counter()
+    coded = script.encode_tensors(c, {name: weights[name] for name in names}, script.sigma_of(c, 0), {}, {})
     encode, began = time.perf_counter() - began, time.perf_counter()
     for name, part in coded.items():
         script.decode_tensor(part.data, name, part.scheme, weights[name].shape, c.codec, part.check)
@@ -124,7 +119,7 @@ def main() -> None:
         wider = script.EMBED_SIGMA if script.param_group(name) == "embed" else 1.0
         sigma = 0.0 if c.quantizer == "absmax" else script.sigma_of(c, 0) * wider
         steps = script.step_sizes(script.row_exponents(rows, top, sigma))
-        parts.append(script.quantize_rows(rows, steps, top).astype(np.int8).tobytes())
+        parts.append(script.quantize(rows[None], steps[None], top)[0].astype(np.int8).tobytes())
     data = b"".join(parts)
     for name, compress, decompress in compressors():
         began = time.perf_counter()

@@ -2,6 +2,7 @@
 with noise, TARGET_BYTES, coded sizes."""
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -73,6 +74,15 @@ def test_blocks_of_one_pass_are_core(any_script):
         assert any_script.scheme_of(c, name, any_script.param_shapes(c)[name]) == "int7"
 
 
+def encode_one(module, c, name, value, sigma, factor=None, squares=None):
+    return module.encode_tensors(c, {name: value}, sigma, {name: factor}, {name: squares})[name]
+
+
+def quantize_one(module, rows, steps, top, factor=None, columns=None):
+    columns = None if columns is None else columns[None]
+    return module.quantize(rows[None], steps[None], top, None if factor is None else [factor], columns)[0]
+
+
 @pytest.mark.parametrize("quantizer", ["absmax", "sigma"])
 @pytest.mark.parametrize("bits", [3, 4, 5, 6, 7, 8, 16])
 def test_every_scheme_round_trips(any_script, bits, quantizer):
@@ -81,7 +91,7 @@ def test_every_scheme_round_trips(any_script, bits, quantizer):
     rows = (np.random.default_rng(1).standard_normal((64, 1000)) * np.geomspace(1e-3, 1e3, 64)[:, None]).astype(
         "float32"
     )
-    coded = any_script.encode_tensor(c, name, rows, 2.5)
+    coded = encode_one(any_script, c, name, rows, 2.5)
     back = any_script.decode_tensor(coded.data, name, coded.scheme, rows.shape, c.codec, coded.check)
     if bits == 16:
         assert np.allclose(back, rows, rtol=2**-10, atol=1e-6) and (coded.scheme, coded.weights) == ("f16", 0)
@@ -138,8 +148,8 @@ def plain_gptq(rows, steps, top, hessian):
 def test_gptq_has_less_error_than_rounding(any_script):
     rows, inputs, steps = layer()
     hessian = inputs.T @ inputs / len(inputs)
-    symbols = any_script.quantize_rows(rows, steps, 31, any_script.gptq_factor(hessian))
-    rounded = any_script.quantize_rows(rows, steps, 31)
+    symbols = quantize_one(any_script, rows, steps, 31, any_script.gptq_factor(hessian))
+    rounded = quantize_one(any_script, rows, steps, 31)
     assert symbols.dtype == rounded.dtype == np.int16 and np.abs(symbols).max() <= 31
     assert output_error(rows, symbols, steps, inputs) < 0.5 * output_error(rows, rounded, steps, inputs)
     _, fresh, _ = layer(samples=6000)
@@ -153,8 +163,8 @@ def test_gptq_is_rounding_for_inputs_that_do_not_depend_on_each_other(any_script
     rows, _, steps = layer()
     for diagonal in (np.ones(200), np.geomspace(1e-6, 1e3, 200)):
         factor = any_script.gptq_factor(np.diag(diagonal).astype(np.float32))
-        found = any_script.quantize_rows(rows, steps, 31, factor)
-        assert np.array_equal(found, any_script.quantize_rows(rows, steps, 31))
+        found = quantize_one(any_script, rows, steps, 31, factor)
+        assert np.array_equal(found, quantize_one(any_script, rows, steps, 31))
 
 
 @pytest.mark.parametrize("kind", ["dead inputs", "few samples", "one sample", "no input at all", "tiny", "huge"])
@@ -165,8 +175,8 @@ def test_gptq_survives(any_script, kind):
     if kind == "dead inputs":
         inputs[:, 5:150:3] = 0
     hessian = (inputs.T @ inputs / len(inputs)).astype(np.float32)
-    symbols = any_script.quantize_rows(rows, steps, 31, any_script.gptq_factor(hessian))
-    rounded = any_script.quantize_rows(rows, steps, 31)
+    symbols = quantize_one(any_script, rows, steps, 31, any_script.gptq_factor(hessian))
+    rounded = quantize_one(any_script, rows, steps, 31)
     assert np.abs(symbols).max() <= 31
     error, plain = (output_error(rows, found, steps, inputs) for found in (symbols, rounded))
     assert error <= (1.0001 if kind in ("no input at all", "tiny") else 0.6) * plain
@@ -354,28 +364,106 @@ def grid_cases(module):
     }
 
 
+# What a trellis does, written down once more: states and parities of each chain, one number after the other.
+STATES = [(0, 2), (5, 7), (1, 3), (4, 6), (2, 0), (7, 5), (3, 1), (6, 4)]
+
+
+def plain_levels(symbols):
+    levels, state = symbols.astype(float), 0
+    for column in range(symbols.shape[1]):
+        for i, k in enumerate(symbols[:, column].tolist()):
+            state = state if i % 64 else 0
+            levels[i, column] -= 0.5 * np.sign(k) * (state % 2)
+            state = STATES[state][k % 2]
+    return levels
+
+
+def test_levels_of_a_trellis(any_script):
+    for shape in ((1, 5), (64, 3), (65, 2), (200, 4)):
+        symbols = np.random.default_rng(1).integers(-9, 10, shape).astype(np.int16)
+        shifted = any_script.shifted_levels(symbols)
+        assert np.array_equal(symbols - 0.5 * np.sign(symbols) * shifted, plain_levels(symbols))
+        assert shifted[::64].max() == 0 and (shape[0] < 64 or 0.3 < shifted.mean() < 0.6)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_a_trellis_is_the_nearest_path(any_script, spread):
+    """Of all paths of seven numbers, tried one by one; and the levels returned are those of the integers."""
+    x = (spread * np.random.default_rng(2).standard_normal((40, 7))).astype(np.float32)
+    symbols, levels = any_script.trellis_path(x, 2**15 - 1)
+    assert np.array_equal(plain_levels(symbols.T.astype(int)).T, levels)
+    reach = np.arange(-60, 61)
+    for row, found in zip(x.tolist(), np.square(levels - x).sum(axis=1)):
+        costs = {0: 0.0}
+        for value in row:
+            nearest = {}
+            for state, cost in costs.items():
+                error = np.square(reach - 0.5 * np.sign(reach) * (state % 2) - value)
+                for parity in (0, 1):
+                    total, then = cost + error[reach % 2 == parity].min(), STATES[state][parity]
+                    nearest[then] = min(total, nearest.get(then, math.inf))
+            costs = nearest
+        assert found == pytest.approx(min(costs.values()), rel=1e-4, abs=1e-6)
+
+
+def test_what_a_trellis_gains(any_script):
+    """Normal numbers: at the same entropy, a seventh of a bit less than rounding, from one bit to five."""
+    x = np.random.default_rng(3).standard_normal((64, 3000)).astype(np.float32)
+
+    def entropy(symbols, shifted):
+        total = 0.0
+        for part in (symbols[shifted == 0], symbols[shifted == 1]):
+            counts = np.unique(part, return_counts=True)[1]
+            total += (counts * np.log2(max(part.size, 1) / counts)).sum()
+        return total / symbols.size
+
+    for size in (0.5, 1, 2, 8):
+        symbols, levels = any_script.trellis_path(size * x.T, 2**15 - 1)
+        bits = entropy(symbols.T, any_script.shifted_levels(symbols.T.astype(np.int16)))
+        plain = entropy(np.rint(size * x), np.zeros(x.shape))
+        error, rounding = np.square(levels - size * x.T).mean(), np.square(np.rint(size * x) - size * x).mean()
+        saved = plain - bits - 0.5 * math.log2(error / rounding)
+        assert 0.11 < saved < 0.17, (size, saved)
+
+
+def test_matrices_of_one_shape_are_quantized_as_if_alone(any_script):
+    """A stack is for speed only; float32 may tip a rounding."""
+    parts = [layer(columns=140, seed=seed) for seed in range(3)]
+    rows, steps = (np.stack([part[i] for part in parts]) for i in (0, 2))
+    factors = [any_script.gptq_factor(inputs.T @ inputs / len(inputs)) for _, inputs, _ in parts]
+    for columns in (None, np.exp2(np.random.default_rng(0).integers(-2, 3, (3, 140)) / 4).astype("float32")):
+        for chosen in (None, factors):
+            found = any_script.quantize(rows, steps, 31, chosen, columns)
+            assert found.dtype == np.int16 and found.shape == rows.shape
+            for i in range(3):
+                alone = quantize_one(any_script, rows[i], steps[i], 31, chosen and chosen[i],
+                                     None if columns is None else columns[i])  # fmt: skip
+                assert (found[i] != alone).mean() < (0.02 if chosen else 1e-9)
+
+
 @pytest.mark.parametrize("codec", ["ans", "lzma"])
 def test_every_grid_round_trips(any_script, codec):
-    """What is decoded is, bit by bit, what was encoded: steps and symbols; a rounding is off by half a step."""
+    """What is decoded is, bit by bit, what was encoded: steps and symbols, and the levels that a trellis means."""
     c = any_script.Config(quantizer="fisher", codec=codec)
     for case, (name, value, squares, width, factor) in grid_cases(any_script).items():
-        coded = any_script.encode_tensor(c, name, value, width, factor, squares)
+        coded = encode_one(any_script, c, name, value, width, factor, squares)
         assert (coded.scheme, coded.weights) == ("grid", value.size), case
         rows, squares = value.reshape(-1, value.shape[-1]), squares.reshape(-1, value.shape[-1])
         factor = None if case == "embedding" else factor  # it has none
         steps = any_script.loss_steps(rows, squares, width, factor)
         sizes = [any_script.step_sizes(2 * part) for part in steps]
-        symbols = any_script.quantize_rows(rows, sizes[0], 2**15 - 1, factor, sizes[1])
+        symbols = quantize_one(any_script, rows, sizes[0], 2**15 - 1, factor, sizes[1])
         parts = any_script.decode_grid(coded.data, *rows.shape, codec)
-        for part, expected in zip(parts, (*steps, symbols.ravel())):
+        for part, expected in zip(parts, (*steps, symbols)):
             assert part.dtype == np.int16 and np.array_equal(part, expected), case
         back = any_script.decode_tensor(coded.data, name, "grid", value.shape, codec, coded.check)
         step = np.exp2((parts[0][:, None].astype(float) + parts[1]) / 4)
         assert back.dtype == np.float32 and back.shape == value.shape, case
-        assert np.allclose(back.reshape(rows.shape), symbols * step, rtol=1e-6, atol=0), case
+        assert np.allclose(back.reshape(rows.shape), plain_levels(symbols) * step, rtol=1e-6, atol=0), case
         if factor is None:
-            inside = np.abs(rows) <= step * (2**15 - 0.5)
-            assert (np.abs(rows - back.reshape(rows.shape))[inside] <= 0.5001 * step[inside]).all(), case
+            inside = np.abs(rows) <= step * (2**15 - 3)
+            away = ((rows - back.reshape(rows.shape)) / step)[inside]
+            assert np.abs(away).max() <= 1.5 and np.square(away).mean() <= (1.1 if len(rows) == 1 else 1) / 12, case
             assert inside.mean() > 0.98, case
         for other in (coded.check ^ 1, any_script.crc_of_place(name, value.shape)):
             with pytest.raises(ValueError, match="CRC-32"):
@@ -385,13 +473,16 @@ def test_every_grid_round_trips(any_script, codec):
 
 
 def test_spread_models_are_the_mixture(any_script):
-    """Frequencies of all 69 spreads in all 5 shapes, beside SciPy's distribution functions."""
-    for spread in range(any_script.SPREADS[0], any_script.SPREADS[1] + 1):
+    """Frequencies of all 69 spreads in all 5 shapes of both quantizers, beside SciPy's distribution functions."""
+    spreads = range(any_script.SPREADS[0], any_script.SPREADS[1] + 1)
+    for spread, shifted in itertools.product(spreads, (0, 1)):
         size, total = 2 ** (spread / 4), 2.0**22
-        edges = (np.arange(len(any_script.spread_model(spread, 0)[0]) // 2 + 1) + 0.5) / size
+        edges = np.arange(len(any_script.spread_model(spread, 0, shifted)[0]) // 2 + 1) + (0.08 if shifted else 0.46)
+        edges[0] = max(0.287 - 0.032 / size, 0.12) if shifted else 0.42 + 0.3 * max(0.65 - size, 0)
+        edges = edges / size
         normals, laplaces = special.ndtr(-edges), np.exp(-math.sqrt(2) * edges) / 2
         for shape in range(any_script.SHAPES):
-            frequencies, bits = any_script.spread_model(spread, shape)
+            frequencies, bits = any_script.spread_model(spread, shape, shifted)
             half = frequencies[len(frequencies) // 2 :]
             assert np.array_equal(frequencies, frequencies[::-1]) and half.min() >= 1 and len(half) <= 2**15
             assert np.array_equal(half, np.rint(half)) and len(half) >= min(16 * size, 2**15)
@@ -405,22 +496,20 @@ def test_spread_models_are_the_mixture(any_script):
 @pytest.mark.parametrize("heavy", [False, True], ids=["normal", "Laplace"])
 @pytest.mark.parametrize("width", [4e-4, 1e-4])
 def test_size_of_a_grid_is_the_ideal_one(any_script, width, heavy):
-    """Within a percent of what a coder needs that knows the spread of each weight in its steps."""
+    """Within a percent of the entropy of the integers that have one step and one quantizer."""
     rng, shape = np.random.default_rng(0), (512, 1024)
     rows = 0.05 * (rng.laplace(0, math.sqrt(0.5), shape) if heavy else rng.standard_normal(shape)).astype("float32")
     c, (n, m) = any_script.Config(quantizer="fisher"), shape
-    coded = any_script.encode_tensor(c, FC, rows, width, None, squares_like(rows))
+    coded = encode_one(any_script, c, FC, rows, width, None, squares_like(rows))
     *steps, symbols = any_script.decode_grid(coded.data, n, m, "ans")
-    step, sizes = np.exp2((steps[0][:, None].astype(float) + steps[1]) / 4) / 0.05, np.abs(symbols.reshape(shape))
-
-    def tail(x):
-        small = np.exp(-math.sqrt(2) * np.abs(x)) / 2
-        return np.where(x < 0, 1 - small, small) if heavy else special.ndtr(-x)
-
-    ideal = -np.log2(tail((sizes - 0.5) * step) - tail((sizes + 0.5) * step)).sum()
+    contexts = 2 * (steps[0][:, None].astype(int) + steps[1]) + any_script.shifted_levels(symbols)
+    ideal = 0.0
+    for context in np.unique(contexts):
+        counts = np.unique(symbols[contexts == context], return_counts=True)[1]
+        ideal += (counts * np.log2(counts.sum() / counts)).sum()
     bits, steps_bits = 8 * len(coded.data), 8 * sum(any_script.GRID_HEAD.unpack_from(coded.data)[2:])
-    assert 1 < ideal / rows.size < 4 and steps_bits < 10 * sum(shape)
-    assert bits <= 1.01 * ideal and bits - steps_bits <= 1.003 * ideal
+    assert 1 < ideal / rows.size < 4.5 and steps_bits < 10 * sum(shape)
+    assert bits - steps_bits <= 1.005 * ideal
     assert bits < 0.95 * coded.entropy_bits
 
 
@@ -429,9 +518,9 @@ def with_bits(module, c, rows, bits, factor=None):
     low, high = 4.0, 2000.0
     for _ in range(12):
         middle = math.sqrt(low * high)
-        coded = module.encode_tensor(c, FC, rows, middle, factor)
+        coded = encode_one(module, c, FC, rows, middle, factor)
         low, high = (middle, high) if 8 * len(coded.data) >= bits else (low, middle)
-    coded = module.encode_tensor(c, FC, rows, low, factor)
+    coded = encode_one(module, c, FC, rows, low, factor)
     assert bits <= 8 * len(coded.data) <= 1.05 * bits
     return module.decode_tensor(coded.data, FC, coded.scheme, rows.shape, c.codec, coded.check)
 
@@ -445,12 +534,13 @@ def test_bits_are_spent_where_the_loss_wants_them(any_script):
         return 0.5 * float((squares * np.square(back.astype(np.float64) - rows)).sum())
 
     for width in (0.1, 0.03, 0.005):  # 1.2, 2.8 and 5.3 bits a weight
-        coded = any_script.encode_tensor(c, FC, rows, width, None, squares)
+        coded = encode_one(any_script, c, FC, rows, width, None, squares)
         found = loss(any_script.decode_tensor(coded.data, FC, "grid", rows.shape, "ans", coded.check))
         sigma = any_script.Config(quantizer="sigma", quant_bits="*:8")
         assert found < 0.35 * loss(with_bits(any_script, sigma, rows, 8 * len(coded.data))), width
-        assert found < 1.03 * rows.size * width**2 / 24, width
-    assert found > 0.97 * rows.size * width**2 / 24  # where no step is so wide that a weight is lost
+        predicted = any_script.TRELLIS_GAIN * rows.size * width**2 / 24
+        assert found < 1.06 * predicted, width
+    assert found > 0.94 * predicted  # where no step is so wide that a weight is lost
 
 
 def test_steps_of_columns_know_what_gptq_makes_up_for(any_script):
@@ -464,7 +554,7 @@ def test_steps_of_columns_know_what_gptq_makes_up_for(any_script):
 
     gptq = any_script.Config(quantizer="gptq", quant_bits="*:8")
     for width in (0.2, 0.05):
-        coded = any_script.encode_tensor(any_script.Config(quantizer="fisher"), FC, rows, width, factor, squares)
+        coded = encode_one(any_script, any_script.Config(quantizer="fisher"), FC, rows, width, factor, squares)
         found = error(any_script.decode_tensor(coded.data, FC, "grid", rows.shape, "ans", coded.check))
         assert found < 0.35 * error(with_bits(any_script, gptq, rows, 8 * len(coded.data), factor))
     # Inputs that do not depend on each other: nothing to make up for, so a column's step follows its own input alone.
@@ -568,7 +658,7 @@ def test_rounding_in_training_is_straight_through_and_equal_in_both(both, tmp_pa
     rounded = dict(weights)
     for name in matrices(both[0], c, "core"):
         steps = export_steps(both[0], c, weights, name)
-        symbols = both[0].quantize_rows(weights[name], steps[:, 0], 15)
+        symbols = quantize_one(both[0], weights[name], steps[:, 0], 15)
         rounded[name] = (symbols * steps).astype(np.float32)
     inputs, targets = ids[:64].reshape(4, 16), ids[1:65].reshape(4, 16)
     for module in both:
@@ -638,7 +728,6 @@ def test_resume_with_noise_is_exact(script, tiny, tmp_path, monkeypatch, kind):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-
 def gaussian_model(module, **fields):
     """A model of about a million random weights, and Hessians for it."""
     more = dict(layout="1+2x2", model_dim=192, num_heads=4, num_kv_heads=2, vocab_size=1024, train_seq_len=64)
@@ -675,7 +764,7 @@ def test_target_bytes(any_script, tmp_path, quantizer, bits, rules):
     sizes = any_script.write_artifact(path, c, 2, weights, hessians, code, squares)
     total = code + path.stat().st_size
     assert sizes["bytes_artifact"] == path.stat().st_size and 0.998 * target <= total <= target, total / target
-    assert sizes["rounds"] <= (8 if quantizer == "sigma" else 3), "drafts show the way"
+    assert sizes["rounds"] <= (8 if quantizer == "sigma" else 5), "drafts show the way"
     assert fisher * sizes["sigma"] == 0 < sizes["loss"] if fisher else 3 <= sizes["sigma"] <= 62 and not sizes["loss"]
     assert sum(sizes["bytes_by_group"].values()) == sizes["bytes_artifact"]
     found = any_script.read_artifact(path)[2]  # and it is an artifact, not filled up with anything
@@ -691,7 +780,7 @@ def test_no_weight_is_too_large_for_its_step(any_script, tmp_path):
     outlier, squares = rows.copy(), np.full_like(rows, 1e-2)
     outlier[3, 5] = 1e4
     for value, width in ((outlier, 1e-4), (rows, 1e-9), (np.full_like(rows, 0.05), 1e-4)):
-        coded = any_script.encode_tensor(c, FC, value, width, None, squares)
+        coded = encode_one(any_script, c, FC, value, width, None, squares)
         back = any_script.decode_tensor(coded.data, FC, "grid", rows.shape, c.codec, coded.check)
         assert (np.abs(back - value).max(axis=1) <= 0.02 * np.abs(value).max(axis=1)).all()
     c = tiny_config(any_script, quantizer="fisher", target_bytes=900_000)
@@ -761,13 +850,13 @@ def test_coded_size_is_the_entropy(any_script, quantizer, bits):
     rng = np.random.default_rng(0)
     for shape, over in (((512, 512), 0.5), ((512, 2048), 0.3)):
         rows = (0.02 * rng.standard_normal(shape)).astype(np.float32)
-        coded = any_script.encode_tensor(c, "blocks.0.mlp.fc.weight", rows, 12.85)
+        coded = encode_one(any_script, c, "blocks.0.mlp.fc.weight", rows, 12.85)
         assert 0 <= 100 * (8 * len(coded.data) / coded.entropy_bits - 1) <= over, shape
 
 
 def test_coded_size_of_eight_million_weights(any_script):
     rows = np.random.default_rng(0).standard_normal((2048, 4096), dtype=np.float32)
-    coded = any_script.encode_tensor(any_script.Config(quantizer="sigma"), "blocks.0.mlp.fc.weight", rows, 12.85)
+    coded = encode_one(any_script, any_script.Config(quantizer="sigma"), "blocks.0.mlp.fc.weight", rows, 12.85)
     assert 100 * (8 * len(coded.data) / coded.entropy_bits - 1) <= 0.3
     assert coded.entropy_bits / rows.size == pytest.approx(
         3.32, abs=0.02
