@@ -168,6 +168,8 @@ def test_lzma_needs_no_constriction_and_ans_does(script, config, tmp_path, monke
         "constriction",
         "pip install constriction",
     )
+    with pytest.raises(script.InputError, match="^CODEC=ans: expected the package constriction"):
+        script.read_artifact(tmp_path / "ans")  # not "damaged"
     with pytest.raises(script.InputError, match="pip install constriction"):
         write(script, tmp_path / "new", config(script, codec="ans"))
     assert not (tmp_path / "new").exists()

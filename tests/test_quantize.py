@@ -406,6 +406,15 @@ def test_a_trellis_is_the_nearest_path(any_script, spread):
         assert found == pytest.approx(min(costs.values()), rel=1e-4, abs=1e-6)
 
 
+def test_integers_of_a_trellis_fit_16_bits(any_script):
+    symbols, _ = any_script.trellis_path(np.float32([[1e6, -1e6, 32766.9, -32766.4] * 20]), 2**15 - 1)
+    assert 2**15 - 4 <= np.abs(symbols).max() <= 2**15 - 1
+    rows, columns, large = np.int16([200]), np.int16([0]), np.int16([[-(2**15) + 1]])
+    for symbols in (large, large // 300, 0 * large):
+        data = any_script.encode_grid(rows, columns, symbols, "ans")
+        assert np.array_equal(any_script.decode_grid(data, 1, 1, "ans")[2], symbols)
+
+
 def test_what_a_trellis_gains(any_script):
     """Normal numbers: at the same entropy, a seventh of a bit less than rounding, from one bit to five."""
     x = np.random.default_rng(3).standard_normal((64, 3000)).astype(np.float32)
@@ -772,6 +781,68 @@ def test_target_bytes(any_script, tmp_path, quantizer, bits, rules):
     c = any_script.dataclasses.replace(c, target_bytes=0, quant_sigma=sizes["sigma"], quant_loss=sizes["loss"])
     again = any_script.write_artifact(tmp_path / "b.rgpt", c, 2, weights, hessians, code, squares)
     assert again["rounds"] == 1 and (tmp_path / "b.rgpt").read_bytes() == path.read_bytes()
+
+
+def test_a_draft_has_no_gptq(any_script):
+    rows, inputs, _ = layer()
+    for quantizer, width in (("gptq", 12.85), ("fisher", 3e-4)):
+        c, args = any_script.Config(quantizer=quantizer), ({FC: rows}, width)
+        factors = {FC: any_script.gptq_factor(inputs.T @ inputs / len(inputs))}
+        draft, real = (
+            any_script.encode_tensors(c, *args, factors, {FC: squares_like(rows)}, x)[FC] for x in (True, False)
+        )
+        assert draft.data != real.data and len(draft.data) < 1.1 * len(real.data)
+        if quantizer == "gptq":
+            assert draft == any_script.encode_tensors(c, *args[:2], {}, {})[FC]
+        error = [np.square(inputs @ (any_script.decode_tensor(part.data, FC, part.scheme, rows.shape, "ans", part.check)
+                                     - rows).T).sum() for part in (draft, real)]  # fmt: skip
+        assert error[1] < 0.6 * error[0]
+
+
+@pytest.mark.parametrize("tilt", [-0.05, 0.0, 0.02, 0.05])
+def test_drafts_that_mislead(any_script, tmp_path, monkeypatch, tilt):
+    """Sizes made up so that GPTQ's part of them changes with the steps: the target is met all the same."""
+    target, tried = 16_000_000, []
+
+    def encode(c, weights, sigma, factors, squares, draft=False):
+        size = 36e6 / 8 * 0.9 * math.log2(1 + 0.02 / sigma) * (1 if draft else 1.01 + tilt * math.log2(sigma / 1e-3))
+        tried.append((int(size), draft))
+        return {FC: any_script.Coded("grid", b"", 0, 36_000_000, 1.0)}
+
+    monkeypatch.setattr(any_script, "encode_tensors", encode)
+    monkeypatch.setattr(any_script, "assemble", lambda *_: range(tried[-1][0]))
+    monkeypatch.setattr(any_script, "gptq_factor", lambda hessian: None)
+    monkeypatch.setattr(any_script, "param_shapes", lambda c: {FC: (2, 2)})
+    monkeypatch.setattr(any_script, "write_atomically", lambda path, data: None)
+    c = any_script.Config(quantizer="fisher", target_bytes=target)
+    for first in (3e-5, 2e-3):
+        monkeypatch.setattr(any_script, "sigma_of", lambda *_, first=first: first)
+        sizes = any_script.write_artifact(tmp_path / "a", c, 1, {FC: normal(2, 2)}, {FC: np.eye(2)}, 0, {})
+        assert 0.998 * target <= sizes["bytes_artifact"] <= target and sizes["rounds"] <= 5
+        assert (sizes["bytes_artifact"], False) in tried  # not a draft
+
+
+def test_a_draft_where_nothing_else_fits(any_script, tmp_path):
+    c, weights, hessians = gaussian_model(any_script, quantizer="gptq", quant_bits="*:6", layout="1x2")
+    smallest = any_script.dataclasses.replace(c, quant_sigma=62.0)
+    sizes = [any_script.write_artifact(tmp_path / "a", smallest, 2, weights, found)["bytes_artifact"]
+             for found in (None, hessians)]  # fmt: skip
+    assert sizes[0] < 0.98 * sizes[1]
+    target = int(0.5 * sum(sizes))
+    c = any_script.dataclasses.replace(c, target_bytes=target)
+    assert any_script.write_artifact(tmp_path / "a", c, 2, weights, hessians)["bytes_artifact"] <= target
+
+
+def test_what_is_not_finite_is_refused(any_script, tmp_path):
+    c, weights, hessians = gaussian_model(any_script, quantizer="fisher", layout="1x2")
+    for i in range(3):
+        parts = [dict(part) for part in (weights, hessians, squares_of(weights))]
+        parts[i][FC] = np.where(
+            np.arange(parts[i][FC].shape[1]) == 3, np.float32((np.nan, np.inf)[i % 2]), parts[i][FC]
+        )
+        with pytest.raises(any_script.InputError, match=re.escape(FC)):
+            any_script.write_artifact(tmp_path / "a", c, 2, *parts[:2], 0, parts[2])
+    assert not (tmp_path / "a").exists()
 
 
 def test_no_weight_is_too_large_for_its_step(any_script, tmp_path):
