@@ -1273,6 +1273,7 @@ def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     levels = numbers.copy()
     levels[:, 2:] -= 0.5 * (numbers[:, 2:] > 0)
     errors, chains = np.square(levels - size[:, None]), np.arange(size.shape[1])
+    errors[:, 1::2] += np.where(size < 0.125, np.float32(1e9), 0)[:, None]  # a weight far below its step stays 0
     cost, second = np.full((8, len(chains)), np.inf, np.float32), np.empty((length, 8, len(chains)), bool)
     cost[0] = 0
     for i in range(length):
@@ -1306,6 +1307,8 @@ def quantize(rows: np.ndarray, steps: np.ndarray, top: int, factors=None, column
         return trellis_path(x, top) if columns is not None else (np.clip(np.rint(x), -top, top),) * 2
     scaled = (rows / steps[..., None]).astype(np.float32)
     widths = np.ones((len(rows), rows.shape[2]), np.float32) if columns is None else columns
+    if columns is not None:  # a row far below its steps is 0: a trellis could move it by many times its size
+        scaled *= (np.abs(scaled) >= 0.25 * widths[:, None]).any(axis=2, keepdims=True)
     if factors is None:
         found = [nearest(np.ascontiguousarray(part.T))[0].T for part in scaled / widths[:, None]]
         return np.stack(found).astype(np.int16)

@@ -415,6 +415,22 @@ def test_integers_of_a_trellis_fit_16_bits(any_script):
         assert np.array_equal(any_script.decode_grid(data, 1, 1, "ans")[2], symbols)
 
 
+@pytest.mark.parametrize("gptq", [False, True])
+def test_weights_far_below_their_steps_stay_small(any_script, gptq):
+    """Neurons that the calibration never saw at work: tiny rows with very wide steps. A nearest path alone would turn a
+    few of them into loud ones, to be in a better state for their neighbours."""
+    (rows, inputs, _), rng = layer(), np.random.default_rng(5)
+    quiet, squares = rng.permutation(64)[:32], squares_like(rows)
+    rows[quiet] *= np.geomspace(1e-3, 0.3, 32)[:, None].astype("float32")
+    squares[quiet] = 0
+    factor = any_script.gptq_factor(inputs.T @ inputs / len(inputs)) if gptq else None
+    for width in (3e-4, 1e-3):
+        coded = encode_one(any_script, any_script.Config(quantizer="fisher"), FC, rows, width, factor, squares)
+        back = any_script.decode_tensor(coded.data, FC, "grid", rows.shape, "ans", coded.check)
+        away = np.sqrt(np.square(back - rows).mean(axis=1) / np.square(rows).mean(axis=1))
+        assert away.max() < 4 and back.any(axis=1).sum() >= 20, (width, away.max())
+
+
 def test_what_a_trellis_gains(any_script):
     """Normal numbers: at the same entropy, a seventh of a bit less than rounding, from one bit to five."""
     x = np.random.default_rng(3).standard_normal((64, 3000)).astype(np.float32)
