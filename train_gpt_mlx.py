@@ -1289,14 +1289,20 @@ def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         return np.copysign(found.T.reshape(count, -1)[:, :n], x)
     return along(numbers), along(levels)
 
-def shifted_levels(symbols: np.ndarray) -> np.ndarray:
-    """uint8 [n, m]: 1 where an integer of a trellis stands for k - sign(k) / 2. A trellis runs down a column."""
-    found = np.empty(symbols.shape, np.uint8)
+def trellis_rows(symbols: np.ndarray):
+    """Walks down the trellises of symbols [n, m], one a column and TRELLIS rows: yields i and, for rows i, i + TRELLIS
+    and so on, 1 where an integer stands for k - sign(k) / 2. A decoder fills in those rows before it asks for more."""
     state = np.zeros((-(-len(symbols) // TRELLIS), symbols.shape[1]), np.uint8)
     for i in range(min(TRELLIS, len(symbols))):
         here = state[: len(symbols[i::TRELLIS])]
-        found[i::TRELLIS] = here & 1
+        yield i, here & 1
         here[:] = NEXT_STATE[here, symbols[i::TRELLIS] & 1]
+
+def shifted_levels(symbols: np.ndarray) -> np.ndarray:
+    """uint8 [n, m]: 1 where an integer of a trellis stands for k - sign(k) / 2."""
+    found = np.empty(symbols.shape, np.uint8)
+    for i, shifted in trellis_rows(symbols):
+        found[i::TRELLIS] = shifted
     return found
 
 def quantize(rows: np.ndarray, steps: np.ndarray, top: int, factors=None, columns=None) -> np.ndarray:
@@ -1419,8 +1425,8 @@ def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, code
     if codec == "lzma":
         return head + encode_symbols(symbols, codec)
     coder, parts = need_constriction().stream.stack.AnsCoder(), []
-    for i in range(min(TRELLIS, len(symbols))):
-        order, runs = by_model(rows[i::TRELLIS], columns, scale, shifted[i::TRELLIS])
+    for i, here in trellis_rows(symbols):
+        order, runs = by_model(rows[i::TRELLIS], columns, scale, here)
         ordered = symbols[i::TRELLIS].ravel()[order].astype(np.int32)
         parts += [(model, ordered[start:end]) for model, start, end in runs]
     for model, part in reversed(parts):
@@ -1440,17 +1446,14 @@ def decode_grid(data: bytes, n: int, m: int, codec: str) -> tuple[np.ndarray, np
     if codec == "lzma":
         return rows, columns, decode_symbols(data[start:], n * m, codec, LARGEST_SYMBOL).reshape(n, m)
     words = np.frombuffer(data, dtype="<u4", offset=start).astype(np.uint32)
-    coder, symbols = need_constriction().stream.stack.AnsCoder(words), np.empty((n, m), dtype="<i2")
-    state = np.zeros((-(-n // TRELLIS), m), np.uint8)
-    for i in range(min(TRELLIS, n)):
-        here = state[: len(rows[i::TRELLIS])]
-        order, runs = by_model(rows[i::TRELLIS], columns, scale, here & 1)
+    coder, symbols = need_constriction().stream.stack.AnsCoder(words), np.zeros((n, m), dtype="<i2")
+    for i, here in trellis_rows(symbols):
+        order, runs = by_model(rows[i::TRELLIS], columns, scale, here)
         part = np.empty(here.size, dtype="<i2")
         for model, low, high in runs:
             middle, coding = spread_coder(model, shape)
             part[order[low:high]] = coder.decode(coding, high - low) - middle
         symbols[i::TRELLIS] = part.reshape(here.shape)
-        here[:] = NEXT_STATE[here, symbols[i::TRELLIS] & 1]
     return rows, columns, symbols
 
 def ans_model(frequencies: np.ndarray):

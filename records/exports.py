@@ -7,7 +7,7 @@ A plan, NAME.toml (settings are those of the script, in lower case; a list means
 
     about = "Which quantizer loses least?"        # opens the report
     models = "trained_128"                        # a finished matrix of records/ablate.py; weights in logs/trained_128/
-    runs = ["no_loop", "band"]                    # its arms
+    runs = ["no_loop", "band"]                    # its arms; MATRIX/ARM for one of another matrix
     seeds = [1337, 42, 2025]
     [base]                                        # settings of every export
     calib_tokens = 65536
@@ -72,6 +72,10 @@ class Plan:
     def lines(self) -> Path:
         return self.home / "exports.jsonl"
 
+    def place(self, run: str) -> str:
+        """Matrix and arm of a run, as a path."""
+        return run if "/" in run else f"{self.models}/{run}"
+
 
 def read_plan(path: Path) -> Plan:
     toml = read_toml(path, "a plan")
@@ -123,7 +127,7 @@ class Model:
     """One trained model on the device, with what several exports of it share."""
 
     def __init__(self, plan: Plan, script, run: str, seed: int):
-        folder = LOGS / plan.models / f"{run}_seed{seed}"
+        folder = LOGS / f"{plan.place(run)}_seed{seed}"
         path, log = folder / "model.safetensors", folder / "train.log"
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # FileNotFoundError where it was not trained
         known = script.Config.__dataclass_fields__
@@ -197,7 +201,7 @@ def work(plan: Plan) -> None:
     if plan.lines.is_file() and not plan.lines.read_bytes().endswith(b"\n"):
         with open(plan.lines, "a", encoding="utf-8") as file:
             file.write("\n")  # after a line that was cut off
-    missing, scratch = [], plan.home / f"artifact.{os.getpid()}.tmp"
+    missing, matrices, scratch = [], {}, plan.home / f"artifact.{os.getpid()}.tmp"
     print(f"{plan.path.stem}: {len(done) + len(wanted)} exports, {len(wanted)} to do", flush=True)
     try:
         for (seed, run), group in itertools.groupby(wanted, lambda item: item[:2]):
@@ -205,6 +209,7 @@ def work(plan: Plan) -> None:
                 model = Model(plan, script, run, seed)
             except FileNotFoundError as error:  # the others can be exported
                 missing.append(short(Path(error.filename)))
+                matrices[plan.place(run).rsplit("/", 1)[0]] = None
                 continue
             for _, _, kind, settings in group:
                 result = model.export(settings, scratch, code)
@@ -219,7 +224,7 @@ def work(plan: Plan) -> None:
         scratch.unlink(missing_ok=True)
     if missing:
         raise InputError(f"{', '.join(missing)}: expected the weights of finished runs, found none; train them with "
-                         f"python records/ablate.py records/ablations/{plan.models}.toml")  # fmt: skip
+                         + " and ".join(f"python records/ablate.py records/ablations/{name}.toml" for name in matrices))
 
 
 def label(settings: dict) -> str:
@@ -266,6 +271,7 @@ def report(plan: Plan) -> str:
     note = f"**{left} of {len(wanted)} exports are still to be done.**\n\n" if left else ""
     partial = f" (partial: the first {one['val_tokens']:,} tokens)" if one["partial"] else ""
     settings = " ".join(f"`{name}={value}`" for name, value in plan.base.items()) or "the models' own"
+    places = ", ".join(f"`{plan.place(run)}`" for run in plan.runs)
     commits, devices = (", ".join(sorted({str(line[key]) for line in lines})) for key in ("commit", "device"))
     text = f"""<!-- written by records/exports.py from {plan.path.name} and exports.jsonl -->
 # {plan.path.stem}
@@ -279,7 +285,7 @@ information says that rounding adds to the loss, nats a token.
 {table}
 {note}![gap against the artifact's bytes](exports.png)
 
-- Models: `{plan.models}`, seeds {", ".join(map(str, plan.seeds))}. Data: `{one["dataset"]}`, sha256 \
+- Models: {places}; seeds {", ".join(map(str, plan.seeds))}. Data: `{one["dataset"]}`, sha256 \
 {one["dataset_sha256"][:12]}, {one["val_tokens"]:,} validation tokens{partial}.
 - Script: `{plan.script}`, sha256 {one["script_sha256"][:12]}, commit {commits}.
 - Devices: {devices}.

@@ -82,8 +82,12 @@ def test_exports_resume_and_report(data, plan, capsys, monkeypatch):
 
 
 def test_other_script_and_missing_weights(data, plan):
-    with pytest.raises(exports.InputError, match=r"model\.safetensors: expected the weights of finished runs"):
+    with pytest.raises(exports.InputError, match=r"model\.safetensors: expected the weights of finished.*/tiny.toml$"):
         exports.main([str(plan)])
+    plan.write_text(PLAN.replace('["loop"]', '["loop", "other/wide"]'))
+    with pytest.raises(exports.InputError, match=r"other/wide_seed2/model\..*/tiny.toml and python .*/other.toml$"):
+        exports.main([str(plan)])
+    plan.write_text(PLAN)
     lines = plan.with_suffix("") / "exports.jsonl"
     old = dict(run="loop", seed=1, kind="sigma", settings={"quantizer": "sigma"}, script_sha256="0")
     lines.write_text(json.dumps(old) + "\n")

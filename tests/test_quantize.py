@@ -222,6 +222,22 @@ def test_hessians_of_both_scripts_weigh_inputs_with_gradients(both, tmp_path, lo
             assert away <= 1e-3 * np.linalg.norm(expected[name]), (module.__name__, name)
 
 
+def test_curvature_in_bfloat16(script, tmp_path):
+    """What a GPU computes in is near what float32 gives; the sums are float32 in both."""
+    c = tiny_config(script, calib_tokens=200, layout="1+2x3+1")
+    stream, _ = stream_of(script, tmp_path, c)
+    exact, rough = (
+        engine_of(script, script.dataclasses.replace(c, dtype=dtype), random_weights(script, c)).curvature(stream, 0, 3)
+        for dtype in ("float32", "bfloat16")
+    )
+    for kind in (0, 1):
+        assert exact[kind].keys() == rough[kind].keys()
+        for name, value in exact[kind].items():
+            assert rough[kind][name].dtype == np.float32
+            away = np.linalg.norm(rough[kind][name] - value) / np.linalg.norm(value)
+            assert 0 < away < 0.05, (name, away)
+
+
 def test_calibration_leaves_nothing_behind(script, tmp_path):
     """The next step is the one that would have come without it; nothing is trained that was not before."""
     c = tiny_config(script, calib_tokens=64)
