@@ -129,7 +129,7 @@ class Config:
     quant_noise: str = "none"  # none | uniform | round: training feels the export's steps in the core's matrices ...
     quant_noise_from: float = 0.75  # ... from this fraction of training on
     calib_tokens: int = 131072  # gptq, fisher: training tokens whose activations and gradients they look at
-    calib_seconds: float = 20.0  # gptq, fisher: part of max_wallclock_seconds that is kept for it
+    calib_seconds: float = 20.0  # gptq, fisher: part of max_wallclock_seconds that is kept for it; it ends with that
     codec: str = "ans"  # ans (constriction) | lzma (where that is not installed): entropy coder of the weights
     # Cadence
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
@@ -1049,11 +1049,12 @@ class Engine:
                 else:
                     p.add_((torch.rand(p.shape, generator=random, device=self.device) - 0.5) * steps)
         return kept
-    def curvature(self, stream: TokenStream, start: int, loops: int) -> tuple[dict, dict]:
+    def curvature(self, stream: TokenStream, start: int, loops: int, seconds=math.inf) -> tuple[dict, dict, int]:
         """How the loss bends, on CALIB_TOKENS training tokens from `start` on, all passes of the core together; both a
         token, float32. Hessians [in, in], of every matrix: mean of x x^T over its inputs x, each times the squares of
         the loss's gradient at its output (GuidedQuant, arXiv 2505.07004). And the empirical Fisher information of every
-        weight: squares of each sequence's gradient."""
+        weight: squares of each sequence's gradient. And the number of tokens: less than asked for if it takes more than
+        `seconds`."""
         batch, params = calibration_batch(self.config, self.world), dict(self.model.named_parameters())
         linears = {f"{name}.weight": part for name, part in self.model.named_modules() if isinstance(part, Linear)}
         self.model.requires_grad_(True)
@@ -1062,20 +1063,26 @@ class Engine:
             linear.probe = torch.zeros(width, width, device=self.device, requires_grad=True)
         sources = [*params.values(), *(linear.probe for linear in linears.values())]
         totals = [torch.zeros_like(source, requires_grad=False) for source in sources]
+        began, seen = time.perf_counter(), 0
         try:
             for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.config.train_seq_len):
                 loss = self.model.token_losses(self.tensor(ids), self.tensor(targets), loops).sum()
                 grads = torch.autograd.grad(loss, sources, materialize_grads=True)
                 for i, (total, grad) in enumerate(zip(totals, grads)):
                     total.add_(grad.square() if i < len(params) else grad)
+                self.sync()  # or the clock would know of launches only
+                seen += ids.size
+                if time.perf_counter() - began > seconds:
+                    break
         finally:
             self.model.requires_grad_(self.optimizer is not None)
             for linear in linears.values():
                 linear.probe = None
         for total in totals if self.world > 1 else ():
             dist.all_reduce(total)
-        found = [(total / batch.train_batch_tokens).cpu().numpy() for total in totals]
-        return dict(zip(linears, found[len(params) :])), dict(zip(params, found))
+        tokens = int(self.sum(seen))
+        found = [(total / tokens).cpu().numpy() for total in totals]
+        return dict(zip(linears, found[len(params) :])), dict(zip(params, found)), tokens
     def warm_up(self, stream: TokenStream, loops: int) -> None:
         """Compiles and runs everything that a step with so many passes needs; leaves weights and state as they were."""
         o, steps = self.optimizer, self.optimizer.steps
@@ -2029,8 +2036,10 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
     began, code = time.perf_counter(), code_size()
-    calibrates = c.quantizer in CALIBRATED
-    hessians, squares = engine.curvature(stream, state["tokens"], loops) if calibrates else (None, None)
+    calibrates, left, tokens = c.quantizer in CALIBRATED, math.inf, 0
+    if calibrates and c.mode == "train" and c.max_wallclock_seconds:
+        left = 0.9 * (c.max_wallclock_seconds - state["seconds"])  # a tenth for what comes after the last tokens
+    hessians, squares, tokens = engine.curvature(stream, state["tokens"], loops, left) if calibrates else (None,) * 3
     calib_ms = round(1000 * (time.perf_counter() - began)) if calibrates else None
     if engine.rank == 0:
         weights = engine.weights()
@@ -2066,6 +2075,9 @@ export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{calibration}, {rounds} roun
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
 files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
+    asked = calibration_batch(c, engine.world).train_batch_tokens
+    if calibrates and tokens < asked:
+        log.line(f"notice: the calibration's time was up after {tokens} of {asked} tokens: more CALIB_SECONDS")
     left, bits = c.target_bytes - total, "" if c.quantizer == "fisher" else "QUANT_BITS or "
     if c.target_bytes and left > 0.002 * c.target_bytes:
         log.line(f"notice: {left} bytes of TARGET_BYTES are left: more {bits}parameters")

@@ -139,7 +139,7 @@ class Config:
     quant_noise: str = "none"  # none | uniform | round: training feels the export's steps in the core's matrices ...
     quant_noise_from: float = 0.75  # ... from this fraction of training on
     calib_tokens: int = 131072  # gptq, fisher: training tokens whose activations and gradients they look at
-    calib_seconds: float = 20.0  # gptq, fisher: part of max_wallclock_seconds that is kept for it
+    calib_seconds: float = 20.0  # gptq, fisher: part of max_wallclock_seconds that is kept for it; it ends with that
     codec: str = "ans"  # ans (constriction) | lzma (where that is not installed): entropy coder of the weights
     # Cadence
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
@@ -1075,11 +1075,12 @@ class Engine:
                     found[name] = p + (mx.random.uniform(shape=p.shape, key=now) - 0.5) * steps
         return found
 
-    def curvature(self, stream: TokenStream, start: int, loops: int) -> tuple[dict, dict]:
+    def curvature(self, stream: TokenStream, start: int, loops: int, seconds=math.inf) -> tuple[dict, dict, int]:
         """How the loss bends, on CALIB_TOKENS training tokens from `start` on, all passes of the core together; both a
         token, float32. Hessians [in, in], of every matrix: mean of x x^T over its inputs x, each times the squares of
         the loss's gradient at its output (GuidedQuant, arXiv 2505.07004). And the empirical Fisher information of every
-        weight: squares of each sequence's gradient."""
+        weight: squares of each sequence's gradient. And the number of tokens: less than asked for if it takes more than
+        `seconds`."""
         batch = calibration_batch(self.config, self.world)
         linears = {f"{name}.weight": part for name, part in self.model.named_modules() if isinstance(part, Linear)}
 
@@ -1092,21 +1093,26 @@ class Engine:
         gradients = mx.grad(loss, argnums=(0, 1))
         probes = {name: mx.zeros((linear.weight.shape[1],) * 2) for name, linear in linears.items()}
         squares, hessians = {name: mx.zeros(p.shape) for name, p in self.params.items()}, dict(probes)
+        began, seen = time.perf_counter(), 0
         try:
             for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.config.train_seq_len):
-                grads, seen = gradients(self.params, probes, self.tensor(ids), self.tensor(targets))
+                grads, probed = gradients(self.params, probes, self.tensor(ids), self.tensor(targets))
                 squares = {name: total + mx.square(grads[name]) for name, total in squares.items()}
-                hessians = {name: total + seen[name] for name, total in hessians.items()}
+                hessians = {name: total + probed[name] for name, total in hessians.items()}
                 mx.eval(squares, hessians)
+                seen += ids.size
+                if time.perf_counter() - began > seconds:
+                    break
         finally:
             for linear in linears.values():
                 linear.probe = None
         for part in (hessians, squares) if self.world > 1 else ():
             for name, total in part.items():
                 part[name] = mx.distributed.all_sum(total, group=self.group, stream=mx.cpu)
-        hessians, squares = ({name: np.array(total) / batch.train_batch_tokens for name, total in part.items()}
+        tokens = int(self.sum(seen))
+        hessians, squares = ({name: np.array(total) / tokens for name, total in part.items()}
                              for part in (hessians, squares))  # fmt: skip
-        return hessians, squares
+        return hessians, squares, tokens
 
     def sum_over_ranks(self, total: mx.array, grads: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         """Loss and gradients of all processes, in one message."""
@@ -2072,8 +2078,10 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
     began, code = time.perf_counter(), code_size()
-    calibrates = c.quantizer in CALIBRATED
-    hessians, squares = engine.curvature(stream, state["tokens"], loops) if calibrates else (None, None)
+    calibrates, left, tokens = c.quantizer in CALIBRATED, math.inf, 0
+    if calibrates and c.mode == "train" and c.max_wallclock_seconds:
+        left = 0.9 * (c.max_wallclock_seconds - state["seconds"])  # a tenth for what comes after the last tokens
+    hessians, squares, tokens = engine.curvature(stream, state["tokens"], loops, left) if calibrates else (None,) * 3
     calib_ms = round(1000 * (time.perf_counter() - began)) if calibrates else None
     if engine.rank == 0:
         weights = engine.weights()
@@ -2109,6 +2117,9 @@ export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{calibration}, {rounds} roun
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
 files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
+    asked = calibration_batch(c, engine.world).train_batch_tokens
+    if calibrates and tokens < asked:
+        log.line(f"notice: the calibration's time was up after {tokens} of {asked} tokens: more CALIB_SECONDS")
     left, bits = c.target_bytes - total, "" if c.quantizer == "fisher" else "QUANT_BITS or "
     if c.target_bytes and left > 0.002 * c.target_bytes:
         log.line(f"notice: {left} bytes of TARGET_BYTES are left: more {bits}parameters")

@@ -158,7 +158,7 @@ class Model:
         if (c.calib_tokens, loops) not in self.calibrations:
             self.engine.set_weights(self.weights)
             self.engine.config, began = c, time.perf_counter()
-            found = self.engine.curvature(self.stream, 0, loops)
+            found = self.engine.curvature(self.stream, 0, loops)[:2]
             self.calibrations[c.calib_tokens, loops] = *found, time.perf_counter() - began
         return self.calibrations[c.calib_tokens, loops]
 

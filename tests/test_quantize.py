@@ -270,10 +270,12 @@ def test_calibrations_of_two_processes_add_up(script, tmp_path, monkeypatch):
     sent = []
     name = "all_reduce" if script.FRAMEWORK == "torch" else "all_sum"
     monkeypatch.setattr(sums, name, lambda x, **rest: sent.append(1) or x)
-    parts, engine.world = [], 2
+    parts, counts, engine.world = [], [], 2
+    monkeypatch.setattr(engine, "sum", lambda seen: counts.append(seen) or 16 * 7)
     for engine.rank in (0, 1):
         parts.append(engine.curvature(stream, 100, 2))
-    assert len(sent) == 2 * sum(map(len, alone))
+    assert len(sent) == 2 * sum(map(len, alone[:2])) and sorted(counts) == [16 * 3, 16 * 4]
+    assert alone[2] == parts[0][2] == parts[1][2] == 16 * 7
     for kind in (0, 1):
         for name, value in alone[kind].items():
             first, second = parts[0][kind][name], parts[1][kind][name]
@@ -289,10 +291,10 @@ def test_calibration_sees_training_tokens_only(script, data, tiny, tmp_path, mon
     looked, real = [], script.Engine.curvature
     flags = (f"--quantizer={quantizer}", "--calib_tokens=128", "--iterations=2")
 
-    def spied(self, stream, start, loops):
+    def spied(self, stream, start, loops, seconds):
         read = stream.read
         stream.read = lambda at, count: looked.append((at, count, stream.total)) or read(at, count)
-        return real(self, stream, start, loops)
+        return real(self, stream, start, loops, seconds)
 
     monkeypatch.setattr(script.Engine, "curvature", spied)
     for name, path in (("a", data.path), ("b", other)):
@@ -311,6 +313,25 @@ def test_calibration_sees_training_tokens_only(script, data, tiny, tmp_path, mon
     rounded = run_in_process(script, "--run_id=c", "--quantizer=sigma", "--iterations=2", **tiny)
     assert rounded.code == 0 and json.loads((tmp_path / "logs/c/result.json").read_text())["calib_time_ms"] is None
     assert (tmp_path / "logs/c/model.int6.rgpt").read_bytes() != (a / "model.int6.rgpt").read_bytes()
+
+
+def test_calibration_ends_when_its_time_is_up(script, tiny, tmp_path):
+    """What was seen until then is what counts, and the log says so; at least one sequence is."""
+    c = tiny_config(script, calib_tokens=16 * 50)
+    stream, _ = stream_of(script, tmp_path, c)
+    cut = engine_of(script, c, random_weights(script, c)).curvature(stream, 0, 2, -1.0)
+    short = script.dataclasses.replace(c, calib_tokens=16)
+    whole = engine_of(script, short, random_weights(script, c)).curvature(stream, 0, 2)
+    assert cut[2] == whole[2] == 16
+    for kind in (0, 1):
+        assert all(np.array_equal(cut[kind][name], value) for name, value in whole[kind].items())
+    flags = ("--iterations=0", "--max_wallclock_seconds=3", "--calib_seconds=2", "--quantizer=fisher", "--run_id=slow",
+             "--calib_tokens=3200000")  # fmt: skip
+    outcome = run_in_process(script, *flags, **tiny)
+    assert outcome.code == 0, outcome
+    assert re.search(r"notice: the calibration's time was up after \d+ of 3200000 tokens: more CALIB_S", outcome.out)
+    result = json.loads((tmp_path / "logs/slow/result.json").read_text())
+    assert 900 < result["calib_time_ms"] and result["train_time_ms"] + result["calib_time_ms"] <= 3000
 
 
 def test_calibration_has_its_part_of_the_wallclock(script, tiny, tmp_path):
