@@ -134,8 +134,9 @@ class Config:
     quantizer: str = "absmax"  # absmax: a row spans its largest weight | sigma: QUANT_SIGMA | gptq: and makes up errors
     # | fisher: and every weight's step is as wide as the loss allows
     quant_sigma: float = 0.0  # standard deviations that a row spans (the embedding 1.56 times as many); 0 = 12.85
-    quant_loss: float = 0.0  # fisher: what rounding may add to the loss, nats a token, as predicted; 0 = 0.005
-    quant_bits: str = "embed:8,lora:8,*:6"  # of embed, lora, prelude, core, coda, attn, mlp, *; 3 to 8, 16 = float16
+    quant_loss: float = 0.0  # fisher: what rounding may add to the loss, nats a token, about; 0 = 0.005
+    quant_bits: str = "embed:8,lora:8,*:6"  # of embed, lora, prelude, core, coda, attn, mlp, *; 3 to 8, 16 = float16;
+    # fisher finds the bits itself and heeds 16 only
     quant_noise: str = "none"  # none | uniform | round: training feels the export's steps in the core's matrices ...
     quant_noise_from: float = 0.75  # ... from this fraction of training on
     calib_tokens: int = 131072  # gptq, fisher: training tokens whose activations and gradients they look at
@@ -175,7 +176,8 @@ PRESETS: dict[str, dict[str, object]] = {
         model_dim=384, num_heads=6, num_kv_heads=3, train_seq_len=512, train_batch_tokens=16384, train_log_every=20,
         loop_schedule="0:1,0.35:3", val_loss_every=200, muon_momentum_warmup_steps=200, val_max_tokens=1048576),
     "record": dict(  # ten minutes on 8xH100
-        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", quantizer="fisher", grad_clip_norm=1.0),
+        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", grad_clip_norm=1.0, quantizer="fisher",
+        target_bytes=16_000_000),
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": dict(layout="9", skips="official", loop_gate="none", warmdown_frac=0.087),
     "pr319": dict(layout="5x3", model_dim=640, skips="none", loop_gate="x0", loop_gate_init=1 / 3, warmdown_frac=0.0,
@@ -1187,8 +1189,9 @@ def keep_freed_memory() -> None:
 ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 4, struct.Struct("<4sII")
 LARGEST_HEADER, LARGEST_EXPONENT, FLOATS = 1 << 22, 800, {"f16": "<f2", "f32": "<f4"}
 SIGMA, EMBED_SIGMA, SIGMA_RANGE = 12.85, 20 / 12.85, (3.0, 62.0)  # PR #1394: 12.85 for matrices, 20 for the embedding
-GRID_HEAD, LARGEST_SYMBOL, GRID_LIMITS, SPREADS = struct.Struct("<hBII"), 2**15 - 1, (240, 160), (-24, 44)  # / 4
-LOSS, WIDTH_RANGE, SHAPES = 0.005, (1e-9, 1.0), 5
+GRID_HEAD, LARGEST_SYMBOL = struct.Struct("<hBII"), 2**15 - 1  # scale, shape, bytes of the steps of rows and columns
+GRID_LIMITS, SPREADS, SHAPES = (240, 160), (-24, 44), 5  # quarter octaves; shapes of `spread_model`
+LOSS, WIDTH_RANGE = 0.005, (1e-9, 1.0)  # nats a token; see `sigma_of`
 # A trellis starts anew every 64 rows. NEXT_STATE[state, parity]; a state's lowest bit: levels k - sign(k) / 2. A branch
 # is 2 * that bit + parity; each state is reached from two.
 TRELLIS, TRELLIS_GAIN = 64, 0.75
@@ -1239,12 +1242,18 @@ def step_sizes(exponents: np.ndarray) -> np.ndarray:
 def gptq_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(order of the columns, upper Cholesky factor [m, m] of the inverse) of a Hessian over its mean diagonal: what
     GPTQ needs of it. The columns of the largest inputs come first; 0.01 is added to the diagonal (arXiv 2210.17323,
-    act-order and damping)."""
+    act-order and damping), or more where rounded products of inputs that are nearly alike are no Hessian."""
     diagonal = np.diag(hessian).astype(np.float64)
     order, mean = np.argsort(-diagonal, kind="stable"), max(diagonal.mean(), 1e-30)
-    damped = hessian[np.ix_(order, order)] / mean
-    damped[np.diag_indices_from(damped)] += 0.01
-    return order, np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    damped = (hessian + hessian.T)[np.ix_(order, order)] / (2 * mean)
+    for more in (0.01, 0.1, 1.0, 10.0):
+        damped[np.diag_indices_from(damped)] += more
+        try:
+            inverse = np.linalg.inv(damped)
+            return order, np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+        except np.linalg.LinAlgError:
+            continue
+    return order, np.eye(len(order), dtype=np.float32)  # plain rounding
 
 def loss_steps(rows: np.ndarray, squares: np.ndarray, width: float, factor=None) -> tuple[np.ndarray, np.ndarray]:
     """int16 [n] and [m]: the step of weight (i, j) is 2 ** ((a[i] + b[j]) / 4), about `width` over the root of the
@@ -1352,8 +1361,8 @@ def encode_symbols(symbols: np.ndarray, codec: str) -> bytes:
     coder.encode_reverse(shifted, ans_model(frequencies))
     return head + frequencies.tobytes() + coder.get_compressed().astype("<u4").tobytes()
 
-def decode_symbols(data: bytes, count: int, codec: str, largest: int = 2**15 - 1) -> np.ndarray:
-    """The opposite of `encode_symbols`: int16 [count] within +-largest. Raises ValueError on damage."""
+def decode_symbols(data: bytes, count: int, codec: str, largest: int = LARGEST_SYMBOL) -> np.ndarray:
+    """The opposite of `encode_symbols`: int16 [count] within +-largest. Raises what `read_artifact` catches."""
     low, size = struct.unpack_from("<hH", data)
     if codec == "lzma":
         kind = np.dtype("<u2" if size > 256 else np.uint8)
@@ -1483,8 +1492,9 @@ def crc_of_place(name: str, shape: tuple[int, ...]) -> int:
 
 def encode_tensors(c: Config, weights: dict[str, np.ndarray], sigma: float, factors: dict, squares: dict,
                    draft: bool = False) -> dict[str, Coded]:  # fmt: skip
-    """The tensors of an artifact, coded; matrices of one shape are rounded together. A draft is rounded without GPTQ:
-    less exact and up to a fifth smaller, but made in half the time."""
+    """The tensors of an artifact, coded; matrices of one shape are rounded together. `sigma`: the clipping, or for
+    fisher the width of `loss_steps`. A draft is rounded without GPTQ: less exact and up to a fifth smaller, but made in
+    a fraction of the time."""
     coded: dict[str, Coded] = {}
     stacks: dict[tuple, dict[str, tuple]] = {}
     for name, value in weights.items():
@@ -1522,7 +1532,7 @@ def encode_tensors(c: Config, weights: dict[str, np.ndarray], sigma: float, fact
     return {name: coded[name] for name in weights}
 
 def decode_tensor(data: bytes, name: str, scheme: str, shape: tuple[int, ...], codec: str, check: int) -> np.ndarray:
-    """One tensor of an artifact as float32. Raises ValueError on damage."""
+    """One tensor of an artifact as float32. Raises what `read_artifact` catches on damage."""
     found = crc_of_place(name, shape)
     if scheme in FLOATS:
         value = np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape)
@@ -1559,12 +1569,13 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
     """Writes the artifact atomically. With TARGET_BYTES it is coded anew with other steps until it fits, drafts first,
     and the largest that fits is kept, a draft only where nothing else fits. `hessians`: for gptq and fisher, `squares`:
     the Fisher information. Returns its bytes, those of each group, the bits a quantized weight (with steps and
-    histograms), the order-0 entropy of the integers, the clipping or the predicted loss, and how often it was coded,
-    drafts left out. Raises InputError for what is not finite."""
+    histograms), the order-0 entropy of the integers, the clipping or the loss aimed at, how often it was coded, drafts
+    left out, and whether a draft was kept. Raises InputError for what is not finite."""
     for name, part in [*weights.items(), *(hessians or {}).items(), *(squares or {}).items()]:
         require(np.isfinite(part).all(), name, "finite weights and gradients", "others")
     shapes, sigma, goal = param_shapes(c), sigma_of(c, code_bytes), 0.999 * c.target_bytes
     factors = {name: gptq_factor(hessian) for name, hessian in (hessians or {}).items()}
+    limit = 0.9995 * c.target_bytes  # room for the settings that records/submit.py writes into the script
     best, seen = None, {}  # sizes of all so far, those of drafts as the real ones should be
     for draft in (True, False) if factors and c.target_bytes else (False,):
         tried = set()
@@ -1575,29 +1586,31 @@ def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndar
             larger = total / seen[sigma] if sigma in seen else 1.0
             seen = {width: larger * size for width, size in seen.items()} | {sigma: total}
             tried.add(sigma)
-            rank = (True, not draft, total) if total <= c.target_bytes else (False, not draft, -total)
+            fits = total <= limit
+            rank = (fits, not draft, total if fits else -total)
             best = (rank, sigma, data, coded) if best is None or rank > best[0] else best
             if not draft and len(tried) == 3:  # drafts that mislead would keep the search between them
                 seen = {width: seen[width] for width in tried}
-            if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes or len(tried) == 8:
+            if not c.target_bytes or 0.998 * c.target_bytes <= total <= limit or len(tried) == 8:
                 break
             limits = WIDTH_RANGE if c.quantizer == "fisher" else SIGMA_RANGE
             sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()), limits)
             if sigma in tried:
                 break
-        _, sigma, data, coded = best
+        rank, sigma, data, coded = best
     write_atomically(path, data)
-    quantized = sum(part.weights for part in coded.values()) or 1
+    quantized = sum(part.weights for part in coded.values())
     groups: dict[str, int] = {}
     for name, part in coded.items():
         group = quant_groups(c, name)[0]
         groups[group] = groups.get(group, 0) + len(part.data)
     groups["header"] = len(data) - sum(groups.values())
-    bits = 8 * sum(len(part.data) for part in coded.values() if part.weights) / quantized
-    entropy, fisher = sum(part.entropy_bits for part in coded.values()) / quantized, c.quantizer == "fisher"
+    bits = 8 * sum(len(part.data) for part in coded.values() if part.weights) / max(quantized, 1)
+    entropy, fisher = sum(part.entropy_bits for part in coded.values()) / max(quantized, 1), c.quantizer == "fisher"
     return {"bytes_artifact": len(data), "bits_per_weight": bits, "entropy_bits_per_weight": entropy,
             "bytes_by_group": groups, "sigma": 0.0 if fisher or c.quantizer == "absmax" else sigma,
-            "loss": TRELLIS_GAIN * quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(tried)}  # fmt: skip
+            "loss": TRELLIS_GAIN * quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(tried),
+            "draft": bool(factors) and not rank[1]}  # fmt: skip
 
 def next_sigma(seen: dict[float, int], goal: float, weights: int, limits: tuple[float, float]) -> float:
     """The clipping (or width) to try next, from the sizes of those tried: a doubling saves a bit a weight at most."""
@@ -1626,7 +1639,7 @@ def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
         header = read_header(data[ARTIFACT_HEAD.size : ARTIFACT_HEAD.size + head_bytes])
         c = model_config(Config(), header["model"])
         loops, codec, entries, shapes = int(header["loops"]), header["codec"], header["tensors"], param_shapes(c)
-        if count_params(c) > 64 * len(data):  # before anything of that size is made
+        if count_params(c) > 32 * len(data):  # before anything of that size is made
             raise ValueError(f"{len(data)} bytes for {count_params(c)} parameters")
         if codec not in CHOICES["codec"] or not 1 <= loops <= parse_layout(c.layout).loops:
             raise ValueError(f"codec {codec}, {loops} passes")
@@ -1676,8 +1689,9 @@ def sigma_of(c: Config, code_bytes: int) -> float:
         low, high = (low, middle) if fits else (middle, high)
     return high
 
-def estimated_bytes(c: Config, sigma: float) -> int:
-    """Bytes of the artifact for Gaussian weights: entropy of the symbols, steps, vectors and some for the header."""
+def estimated_bytes(c: Config, sigma: float, grid_bits: float = 0.7) -> int:
+    """Bytes of the artifact for Gaussian weights: entropy of the symbols, steps, vectors and some for the header. Of
+    fisher nobody knows the bits a weight before training: `grid_bits`."""
     shapes = param_shapes(c)
     bits = 8.0 * 150 * len(shapes)  # header entry and histograms
     for name, shape in shapes.items():
@@ -1685,8 +1699,8 @@ def estimated_bytes(c: Config, sigma: float) -> int:
         if scheme in FLOATS:
             bits += count * (16 if scheme == "f16" else 32)
             continue
-        if scheme == "grid":  # nobody knows before training: few bits where they must fit, else many
-            bits += count * (0.7 if c.target_bytes else 2.0)
+        if scheme == "grid":
+            bits += count * grid_bits
             continue
         wide = sigma * (EMBED_SIGMA if param_group(name) == "embed" else 1.0)
         wide = math.sqrt(2 * math.log(max(shape[-1], 3))) if c.quantizer == "absmax" else wide
@@ -1711,6 +1725,7 @@ def model_config(c: Config, model: dict) -> Config:
             raise InputError(f"{name}: expected a finite {kind.__name__}, found {value!r}")
     found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="")
     check_config(found)
+    require(found.train_seq_len * found.model_dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", "more")
     return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
 
 def save_tensors(path: Path, tensors: dict[str, np.ndarray], about: dict) -> None:
@@ -1873,13 +1888,21 @@ def check_before_start(c: Config) -> list[str]:
         need_constriction()
     code, cap = code_size(), c.target_bytes or c.bytes_cap
     sigma = SIGMA_RANGE[1] / 2 if c.target_bytes else sigma_of(c, code)  # half of the widest still leaves 3 levels
-    estimate, name = estimated_bytes(c, sigma), "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
-    found = f"{code} + about {estimate}"
-    coarser = "raise QUANT_LOSS" if c.quantizer == "fisher" else "lower QUANT_BITS, or set QUANTIZER=fisher"
-    advice = f"lower MODEL_DIM, MLP_MULT or the number of blocks, {coarser}"
-    require(0.85 * estimate + code <= cap, name, f"code + artifact within {cap} bytes", found, advice)
-    over = estimate + code > cap
-    return [f"notice: the artifact may exceed the cap: {found} of {cap} bytes; {advice}"] if over else []
+    name = "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
+    lacking = [] if c.quantizer == "fisher" else ["QUANTIZER=fisher"]
+    lacking += [] if c.target_bytes else ["TARGET_BYTES"]
+    advice = "lower MODEL_DIM, MLP_MULT or the number of blocks" + (f", or set {' and '.join(lacking)}" * bool(lacking))
+    few, many = (0.7, 0.7) if c.target_bytes else (2.0, 4.0)  # bits a weight of fisher
+    least, estimate = estimated_bytes(c, sigma, few), estimated_bytes(c, sigma, many)
+    found = f"{code} + about {least}"
+    require(0.85 * least + code <= cap, name, f"code + artifact within {cap} bytes", found, advice)
+    notices, found = [], f"{code} + about {estimate}"
+    if estimate + code > cap:
+        notices.append(f"notice: the artifact may exceed the cap: {found} of {cap} bytes; {advice}")
+    asked = [f"{group}:{bits}" for group, bits in parse_quant_bits(c.quant_bits).items() if bits < 16]
+    if c.quantizer == "fisher" and c.quant_bits != Config.quant_bits and asked != ["*:6"]:
+        notices.append(f"notice: QUANTIZER=fisher finds the bits itself; {','.join(asked)} of QUANT_BITS has no effect")
+    return notices
 
 def train(c: Config, engine: Engine, notices: list[str]) -> int:
     """A whole run: checks, compilation, training, artifact, score from disk. Returns the exit code."""
@@ -2052,7 +2075,7 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: dict, score: Sco
         "tokens": state["tokens"], "train_flops": state["flops"], "train_time_ms": round(1000 * state["seconds"]),
         "tok_s": round(state["tokens"] / max(state["seconds"], 1e-9)), "peak_mem_bytes": engine.peak_memory(),
         "val_tokens": len(score.tokens) - 1, "bytes_cap": c.bytes_cap, "commit": source_commit(),
-        "quantizer": f"{c.quantizer} {c.quant_bits}", "device": engine.device_name,
+        "quantizer": quantizer_name(c), "device": engine.device_name,
         "world_size": engine.world, "versions": versions(), "config_sha256": config_sha256(c),
         "dataset": Path(c.data_path).name, "dataset_sha256": dataset_sha256(c), **more}  # fmt: skip
     assert list(result) == RESULT_KEYS
@@ -2069,6 +2092,12 @@ def export(c: Config, engine: Engine, notices: list[str], weights: dict[str, np.
     state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": loops}
     return finish(c, engine, log, state, score, stream)
 
+def quantizer_name(c: Config) -> str:
+    """The quantizer and its bits; of fisher, which finds them itself, only those groups that stay float16."""
+    halves = [f"{group}:16" for group, bits in parse_quant_bits(c.quant_bits).items() if bits == 16]
+    return " ".join([c.quantizer, *halves] if c.quantizer == "fisher" else [c.quantizer, c.quant_bits])
+
+@functools.cache  # of the code that runs, whatever becomes of the file meanwhile
 def code_size() -> int:
     return len(Path(__file__).read_bytes())
 
@@ -2078,7 +2107,7 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
     began, code = time.perf_counter(), code_size()
-    calibrates, left, tokens = c.quantizer in CALIBRATED, math.inf, 0
+    calibrates, left = c.quantizer in CALIBRATED, math.inf
     if calibrates and c.mode == "train" and c.max_wallclock_seconds:
         left = 0.9 * (c.max_wallclock_seconds - state["seconds"])  # a tenth for what comes after the last tokens
     hessians, squares, tokens = engine.curvature(stream, state["tokens"], loops, left) if calibrates else (None,) * 3
@@ -2094,16 +2123,16 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     loss = evaluate(c, engine, score.tokens, loops)
     ms, bpb = round(1000 * (time.perf_counter() - began)), score.bpb(loss)
     log.line(f"final_int6_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{ms}ms{score.label}")
-    log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
+    log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}{score.label}")
     if engine.rank:
         return 0
     artifact, groups = sizes["bytes_artifact"], sizes.pop("bytes_by_group")
-    sigma, rise, rounds, total = (*(sizes.pop(key) for key in ("sigma", "loss", "rounds")), code + artifact)
-    clip = f", {sigma:.3f} sigma" if sigma else f", {rise:.5f} nats predicted" if rise else ""
+    sigma, rise, rounds, draft = (sizes.pop(key) for key in ("sigma", "loss", "rounds", "draft"))
+    clip, total = f", {sigma:.3f} sigma" if sigma else f", {rise:.5f} nats aimed at" if rise else "", code + artifact
     r = write_result(c, engine, log, state, score, sizes | {
         "eval_time_ms": ms, "val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "val_loss": loss, "val_bpb": bpb,
         "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial,
-        "quantizer": f"{c.quantizer} {c.quant_bits}{clip}", "calib_time_ms": calib_ms})
+        "quantizer": f"{quantizer_name(c)}{clip}", "calib_time_ms": calib_ms})
     over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
     side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # fisher's coder knows more than a histogram
     kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
@@ -2120,11 +2149,13 @@ files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetenso
     asked = calibration_batch(c, engine.world).train_batch_tokens
     if calibrates and tokens < asked:
         log.line(f"notice: the calibration's time was up after {tokens} of {asked} tokens: more CALIB_SECONDS")
-    left, bits = c.target_bytes - total, "" if c.quantizer == "fisher" else "QUANT_BITS or "
-    if c.target_bytes and left > 0.002 * c.target_bytes:
-        log.line(f"notice: {left} bytes of TARGET_BYTES are left: more {bits}parameters")
-    if c.target_bytes and left < 0:
-        log.line(f"notice: TARGET_BYTES missed by {-left} bytes: fewer {bits}parameters")
+    spare, bits = c.target_bytes - total, "" if c.quantizer == "fisher" else "QUANT_BITS or "
+    if c.target_bytes and spare > 0.002 * c.target_bytes:
+        log.line(f"notice: {spare} bytes of TARGET_BYTES are left: more {bits}parameters")
+    if c.target_bytes and spare < 0:
+        log.line(f"notice: TARGET_BYTES missed by {-spare} bytes: fewer {bits}parameters")
+    if draft:
+        log.line(f"notice: nothing with GPTQ met TARGET_BYTES, so this is rounded without: fewer {bits}parameters")
     return 0 if r["fits"] and (not c.target_bytes or total <= c.target_bytes) else 1
 # ======================================================================================================================
 # SAMPLE [shared]

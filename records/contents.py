@@ -19,6 +19,7 @@ from typing import NamedTuple
 from common import COLORS, InputError, Parser, plotting, run_tool, save_picture, short
 
 HEAD, VERSION, LARGEST_HEADER = struct.Struct("<4sII"), 4, 1 << 22  # as in the scripts
+SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "grid", "f16", "f32")
 KINDS = ("attention", "MLP", "LoRA", "embedding", "vectors", "header")
 
 
@@ -66,9 +67,17 @@ def read_contents(path: Path) -> tuple[dict, list[Entry], int]:
         header = json.loads(zlib.decompressobj().decompress(data[HEAD.size : HEAD.size + size], LARGEST_HEADER))
         entries = [Entry(name, tuple(shape), scheme, count) for name, shape, scheme, count, _ in header["tensors"]]
         total = sum(entry.size for entry in entries)
-        if total + size + frame != len(data) or any(entry.size < 0 or entry.weights < 1 for entry in entries):
+        if total + size + frame != len(data) or any(entry.size < 0 for entry in entries):
             raise ValueError("sizes that do not add up")
-    except (ValueError, KeyError, TypeError, zlib.error, RecursionError) as error:
+        for name, shape, scheme, count in entries:
+            numbers = all(type(n) is int and 0 < n < 2**32 for n in shape) and type(count) is int
+            if not re.fullmatch(r"[a-z0-9_.]{1,99}", name) or not numbers or scheme not in SCHEMES or len(shape) > 3:
+                raise ValueError("a tensor that no model has")
+        model, coder = header["model"], header["codec"]
+        facts = f"{model['layout']} {model['model_dim']:d} {header['loops']:d} {coder}"
+        if not re.fullmatch(r"[0-9x+]{1,99} \d{1,9} \d{1,9} (ans|lzma)", facts):
+            raise ValueError("a model that does not exist")
+    except (ValueError, LookupError, TypeError, zlib.error, RecursionError) as error:
         raise InputError(f"{path}: expected a whole header, found {str(error)[:100]}") from None
     return header, entries, size + frame
 

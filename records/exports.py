@@ -182,14 +182,20 @@ class Model:
                 "dataset": Path(c.data_path).name, "params_stored": self.script.count_params(c)}  # fmt: skip
 
 
+def parts_sha256(script: Path) -> str:
+    """Hash of the sections that an export's numbers come from: the model, how it runs, the artifact."""
+    text = script.read_text(encoding="utf-8")
+    return hashlib.sha256(text[text.index("\n# SCHEDULES [") : text.index("\n# RUN LOG [")].encode()).hexdigest()
+
+
 def work(plan: Plan) -> None:
     script = load_script(plan.script)
-    text = (ROOT / plan.script).read_bytes()
-    source, code = hashlib.sha256(text).hexdigest(), len(text)
+    source, code = parts_sha256(ROOT / plan.script), len((ROOT / plan.script).read_bytes())
     lines = read_lines(plan)
-    if other := {line["script_sha256"] for line in lines} - {source}:
+    if {line["script_sha256"] for line in lines} - {source}:
+        commits = ", ".join(sorted({str(line.get("commit"))[:12] for line in lines}))
         raise InputError(f"{short(plan.lines)}: expected exports of this {plan.script}, found some of another version "
-                         f"({', '.join(sorted(other))[:12]}); delete it or give the plan another name")  # fmt: skip
+                         f"({commits}); check that out to go on with it, delete it, or give the plan another name")
     done, wanted = {key_of(line) for line in lines}, []
     for seed, run in itertools.product(plan.seeds, plan.runs):
         wanted += [(seed, run, kind, settings) for kind, settings in plan.exports
@@ -256,16 +262,16 @@ def report(plan: Plan) -> str:
         ):
             gap, std = mean_std([line["gap"] for line in found])
             bits = average(found, "bits_per_weight")
-            predicted = average(found, "loss") if all(line["loss"] for line in found) else None
+            aim = average(found, "loss") if all(line["loss"] for line in found) else None
             rows.append([
                 run, f"`{found[0]['layout']}`", kind, label(json.loads(settings)), len(found), number(bits, ".3f"),
                 number(average(found, "entropy_bits_per_weight"), ".3f"),
                 f"{average(found, 'bytes_artifact'):,.0f}", number(average(found, "val_bpb")), number(gap), number(std),
-                "" if predicted is None else number(predicted),
+                "" if aim is None else number(aim),
             ])  # fmt: skip
             points.setdefault((run, kind), []).append((average(found, "bytes_artifact") / 1000, gap))
     head = ["model", "layout", "kind", "settings", "n", "bits a weight", "entropy", "artifact bytes", "val_bpb", "gap",
-            "std of gap", "nats predicted"]  # fmt: skip
+            "std of gap", "nats aimed at"]  # fmt: skip
     table, one = markdown_table(head, rows), lines[0]
     left = len(wanted) - len(lines)
     note = f"**{left} of {len(wanted)} exports are still to be done.**\n\n" if left else ""
@@ -279,8 +285,8 @@ def report(plan: Plan) -> str:
 {plan.about.strip()}
 
 Bits a weight: of the coded matrices, their steps and models included; entropy: of each matrix's integers, order 0. Gap:
-bits per byte after export, read back from disk, less those of the weights before; nats predicted: what the Fisher
-information says that rounding adds to the loss, nats a token.
+bits per byte after export, read back from disk, less those of the weights before; nats aimed at: QUANT_LOSS, or what
+TARGET_BYTES made of it: what rounding would add to the loss, nats a token, if the Fisher information were all.
 
 {table}
 {note}![gap against the artifact's bytes](exports.png)

@@ -108,8 +108,9 @@ def read_run(folder: Path) -> Run:
     need(finite, short(path), "finite numbers for val_bpb and val_loss", f"{result['val_bpb']}, {result['val_loss']}")
     partial = f"a partial one ({result.get('val_tokens')} tokens)"
     need(result["complete"], short(path), "a score on the whole validation set", partial, "run with VAL_MAX_TOKENS=0")
-    need(result["fits"], short(path), f"code + artifact within {result.get('bytes_cap')} bytes",
-         result.get("bytes_total"), "fewer blocks, a smaller MODEL_DIM, or QUANTIZER=sigma")  # fmt: skip
+    smaller = "fewer blocks, a smaller MODEL_DIM, or QUANTIZER=fisher and TARGET_BYTES"
+    cap = f"code + artifact within {result.get('bytes_cap')} bytes"
+    need(result["fits"], short(path), cap, result.get("bytes_total"), smaller)
     log = read_log(folder / "train.log")
     need(log.config and log.source_bytes, short(folder / "train.log"), "the script's source and a config at its head",
          "none", "give a log as the script wrote it")  # fmt: skip

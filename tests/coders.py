@@ -7,8 +7,9 @@ zlib, bz2 and lzma come with Python; brotli and zstandard are shown where they a
 zstandard`). They get one byte an integer, all matrices one after the other. Overhead: bytes above the order-0 entropy
 of each matrix's integers; ours include steps and histograms, and the time to encode includes that to quantize.
 
-Without a file, two more lines: the same weights by QUANTIZER=gptq and fisher, with made-up inputs and curvatures; their
-overhead is over the entropy of their own integers, which fisher undercuts: its coder knows how wide each is spread.
+Without a file, also the same weights by QUANTIZER=gptq and fisher, with made-up inputs and curvatures; their
+overhead is over the entropy of their own integers, which fisher undercuts: its coder knows how wide each is spread. And
+a whole artifact of the record preset with TARGET_BYTES: how near, in how many rounds, in how many seconds.
 """
 
 import bz2
@@ -17,6 +18,7 @@ import lzma
 import os
 import platform
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as script
 
 # The record preset with 3 more blocks of coda has 36 M weights in its matrices.
-GAUSSIAN = ["--preset=record", "--quantizer=sigma", "--layout=3+3x3+6"]
+GAUSSIAN = ["--preset=record", "--quantizer=sigma", "--target_bytes=0", "--layout=3+3x3+6"]
 
 
 def gaussian_weights(c: script.Config) -> dict[str, np.ndarray]:
@@ -58,6 +60,7 @@ def compressors():
 
 def calibrated(c: script.Config, weights: dict[str, np.ndarray], names: list[str], line) -> None:
     """Times gptq and fisher (processor seconds). Curvatures of rows and columns are spread by about an octave."""
+    gaussian = weights
     rng, c = np.random.default_rng(1), script.dataclasses.replace(c, quant_sigma=0.0)
     weights, hessians, squares = {name: weights[name] for name in names}, {}, {}
     for name, rows in weights.items():
@@ -77,6 +80,15 @@ def calibrated(c: script.Config, weights: dict[str, np.ndarray], names: list[str
             script.decode_tensor(part.data, name, part.scheme, weights[name].shape, c.codec, part.check)
         reading, size = time.process_time() - middle, sum(len(part.data) for part in parts.values())
         line(quantizer, size, middle - began, reading, sum(part.entropy_bits for part in parts.values()) / 8)
+    record, _ = script.load_config(["--preset=record"], {}, script.DEFAULT_PRESET)
+    kept = {name: value for name, value in (gaussian | weights).items() if name in script.param_shapes(record)}
+    code, began = script.code_size(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        seen = [{name: part[name] for name in kept if name in part} for part in (hessians, squares)]
+        sizes = script.write_artifact(Path(folder) / "a.rgpt", record, 1, kept, seen[0], code, seen[1])
+    total, target = code + sizes["bytes_artifact"], record.target_bytes
+    print(f"record preset, TARGET_BYTES={target}: {total} bytes with the code ({100 * total / target:.2f} %), "
+          f"{sizes['rounds']} rounds, {time.perf_counter() - began:.0f} s")  # fmt: skip
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ def main() -> int:
     check_goldens(args.device)
     common = [*data_flags(), f"--device={args.device}", f"--log_dir={args.log_dir}", "--iterations=0",
               "--warmdown_frac=0.4", "--max_wallclock_seconds=0", f"--max_train_flops={args.flops}",
-              "--train_batch_tokens=524288", "--val_max_tokens=1048576", "--val_loss_every=0", "--train_log_every=20",
+              "--train_batch_tokens=524288", "--target_bytes=0", "--val_max_tokens=1048576",
+              "--val_loss_every=0", "--train_log_every=20",
               "--checkpoint_every=100", "--muon_momentum_warmup_steps=100", *args.flags]  # fmt: skip
     rows = []
     for arm in ARMS:

@@ -1,6 +1,9 @@
 """records/contents.py: says what an artifact holds, to the byte."""
 
+import hashlib
+import json
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,42 @@ def test_lists_every_tensor_and_every_byte(artifact, capsys):
         "f16", "int5", "int6")  # fmt: skip
     assert {entry.kind for entry in entries} == set(contents.KINDS) - {"header"}
     assert artifact.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["tensors"][0].__setitem__(0, 5),
+        lambda h: h["tensors"][0].__setitem__(0, "\x1b[2J"),
+        lambda h: h["tensors"][0].__setitem__(0, "x" * 1000),
+        lambda h: h["tensors"][0].__setitem__(1, [2**40, 1]),
+        lambda h: h["tensors"][0].__setitem__(1, [True, 1.5]),
+        lambda h: h["tensors"][0].__setitem__(1, "12"),
+        lambda h: h["tensors"][0].__setitem__(2, None),
+        lambda h: h["tensors"][0].__setitem__(2, "\x1b[2J"),
+        lambda h: h["tensors"][0].__setitem__(3, float(h["tensors"][0][3])),
+        lambda h: h.pop("model"),
+        lambda h: h.pop("loops"),
+        lambda h: h.update(loops=None),
+        lambda h: h.update(codec="\x1b[2J"),
+        lambda h: h["model"].update(layout="\x1b[2J"),
+        lambda h: h["model"].update(model_dim="512"),
+        lambda h: h.update(tensors=7),
+        lambda h: h.update(model=[]),
+    ],
+)
+def test_refuses_headers_that_were_made_up(artifact, capsys, change):
+    """Signed again, as somebody would who means harm: one line, and nothing of the file reaches the terminal raw."""
+    data, head = artifact.read_bytes(), contents.HEAD
+    size = head.unpack_from(data)[2]
+    header = json.loads(zlib.decompress(data[head.size : head.size + size]))
+    change(header)
+    packed = zlib.compress(json.dumps(header).encode())
+    body = head.pack(data[:4], contents.VERSION, len(packed)) + packed + data[head.size + size : -32]
+    artifact.write_bytes(body + hashlib.sha256(body).digest())
+    assert run(artifact) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err
 
 
 def test_refuses_other_files_in_one_line(artifact, tmp_path, capsys):

@@ -421,8 +421,8 @@ def test_budgets(script, config, tiny, tmp_path):
         assert 0 < spent <= budget < spent + two, (spent, budget)
         ones = sum(row["loops"] == 1 for row in rows_of(tmp_path / "logs" / f"flops{number}") if "train_loss" in row)
         assert spent == pytest.approx(ones * one + (result["steps"] - ones) * two)
-    result = run("time", "--iterations=0", "--max_wallclock_seconds=1.0")
-    assert 500 < result["train_time_ms"] <= 1100 and result["steps"] > 3
+    result = run("time", "--iterations=0", "--max_wallclock_seconds=2.0")
+    assert 1000 < result["train_time_ms"] <= 2100 and result["steps"] > 3
     rows = [row for row in rows_of(tmp_path / "logs" / "time") if "lr_mul" in row]
     assert rows[0]["lr_mul"] == 1 and rows[-1]["lr_mul"] < 0.7  # the rate falls with the clock
     result = run("first", "--iterations=5", "--max_wallclock_seconds=100", f"--max_train_flops={100 * one}")
