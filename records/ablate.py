@@ -680,6 +680,7 @@ def main(argv: list[str] | None = None) -> int:
         queue.work()
     finally:
         print(report(matrix), end="")
+        queue.lock.close()  # or it waits for the garbage collector
     if queue.failed:
         names = ", ".join(run.name for run in queue.failed)
         raise InputError(f"{len(queue.failed)} runs failed ({names}): see logs/{matrix.path.stem}/<run>.out; "
