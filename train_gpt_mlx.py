@@ -342,14 +342,16 @@ def check_config(c: Config) -> None:
     require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
     parse_quant_bits(c.quant_bits)
     sigma, absmax = c.quant_sigma or c.target_bytes, "0 with QUANTIZER=absmax"
-    require(c.quantizer != "absmax" or not sigma, "QUANT_SIGMA, TARGET_BYTES", absmax, sigma, "add QUANTIZER=sigma")
+    mend = "add QUANTIZER=sigma" + ", or set TARGET_BYTES=0" * bool(c.target_bytes)
+    require(c.quantizer != "absmax" or not sigma, "QUANT_SIGMA, TARGET_BYTES", absmax, sigma, mend)
     fisher, wide = c.quantizer == "fisher", c.quant_sigma or c.quant_loss
     require(not (c.quant_sigma and fisher), "QUANT_SIGMA", "0 with QUANTIZER=fisher", c.quant_sigma, "set QUANT_LOSS")
     require(not c.quant_loss or fisher, "QUANT_LOSS", f"0 with QUANTIZER={c.quantizer}", c.quant_loss)
     require(c.quant_noise == "none" or not fisher, "QUANT_NOISE", "none with QUANTIZER=fisher", c.quant_noise,
             "its steps are not known before the end")  # fmt: skip
     cap = f"at most BYTES_CAP={c.bytes_cap}"
-    require(not (wide and c.target_bytes), "TARGET_BYTES", "no QUANT_SIGMA or QUANT_LOSS beside it", wide)
+    one = "no QUANT_SIGMA or QUANT_LOSS beside it"
+    require(not (wide and c.target_bytes), "TARGET_BYTES", one, wide, "set TARGET_BYTES=0, or leave the other out")
     require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
     left = not calibrates or not c.max_wallclock_seconds or c.calib_seconds < c.max_wallclock_seconds
     below = f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
