@@ -183,7 +183,8 @@ class Model:
 
 
 def parts_sha256(script: Path) -> str:
-    """Hash of the sections that an export's numbers come from: the model, how it runs, the artifact."""
+    """Hash of the sections SCHEDULES to ARTIFACT: the model, how it runs, what is written. How it is scored, and the
+    script's own bytes, are outside."""
     text = script.read_text(encoding="utf-8")
     return hashlib.sha256(text[text.index("\n# SCHEDULES [") : text.index("\n# RUN LOG [")].encode()).hexdigest()
 
@@ -293,7 +294,7 @@ TARGET_BYTES made of it: what rounding would add to the loss, nats a token, if t
 
 - Models: {places}; seeds {", ".join(map(str, plan.seeds))}. Data: `{one["dataset"]}`, sha256 \
 {one["dataset_sha256"][:12]}, {one["val_tokens"]:,} validation tokens{partial}.
-- Script: `{plan.script}`, sha256 {one["script_sha256"][:12]}, commit {commits}.
+- Script: `{plan.script}`, commit {commits}; sha256 of its sections SCHEDULES to ARTIFACT: {one["script_sha256"][:12]}.
 - Devices: {devices}.
 - Settings of every export: {settings}.
 
