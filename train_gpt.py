@@ -1143,21 +1143,20 @@ def keep_freed_memory() -> None:
 # One file: magic, version, length of the header, header (JSON, deflated: model, passes trained, an entry a tensor),
 # payload, SHA-256 of all before. A matrix is integers of QUANT_BITS and a step a row; vectors are float16, a few
 # numbers float32. Integers and steps are ANS-coded with a histogram a tensor. QUANTIZER=fisher has steps of row times
-# column ("grid"), integers on a trellis, and the decoder knows from the steps how wide each is spread. Reading runs no
-# code.
+# column ("grid"), integers on a trellis, and the decoder knows from the steps, and from spreads of the rows where they
+# pay, how wide each is spread. Reading runs no code.
 # ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 4, struct.Struct("<4sII")
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 5, struct.Struct("<4sII")
 LARGEST_HEADER, LARGEST_EXPONENT, FLOATS = 1 << 22, 800, {"f16": "<f2", "f32": "<f4"}
 SIGMA, EMBED_SIGMA, SIGMA_RANGE = 12.85, 20 / 12.85, (3.0, 62.0)  # PR #1394: 12.85 for matrices, 20 for the embedding
-GRID_HEAD, LARGEST_SYMBOL = struct.Struct("<hBII"), 2**15 - 1  # scale, shape, bytes of the steps of rows and columns
-GRID_LIMITS, SPREADS, SHAPES = (240, 160), (-24, 44), 5  # quarter octaves; shapes of `spread_model`
+GRID_HEAD, LARGEST_SYMBOL = struct.Struct("<hB3I"), 2**15 - 1  # scale, shape, bytes of the parts of `encode_grid`
+GRID_LIMITS, SPREADS, SHAPES = (240, 160, 40), (-24, 44), 5  # quarter octaves; shapes of `spread_model`
 LOSS, WIDTH_RANGE = 0.005, (1e-9, 1.0)  # nats a token; see `sigma_of`
-# A trellis starts anew every 64 rows. NEXT_STATE[state, parity]; a state's lowest bit: levels k - sign(k) / 2. A branch
-# is 2 * that bit + parity; each state is reached from two.
-TRELLIS, TRELLIS_GAIN = 64, 0.75
-NEXT_STATE = np.uint8([[0, 2], [5, 7], [1, 3], [4, 6], [2, 0], [7, 5], [3, 1], [6, 4]])
-CAME_FROM, PARITY = np.divmod(np.stack([np.flatnonzero(NEXT_STATE.ravel() == state) for state in range(8)]), 2)
-BRANCH = 2 * (CAME_FROM & 1) + PARITY
+# A trellis starts anew every 256 rows; its code is Ungerboeck's of 64 states (1982, octal 103 and 024; halved here).
+# NEXT_STATE[state, parity]; a state's lowest bit: levels k - sign(k) / 2; CAME_FROM[state, parity]: the state before.
+TRELLIS, TRELLIS_GAIN, STATES = 256, 0.7, np.arange(64)[:, None]
+NEXT_STATE = (STATES >> 1 ^ 0o41 * (STATES & 1) ^ 0o12 * np.arange(2)).astype(np.uint8)
+CAME_FROM = np.argsort(NEXT_STATE, axis=0)
 # 2 ** (i / 8), written out: a row's step is one of these times a power of two, equal on every platform.
 EIGHTHS = np.float32([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081])
 
@@ -1236,7 +1235,7 @@ def loss_steps(rows: np.ndarray, squares: np.ndarray, width: float, factor=None)
 def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Trellis-coded quantization of x [count, n], in steps: integers within +-top and the levels they stand for. In
     each TRELLIS numbers, every integer's parity moves the state, and the state says whether the next stands for k or
-    for k - sign(k) / 2; Viterbi's algorithm finds the nearest path. At the same error that saves 0.14 bits a number
+    for k - sign(k) / 2; Viterbi's algorithm finds the nearest path. At the same error that saves 0.18 bits a number
     (Marcellin and Fischer 1990; the two quantizers and their states as in H.266)."""
     (count, n), length = x.shape, min(TRELLIS, x.shape[1])
     padded = np.zeros((count, -(-n // length) * length), np.float32)
@@ -1249,16 +1248,19 @@ def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     levels[:, 2:] -= 0.5 * (numbers[:, 2:] > 0)
     errors, chains = np.square(levels - size[:, None]), np.arange(size.shape[1])
     errors[:, 1::2] += np.where(size < 0.125, np.float32(1e9), 0)[:, None]  # a weight far below its step stays 0
-    cost, second = np.full((8, len(chains)), np.inf, np.float32), np.empty((length, 8, len(chains)), bool)
-    cost[0] = 0
-    for i in range(length):
-        reached = cost[CAME_FROM] + errors[i][BRANCH]
+    cost = np.full((len(STATES), len(chains)), np.inf, np.float32)
+    cost[0], second = 0, np.empty((length, *cost.shape), bool)
+    for i in range(length):  # states of the lower half come from even ones, the others from odd ones
+        reached = cost[CAME_FROM].reshape(2, -1, 2, len(chains))
+        reached += errors[i].reshape(2, 1, 2, -1)
+        reached = reached.reshape(-1, 2, len(chains))
         np.less(reached[:, 1], reached[:, 0], out=second[i])
         cost = np.minimum(reached[:, 0], reached[:, 1])
     state, taken = cost.argmin(axis=0), np.empty((length, len(chains)), np.intp)
     for i in reversed(range(length)):
         way = second[i, state, chains].astype(np.intp)
-        taken[i], state = BRANCH[state, way], CAME_FROM[state, way]
+        state = CAME_FROM[state, way]
+        taken[i] = 2 * (state & 1) + way
     def along(part: np.ndarray) -> np.ndarray:
         found = np.take_along_axis(part, taken[:, None], 1)[:, 0]
         return np.copysign(found.T.reshape(count, -1)[:, :n], x)
@@ -1291,8 +1293,10 @@ def quantize(rows: np.ndarray, steps: np.ndarray, top: int, factors=None, column
     if columns is not None:  # a row far below its steps is 0: a trellis could move it by many times its size
         scaled *= (np.abs(scaled) >= 0.25 * widths[:, None]).any(axis=2, keepdims=True)
     if factors is None:
-        found = [nearest(np.ascontiguousarray(part.T))[0].T for part in scaled / widths[:, None]]
-        return np.stack(found).astype(np.int16)
+        columns_of = ((scaled[i, :, j : j + 64] / widths[i, None, j : j + 64]).T for i in range(len(rows))
+                      for j in range(0, rows.shape[2], 64))  # a few at a time: a trellis needs memory
+        found = [nearest(np.ascontiguousarray(part))[0].T.astype(np.int16) for part in columns_of]
+        return np.concatenate(found, axis=1).reshape(rows.shape[1], len(rows), -1).transpose(1, 0, 2)
     order, upper = (np.stack([factor[i] for factor in factors]) for i in (0, 1))
     left, widths = np.take_along_axis(scaled, order[:, None], 2), np.take_along_axis(widths, order, 1)
     ordered, symbols = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.int16)
@@ -1352,8 +1356,9 @@ def spread_model(spread: int, shape: int, shifted: int) -> tuple[np.ndarray, np.
             total = total * rest / n + 1.0
         return np.ldexp(total, np.maximum(whole, -1000).astype(np.int32))
     size = float(step_sizes(np.array(2 * spread)))
-    edges = np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + (0.08 if shifted else 0.46)
-    edges[0] = max(0.287 - 0.032 / size, 0.12) if shifted else 0.42 + 0.3 * max(0.65 - size, 0.0)
+    edges = np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + (0.09 if shifted else 0.39)
+    edges += 0.0 if shifted else min(0.06 / size, 0.2)
+    edges[0] = max(0.317 - 0.045 / size, 0.195) if shifted else 0.376 + min(0.021 / size**2, 0.2)
     edges /= size
     t = 1.0 / (1.0 + 0.3275911 * edges * 0.7071067811865476)  # the error function by Abramowitz and Stegun, 7.1.26
     tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
@@ -1379,29 +1384,36 @@ def by_model(rows: np.ndarray, columns: np.ndarray, scale: int, shifted: np.ndar
     return order, list(zip(models[order[starts]].tolist(), starts, [*starts[1:], len(models)]))
 
 def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, codec: str) -> bytes:
-    """Steps and symbols of a tensor -> bytes: scale and shape of the symbols' model, lengths of the coded steps, steps
-    of rows and of columns, symbols. The model is the one of the shortest code."""
+    """Steps and symbols of a tensor -> bytes: scale and shape of the symbols' model, lengths of the three parts that
+    follow, steps of rows, steps of columns, how much wider than the tensor each row is spread (quarter octaves; empty
+    where that does not pay), symbols. The model is the one of the shortest code."""
     shifted, exponents, limit = shifted_levels(symbols), rows[:, None] + columns.astype(np.int64), 2**16
-    pairs = ((2 * exponents + shifted) * limit + np.abs(symbols.astype(np.int64))).ravel()
-    pairs, counts = np.unique(pairs, return_counts=True)
-    kinds, starts = np.unique(pairs // limit, return_index=True)
-    found = list(zip(kinds.tolist(), *(np.split(x, starts[1:]) for x in (pairs % limit, counts))))
-    def bits(scale: int, shape: int) -> float:
-        total = 0.0
-        for kind, some, often in found:
-            model = spread_model(min(max(scale - (kind >> 1), SPREADS[0]), SPREADS[1]), shape, kind & 1)[1]
-            total += often @ model[some] if some[-1] < len(model) else math.inf
-        return total
-    near = round(2 * math.log2(max(float(np.square(symbols * np.exp2(exponents / 4)).mean()), 1e-24)))
-    scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
-    _, scale, shape = min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))
-    parts = [encode_symbols(rows, codec), encode_symbols(columns, codec)]
-    head = GRID_HEAD.pack(scale, shape, len(parts[0]), len(parts[1])) + parts[0] + parts[1]
+    squares = np.maximum(np.square(symbols * np.exp2(exponents / 4)).mean(axis=1), 1e-24)
+    near = round(2 * math.log2(squares.mean()))
+    wider = np.clip(np.rint(2 * np.log2(squares)) - near, -GRID_LIMITS[2], GRID_LIMITS[2]).astype(np.int16)
+    def shortest(exponents: np.ndarray) -> tuple[float, int, int]:  # bits, scale, shape
+        pairs = ((2 * exponents + shifted) * limit + np.abs(symbols.astype(np.int64))).ravel()
+        pairs, counts = np.unique(pairs, return_counts=True)
+        kinds, starts = np.unique(pairs // limit, return_index=True)
+        found = list(zip(kinds.tolist(), *(np.split(x, starts[1:]) for x in (pairs % limit, counts))))
+        def bits(scale: int, shape: int) -> float:
+            total = 0.0
+            for kind, some, often in found:
+                model = spread_model(min(max(scale - (kind >> 1), SPREADS[0]), SPREADS[1]), shape, kind & 1)[1]
+                total += often @ model[some] if some[-1] < len(model) else math.inf
+            return total
+        scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
+        return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))
+    parts = [encode_symbols(part, codec) for part in (rows, columns, wider)]
+    plain, own = shortest(exponents), shortest(exponents - wider[:, None])
+    pays = own[0] + 8 * len(parts[2]) < plain[0] and codec != "lzma"
+    (_, scale, shape), wider, parts[2] = (own, wider, parts[2]) if pays else (plain, 0, b"")
+    head = GRID_HEAD.pack(scale, shape, *map(len, parts)) + b"".join(parts)
     if codec == "lzma":
         return head + encode_symbols(symbols, codec)
-    coder, parts = need_constriction().stream.stack.AnsCoder(), []
+    coder, parts, spreads = need_constriction().stream.stack.AnsCoder(), [], rows - wider
     for i, here in trellis_rows(symbols):
-        order, runs = by_model(rows[i::TRELLIS], columns, scale, here)
+        order, runs = by_model(spreads[i::TRELLIS], columns, scale, here)
         ordered = symbols[i::TRELLIS].ravel()[order].astype(np.int32)
         parts += [(model, ordered[start:end]) for model, start, end in runs]
     for model, part in reversed(parts):
@@ -1415,15 +1427,15 @@ def decode_grid(data: bytes, n: int, m: int, codec: str) -> tuple[np.ndarray, np
     scale, shape, *lengths = GRID_HEAD.unpack_from(data)
     if shape >= SHAPES:
         raise ValueError(f"shape {shape}")
-    middle, start = GRID_HEAD.size + lengths[0], GRID_HEAD.size + sum(lengths)
-    rows = decode_symbols(data[GRID_HEAD.size : middle], n, codec, GRID_LIMITS[0])
-    columns = decode_symbols(data[middle:start], m, codec, GRID_LIMITS[1])
+    places, start = np.cumsum([GRID_HEAD.size, *lengths]).tolist(), GRID_HEAD.size + sum(lengths)
+    rows, columns, wider = (decode_symbols(data[low:high], count, codec, limit) if high > low else np.int16(0)
+                            for low, high, count, limit in zip(places, places[1:], (n, m, n), GRID_LIMITS))  # fmt: skip
     if codec == "lzma":
         return rows, columns, decode_symbols(data[start:], n * m, codec, LARGEST_SYMBOL).reshape(n, m)
     words = np.frombuffer(data, dtype="<u4", offset=start).astype(np.uint32)
-    coder, symbols = need_constriction().stream.stack.AnsCoder(words), np.zeros((n, m), dtype="<i2")
+    coder, symbols, spreads = need_constriction().stream.stack.AnsCoder(words), np.zeros((n, m), "<i2"), rows - wider
     for i, here in trellis_rows(symbols):
-        order, runs = by_model(rows[i::TRELLIS], columns, scale, here)
+        order, runs = by_model(spreads[i::TRELLIS], columns, scale, here)
         part = np.empty(here.size, dtype="<i2")
         for model, low, high in runs:
             middle, coding = spread_coder(model, shape)

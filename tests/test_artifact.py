@@ -408,9 +408,9 @@ def test_signed_files_of_another_structure(script, artifact):
     header, payload = parts(content)
     artifact.write_bytes(signed(script, header, payload))
     script.read_artifact(artifact)  # the helper itself signs well
-    for other in (3, 5):
+    for other in (4, 6):
         artifact.write_bytes(signed(script, header, payload, version=other))
-        assert f"expected version 4, found {other}" in refusal(script, artifact)
+        assert f"expected version 5, found {other}" in refusal(script, artifact)
     artifact.write_bytes(signed(script, header, payload, magic=b"RGPU"))
     assert "expected magic b'RGPT', found b'RGPU'" in refusal(script, artifact)
     deep = b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}"

@@ -9,6 +9,7 @@ the process, and the test then names the file.
 """
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -207,7 +208,8 @@ def changed_coder(rng, header, payload):
 
 
 def changed_grid(rng, module, header, payload):
-    """Of one tensor with steps of rows and columns: how its symbols are spread, the lengths, or steps, coded anew."""
+    """Of one tensor with steps of rows and columns: how its symbols are spread, the lengths, or steps and spreads of
+    rows, coded anew."""
     import numpy as np
 
     header, start = json.loads(json.dumps(header)), 0
@@ -216,9 +218,9 @@ def changed_grid(rng, module, header, payload):
         if entry is chosen:
             break
         start += entry[SIZE]
-    end, head, i = start + chosen[SIZE], module.GRID_HEAD, rng.randrange(2)
+    end, head, i = start + chosen[SIZE], module.GRID_HEAD, rng.randrange(3)
     scale, shape, *lengths = head.unpack_from(payload, start)
-    bounds = [start + head.size, start + head.size + lengths[0], start + head.size + sum(lengths), end]
+    bounds = [*itertools.accumulate([start + head.size, *lengths]), end]
     parts = [payload[a:b] for a, b in zip(bounds, bounds[1:])]
     what, by = rng.choice(["scale", "shape", "lengths", "steps", "all", "all", "swap"]), rng.choice([1, -1, 8])
     if what == "scale":
@@ -227,14 +229,14 @@ def changed_grid(rng, module, header, payload):
         shape = rng.choice([0, 1, 2, 3, 4, 5, 255])
     elif what == "lengths":
         length = rng.choice([0, 3, lengths[i] + by, lengths[i] + 4 * by, 2 * lengths[i], 2**31, 2**32 - 1])
-        lengths[1 - i] += rng.choice([0, lengths[i] - length])  # or all that follows lies elsewhere
+        lengths[(i + 1) % 3] += rng.choice([0, lengths[i] - length])  # or all that follows lies elsewhere
         lengths[i] = length
     elif what == "swap":
         parts[:2] = parts[1::-1]
     else:
         count, limit = chosen[SHAPE][-1], module.GRID_LIMITS[i]
-        count = count if i else math.prod(chosen[SHAPE][:-1])
-        steps = module.decode_symbols(parts[i], count, header["codec"])
+        count = count if i == 1 else math.prod(chosen[SHAPE][:-1])
+        steps = module.decode_symbols(parts[i], count, header["codec"]) if parts[i] else np.zeros(count, np.int16)
         if what == "all":  # the symbols are spread as before, so they are the right ones; the weights are not
             steps, scale = steps + np.int16(by), scale + by
         else:
