@@ -16,6 +16,7 @@ arXiv 2410.20672 (per-loop LoRA).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import dataclasses
@@ -25,6 +26,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import linecache
 import lzma
 import math
 import os
@@ -142,6 +144,7 @@ class Config:
     calib_tokens: int = 131072  # gptq, fisher: training tokens whose activations and gradients they look at
     calib_seconds: float = 20.0  # gptq, fisher: part of max_wallclock_seconds that is kept for it; it ends with that
     codec: str = "ans"  # ans (constriction) | lzma (where that is not installed): entropy coder of the weights
+    pack_code: bool = False  # count and write the script packed, a third of its bytes; records/submit.py ships it
     # Cadence
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
     train_log_every: int = 200  # steps between log lines (the first ten are always logged)
@@ -177,7 +180,7 @@ PRESETS: dict[str, dict[str, object]] = {
         loop_schedule="0:1,0.35:3", val_loss_every=200, muon_momentum_warmup_steps=200, val_max_tokens=1048576),
     "record": dict(  # ten minutes on 8xH100
         layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", grad_clip_norm=1.0, quantizer="fisher",
-        target_bytes=16_000_000),
+        target_bytes=16_000_000, pack_code=True),
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": dict(layout="9", skips="official", loop_gate="none", warmdown_frac=0.087),
     "pr319": dict(layout="5x3", model_dim=640, skips="none", loop_gate="x0", loop_gate_init=1 / 3, warmdown_frac=0.0,
@@ -204,7 +207,7 @@ REPLACED = {
 # Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
 NOT_IN_CONFIG_HASH = """mode preset run_id resume artifact checkpoint log_dir seed data_path tokenizer_path device
     microbatch_tokens train_log_every checkpoint_every prompt sample_tokens temperature top_k compile deterministic
-    eager_eval mlx_wired_gb mlx_cache_gb codec""".split()
+    eager_eval mlx_wired_gb mlx_cache_gb codec pack_code""".split()
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult rope_base logit_softcap skips loop_gate
     lora_rank train_seq_len""".split()
@@ -1900,7 +1903,7 @@ def check_before_start(c: Config) -> list[str]:
     """Checks what would otherwise fail late; returns notices. Raises InputError."""
     if c.codec == "ans":
         need_constriction()
-    code, cap = code_size(), c.target_bytes or c.bytes_cap
+    code, cap = code_size(c.pack_code), c.target_bytes or c.bytes_cap
     sigma = SIGMA_RANGE[1] / 2 if c.target_bytes else sigma_of(c, code)  # half of the widest still leaves 3 levels
     name = "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
     lacking = [] if c.quantizer == "fisher" else ["QUANTIZER=fisher"]
@@ -2067,7 +2070,7 @@ def save_checkpoint(c: Config, engine: Engine, path: Path, state: dict) -> None:
 def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score: Score, stream: TokenStream) -> None:
     """The first lines of train.log: source, settings, versions, what will be trained on what."""
     layout, dtype, val_tokens = parse_layout(c.layout), str(engine.dtype).split(".")[-1], len(score.tokens) - 1
-    log.line(Path(__file__).read_text(encoding="utf-8") + "\n" + "=" * 120, console=False)
+    log.line(script_source() + "\n" + "=" * 120, console=False)
     log.line("config: " + json.dumps(dataclasses.asdict(c)), console=False)
     log.line(f"""\
 run: {log.folder}  script: {FRAMEWORK}  preset: {c.preset}  commit: {source_commit()}
@@ -2112,15 +2115,27 @@ def quantizer_name(c: Config) -> str:
     return " ".join([c.quantizer, *halves] if c.quantizer == "fisher" else [c.quantizer, c.quant_bits])
 
 @functools.cache  # of the code that runs, whatever becomes of the file meanwhile
-def code_size() -> int:
-    return len(Path(__file__).read_bytes())
+def script_source() -> str:
+    return "".join(linecache.getlines(__file__))  # `packed` puts it there
+@functools.cache
+def code_size(pack_code: bool = False) -> int:
+    return len(packed(script_source())) if pack_code else len(Path(__file__).read_bytes())
+
+def packed(source: str) -> bytes:
+    """A script that unpacks `source` in memory and runs it, line numbers and --help included."""
+    data = base64.b85encode(lzma.compress(source.encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)).decode()
+    return f'''import base64, linecache, lzma
+source = lzma.decompress(base64.b85decode("{data}")).decode()
+linecache.cache[__file__] = len(source), None, source.splitlines(True), __file__
+exec(compile(source, __file__, "exec"))
+'''.encode()
 
 def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, stream: TokenStream) -> int:
     """Scores the weights, writes the artifact, reads it back from disk, scores that, and closes the log."""
     loops, path, sizes = c.eval_loops or state["loops"], log.folder / "model.int6.rgpt", {}
     raw = evaluate(c, engine, score.tokens, loops)
     write_score(c, log, state, score, raw, loops)
-    began, code = time.perf_counter(), code_size()
+    began, code = time.perf_counter(), code_size(c.pack_code)
     calibrates, left = c.quantizer in CALIBRATED, math.inf
     if calibrates and c.mode == "train" and c.max_wallclock_seconds:
         left = 0.9 * (c.max_wallclock_seconds - state["seconds"])  # a tenth for what comes after the last tokens
@@ -2131,6 +2146,8 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
         named = {f"weights.{name}": value for name, value in weights.items()}
         save_tensors(log.folder / "model.safetensors", named, about(c, state["loops"]))
         sizes = write_artifact(path, c, state["loops"], weights, hessians, code, squares)
+        if c.pack_code:
+            write_atomically(log.folder / Path(__file__).name, packed(script_source()))
     engine.agree(0.0, False)  # the others wait for the file
     export_ms, began = round(1000 * (time.perf_counter() - began)), time.perf_counter()
     engine.set_weights(read_artifact(path)[2])
@@ -2153,13 +2170,14 @@ def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, st
     calibration = f", {calib_ms / 1000:.1f} s of them calibration{kept}" if calibrates else ""
     log.line(f"""---
 score:    {bpb:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {loops} passes){score.label}
-size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code} + artifact {artifact}, \
-{r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, {side} it)
+size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code}{" packed" * c.pack_code} \
++ artifact {artifact}, {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, {side} it)
 bytes:    {", ".join(f"{group} {size}" for group, size in groups.items())}
 export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{calibration}, {rounds} round{"s" if rounds > 1 else ""}
 training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
-files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name}""")
+files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name} \
+{Path(__file__).name * c.pack_code}""".rstrip())
     asked = calibration_batch(c, engine.world).train_batch_tokens
     if calibrates and tokens < asked:
         log.line(f"notice: the calibration's time was up after {tokens} of {asked} tokens: more CALIB_SECONDS")
@@ -2168,6 +2186,8 @@ files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetenso
         log.line(f"notice: {spare} bytes of TARGET_BYTES are left: more {bits}parameters")
     if c.target_bytes and spare < 0:
         log.line(f"notice: TARGET_BYTES missed by {-spare} bytes: fewer {bits}parameters")
+    if c.target_bytes and r["bits_per_weight"] < 2:  # records/exports/widths_128
+        log.line("notice: fewer than two bits a weight: a model with fewer parameters is likely better at this size")
     if draft:
         log.line(f"notice: nothing with GPTQ met TARGET_BYTES, so this is rounded without: fewer {bits}parameters")
     return 0 if r["fits"] and (not c.target_bytes or total <= c.target_bytes) else 1

@@ -195,7 +195,7 @@ SCORE = re.compile(
     r"^\s*([^\[\]{}()\"']{0,80}?)[\s:_]*\b(?:val_loss|val_bpb|(BPB(?: \([\w -]+\))?))[:=]\s*(\d[\d.]*|nan|inf)"
 )
 SIZE = re.compile(r"^\s*(Serialized model|Code size|Total submission size)([^:{]*):\s*(\d+) bytes", re.I)
-OUR_SIZE = re.compile(r"^size: +(\d+) bytes of \d+: \w+ \(code (\d+) \+ artifact (\d+)")
+OUR_SIZE = re.compile(r"^size: +(\d+) bytes of \d+: \w+ \(code (\d+)(?: packed)? \+ artifact (\d+)")
 VAL_TOKENS = re.compile(r"^(?:val_loader:.*\btokens:|(?i:val(?:idation)?[_ ]tokens): ?|data: .* val tokens: )([\d,]+)")
 SETTING = re.compile(r"\b([a-z_]\w*)[:=] ?([^\s:=]+)(?=\s|$)")
 RESUME = re.compile(r"^resume: from step:(\d+);")

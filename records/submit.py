@@ -207,8 +207,8 @@ def bake(source: str, settings: dict[str, object]) -> str:
     return default.sub(f'DEFAULT_PRESET = "{PRESET}"', source.replace(table, table + preset))
 
 
-def prove_configuration(script: Path, run: Run) -> None:
-    """The baked script, without flags, has the configuration of the run: by its own hash."""
+def prove_configuration(script: Path, run: Run):
+    """The baked script, without flags, has the configuration of the run: by its own hash. Returns it as a module."""
     spec = importlib.util.spec_from_file_location("baked_script", script)
     module = importlib.util.module_from_spec(spec)
     sys.modules["baked_script"] = module
@@ -227,6 +227,7 @@ def prove_configuration(script: Path, run: Run) -> None:
          f"the run's configuration ({run.result['config_sha256'][:12]}) from the baked script without flags",
          module.config_sha256(config)[:12], "was the log's config line or source changed?")  # fmt: skip
     need(config.seed == run.seed, script.name, f"seed {run.seed}", config.seed)
+    return module
 
 
 def prove_run(folder: Path, run: Run, minutes: float) -> str:
@@ -369,6 +370,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
                 if script == "train_gpt.py" else f"python {script}")  # fmt: skip
     listed = "".join(f"    {key} = {literal(value)}\n" for key, value in settings.items())
     caps, asked = facts["compliance"], args.track == "10min_16mb"
+    packed = ", compressed (it unpacks itself in memory)," if settings.get("pack_code") else ""
 
     def said(key: str) -> str:
         return "yes" if caps[key] else "no" if asked else "no, and this track does not ask for it"
@@ -404,7 +406,7 @@ From inside this folder, with the data in `data/` at the repository's root:
     {run_line}
 
 `SEED=<N>` before it gives another seed. {proof}
-The script is the one at the head of each log but for its default: the preset `{PRESET}`, which states
+The script is the one at the head of each log{packed} but for its default: the preset `{PRESET}`, which states
 
 {listed}
 ## Files
@@ -488,8 +490,11 @@ def main(argv: list[str] | None = None) -> int:
     part = args.out / f".submit.{os.getpid()}.tmp" / home.name  # as deep below the root as the folder will be
     try:
         part.mkdir(parents=True)
-        (part / script).write_text(bake(runs[0].source, settings), encoding="utf-8")
-        prove_configuration(part / script, runs[0])
+        baked = bake(runs[0].source, settings)
+        (part / script).write_text(baked, encoding="utf-8")
+        module = prove_configuration(part / script, runs[0])
+        if settings.get("pack_code"):
+            (part / script).write_bytes(module.packed(baked))
         for run in runs:
             for name in ("train.log", "result.json", "metrics.jsonl"):
                 stem, _, suffix = name.partition(".")

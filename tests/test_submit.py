@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 import common
 import submit
 import table
+from check import check_folder
 from conftest import ROOT, TINY, run_in_process, script_or_skip, tree
 
 SEEDS = (1, 2, 3)
@@ -37,7 +38,7 @@ def made(data, tmp_path_factory):
     module = script_or_skip("train_gpt")
     runs = {f"seed{seed}": {"SEED": str(seed)} for seed in SEEDS}
     runs |= {"other_lr": {"SEED": "4", "MATRIX_LR": "0.01"}, "partial": {"SEED": "5", "VAL_MAX_TOKENS": "320"},
-             "twin": {"SEED": "1"}}  # fmt: skip
+             "twin": {"SEED": "1"}, "packed": {"SEED": "6", "PACK_CODE": "1"}}  # fmt: skip
     for name, settings in runs.items():
         assert run_in_process(module, **env | settings, RUN_ID=name).code == 0
     return root
@@ -85,6 +86,32 @@ def test_three_seeds_become_a_proven_folder(root, capsys):
     assert removed == ['DEFAULT_PRESET = "record"']
     assert run(*runs, *WORDS, "--date=2026-11-21", f"--out={root / 'records'}") == 1
     assert "expected a new folder" in capsys.readouterr().err
+
+
+def test_a_packed_run_becomes_a_packed_folder(root, capsys):
+    """PACK_CODE: what is counted is what is shipped, a third of the script; it runs, explains and repeats itself."""
+    folder, home = root / "logs" / "packed", root / "records" / "track_local" / "2026-11-21_tiny"
+    counted, written = json.loads((folder / "result.json").read_text())["bytes_code"], folder / "train_gpt.py"
+    source = (ROOT / "train_gpt.py").read_text()
+    assert counted == len(written.read_bytes()) < 0.4 * len(source.encode())
+    text = (folder / "train.log").read_text()
+    assert f"(code {counted} packed + artifact " in text and text.startswith(source)
+    helps = [subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True).stdout
+             for script in (ROOT / "train_gpt.py", written)]  # fmt: skip
+    assert helps[0] == helps[1] and "num_heads: int" in helps[0]
+    assert run(folder, *WORDS, "--date=2026-11-21", f"--out={root / 'records'}") == 0, capsys.readouterr()
+    facts, shipped = json.loads((home / "submission.json").read_text()), (home / "train_gpt.py").read_bytes()
+    assert facts["bytes_code"] == len(shipped) and abs(len(shipped) - counted) < 1000
+    assert "Started inside this folder" in (home / "README.md").read_text()
+    # Another script inside, or another count in the log, is found.
+    assert {finding.rule for finding in check_folder(home) if finding.severity == "error"} == set()
+    module = script_or_skip("train_gpt")
+    (home / "train_gpt.py").write_bytes(module.packed(source.replace("0.0001", "0.0002") + "x = 1\n"))
+    log = home / "train_seed6.log"
+    log.write_text(log.read_text().replace(f"{counted} packed", "60000 packed"))
+    errors = [f"{finding}" for finding in check_folder(home) if finding.severity == "error"]
+    assert any("the script of train_seed6.log" in error for error in errors), errors
+    assert any("60000" in error for error in errors), errors
 
 
 def test_the_proof_finds_a_run_that_the_folder_does_not_repeat(root, capsys):
