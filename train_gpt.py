@@ -197,7 +197,7 @@ REPLACED = {
 # Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
 NOT_IN_CONFIG_HASH = """mode preset run_id resume artifact checkpoint log_dir seed data_path tokenizer_path device
     microbatch_tokens train_log_every checkpoint_every prompt sample_tokens temperature top_k compile deterministic
-    eager_eval mlx_wired_gb mlx_cache_gb codec pack_code""".split()
+    eager_eval mlx_wired_gb mlx_cache_gb codec""".split()
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult rope_base logit_softcap skips loop_gate
     lora_rank train_seq_len""".split()
@@ -1042,7 +1042,7 @@ class Engine:
         """QUANT_NOISE: moves the core's matrices by up to half a step of the export at random (`uniform`), or to the
         export's nearest values (`round`: the gradient passes straight through). Returns the weights as they were."""
         kept, c = self.optimizer.weights.clone(), self.config
-        sigma = 0.0 if c.quantizer == "absmax" else sigma_of(c, code_size())
+        sigma = 0.0 if c.quantizer == "absmax" else sigma_of(c, code_size(c.pack_code))
         random = torch.Generator(self.device).manual_seed((start + c.seed) % 2**63)  # the same on every rank
         for name, p in self.model.named_parameters():
             scheme = scheme_of(c, name, tuple(p.shape))
@@ -1239,7 +1239,7 @@ def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Trellis-coded quantization of x [count, n], in steps: integers within +-top and the levels they stand for. In
     each TRELLIS numbers, every integer's parity moves the state, and the state says whether the next stands for k or
     for k - sign(k) / 2; Viterbi's algorithm finds the nearest path. At the same error that saves 0.18 bits a number
-    (Marcellin and Fischer 1990; the two quantizers and their states as in H.266)."""
+    (Marcellin and Fischer 1990; the two quantizers as in H.266)."""
     (count, n), length = x.shape, min(TRELLIS, x.shape[1])
     padded = np.zeros((count, -(-n // length) * length), np.float32)
     padded[:, :n] = np.minimum(np.abs(x), top - 2)
@@ -1252,13 +1252,13 @@ def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     errors, chains = np.square(levels - size[:, None]), np.arange(size.shape[1])
     errors[:, 1::2] += np.where(size < 0.125, np.float32(1e9), 0)[:, None]  # a weight far below its step stays 0
     cost = np.full((len(STATES), len(chains)), np.inf, np.float32)
-    cost[0], second = 0, np.empty((length, *cost.shape), bool)
-    for i in range(length):  # states of the lower half come from even ones, the others from odd ones
-        reached = cost[CAME_FROM].reshape(2, -1, 2, len(chains))
-        reached += errors[i].reshape(2, 1, 2, -1)
-        reached = reached.reshape(-1, 2, len(chains))
+    cost[0], second, reached = 0, np.empty((length, *cost.shape), bool), np.empty((*CAME_FROM.shape, len(chains)), "f4")
+    for i in range(length):
+        np.take(cost, CAME_FROM, axis=0, out=reached, mode="clip")
+        halves = reached.reshape(2, -1, 2, len(chains))  # states of the lower half come from even ones, others from odd
+        halves += errors[i].reshape(2, 1, 2, -1)
         np.less(reached[:, 1], reached[:, 0], out=second[i])
-        cost = np.minimum(reached[:, 0], reached[:, 1])
+        np.minimum(reached[:, 0], reached[:, 1], out=cost)
     state, taken = cost.argmin(axis=0), np.empty((length, len(chains)), np.intp)
     for i in reversed(range(length)):
         way = second[i, state, chains].astype(np.intp)
@@ -1293,16 +1293,17 @@ def quantize(rows: np.ndarray, steps: np.ndarray, top: int, factors=None, column
         return trellis_path(x, top) if columns is not None else (np.clip(np.rint(x), -top, top),) * 2
     scaled = (rows / steps[..., None]).astype(np.float32)
     widths = np.ones((len(rows), rows.shape[2]), np.float32) if columns is None else columns
+    ordered, symbols = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.int16)
     if columns is not None:  # a row far below its steps is 0: a trellis could move it by many times its size
         scaled *= (np.abs(scaled) >= 0.25 * widths[:, None]).any(axis=2, keepdims=True)
     if factors is None:
-        columns_of = ((scaled[i, :, j : j + 64] / widths[i, None, j : j + 64]).T for i in range(len(rows))
-                      for j in range(0, rows.shape[2], 64))  # a few at a time: a trellis needs memory
-        found = [nearest(np.ascontiguousarray(part))[0].T.astype(np.int16) for part in columns_of]
-        return np.concatenate(found, axis=1).reshape(rows.shape[1], len(rows), -1).transpose(1, 0, 2)
+        for i in range(len(rows)):
+            for j in range(0, rows.shape[2], 64):  # a few columns at a time: a trellis needs memory
+                part = scaled[i, :, j : j + 64] / widths[i, j : j + 64]
+                symbols[i, :, j : j + 64] = nearest(np.ascontiguousarray(part.T))[0].T
+        return symbols
     order, upper = (np.stack([factor[i] for factor in factors]) for i in (0, 1))
     left, widths = np.take_along_axis(scaled, order[:, None], 2), np.take_along_axis(widths, order, 1)
-    ordered, symbols = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.int16)
     for start in range(0, rows.shape[2], 128):
         end = min(start + 128, rows.shape[2])
         block = np.ascontiguousarray(left[:, :, start:end].transpose(2, 0, 1))
@@ -1361,7 +1362,7 @@ def spread_model(spread: int, shape: int, shifted: int) -> tuple[np.ndarray, np.
     size = float(step_sizes(np.array(2 * spread)))
     edges = np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + (0.09 if shifted else 0.39)
     edges += 0.0 if shifted else min(0.06 / size, 0.2)
-    edges[0] = max(0.317 - 0.045 / size, 0.195) if shifted else 0.376 + min(0.021 / size**2, 0.2)
+    edges[0] = max(0.317 - 0.045 / size, 0.195) if shifted else 0.376 + min(0.021 / (size * size), 0.2)
     edges /= size
     t = 1.0 / (1.0 + 0.3275911 * edges * 0.7071067811865476)  # the error function by Abramowitz and Stegun, 7.1.26
     tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
@@ -1390,6 +1391,9 @@ def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, code
     """Steps and symbols of a tensor -> bytes: scale and shape of the symbols' model, lengths of the three parts that
     follow, steps of rows, steps of columns, how much wider than the tensor each row is spread (quarter octaves; empty
     where that does not pay), symbols. The model is the one of the shortest code."""
+    parts = [encode_symbols(part, codec) for part in (rows, columns)]
+    if codec == "lzma":  # needs no model
+        return GRID_HEAD.pack(0, 0, *map(len, parts), 0) + b"".join(parts) + encode_symbols(symbols, codec)
     shifted, exponents, limit = shifted_levels(symbols), rows[:, None] + columns.astype(np.int64), 2**16
     squares = np.maximum(np.square(symbols * np.exp2(exponents / 4)).mean(axis=1), 1e-24)
     near = round(2 * math.log2(squares.mean()))
@@ -1407,13 +1411,11 @@ def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, code
             return total
         scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
         return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))
-    parts = [encode_symbols(part, codec) for part in (rows, columns, wider)]
+    parts.append(encode_symbols(wider, codec))
     plain, own = shortest(exponents), shortest(exponents - wider[:, None])
-    pays = own[0] + 8 * len(parts[2]) < plain[0] and codec != "lzma"
+    pays = own[0] + 8 * len(parts[2]) < plain[0]
     (_, scale, shape), wider, parts[2] = (own, wider, parts[2]) if pays else (plain, 0, b"")
     head = GRID_HEAD.pack(scale, shape, *map(len, parts)) + b"".join(parts)
-    if codec == "lzma":
-        return head + encode_symbols(symbols, codec)
     coder, parts, spreads = need_constriction().stream.stack.AnsCoder(), [], rows - wider
     for i, here in trellis_rows(symbols):
         order, runs = by_model(spreads[i::TRELLIS], columns, scale, here)
@@ -1428,11 +1430,12 @@ def decode_grid(data: bytes, n: int, m: int, codec: str) -> tuple[np.ndarray, np
     """The opposite of `encode_grid`: steps of n rows and m columns, symbols [n, m], int16. Raises what
     `read_artifact` catches on damage."""
     scale, shape, *lengths = GRID_HEAD.unpack_from(data)
-    if shape >= SHAPES:
-        raise ValueError(f"shape {shape}")
-    places, start = np.cumsum([GRID_HEAD.size, *lengths]).tolist(), GRID_HEAD.size + sum(lengths)
+    if shape >= SHAPES or not all(lengths[:2]):
+        raise ValueError(f"shape {shape}, parts of {lengths} bytes")
+    places = np.cumsum([GRID_HEAD.size, *lengths]).tolist()
+    start, parts = places[-1], zip(places, places[1:], (n, m, n), GRID_LIMITS)
     rows, columns, wider = (decode_symbols(data[low:high], count, codec, limit) if high > low else np.int16(0)
-                            for low, high, count, limit in zip(places, places[1:], (n, m, n), GRID_LIMITS))  # fmt: skip
+                            for low, high, count, limit in parts)  # fmt: skip
     if codec == "lzma":
         return rows, columns, decode_symbols(data[start:], n * m, codec, LARGEST_SYMBOL).reshape(n, m)
     words = np.frombuffer(data, dtype="<u4", offset=start).astype(np.uint32)
@@ -2074,11 +2077,13 @@ def quantizer_name(c: Config) -> str:
 
 @functools.cache  # of the code that runs, whatever becomes of the file meanwhile
 def script_source() -> str:
-    return "".join(linecache.getlines(__file__))  # `packed` puts it there
-@functools.cache
+    source = "".join(linecache.getlines(__file__))  # where `packed` puts it
+    require(source, __file__, "the script's own text", "none")
+    return source
 def code_size(pack_code: bool = False) -> int:
-    return len(packed(script_source())) if pack_code else len(Path(__file__).read_bytes())
+    return len(packed(script_source()) if pack_code else script_source().encode())
 
+@functools.cache
 def packed(source: str) -> bytes:
     """A script that unpacks `source` in memory and runs it, line numbers and --help included."""
     data = base64.b85encode(lzma.compress(source.encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)).decode()
@@ -2142,9 +2147,9 @@ files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetenso
     spare, bits = c.target_bytes - total, "" if c.quantizer == "fisher" else "QUANT_BITS or "
     if c.target_bytes and spare > 0.002 * c.target_bytes:
         log.line(f"notice: {spare} bytes of TARGET_BYTES are left: more {bits}parameters")
-    if c.target_bytes and spare < 0:
+    elif c.target_bytes and spare < 0:
         log.line(f"notice: TARGET_BYTES missed by {-spare} bytes: fewer {bits}parameters")
-    if c.target_bytes and r["bits_per_weight"] < 2:  # records/exports/widths_128
+    elif c.target_bytes and c.quantizer == "fisher" and r["bits_per_weight"] < 2:  # records/exports/widths_128
         log.line("notice: fewer than two bits a weight: a model with fewer parameters is likely better at this size")
     if draft:
         log.line(f"notice: nothing with GPTQ met TARGET_BYTES, so this is rounded without: fewer {bits}parameters")

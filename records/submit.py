@@ -370,7 +370,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
                 if script == "train_gpt.py" else f"python {script}")  # fmt: skip
     listed = "".join(f"    {key} = {literal(value)}\n" for key, value in settings.items())
     caps, asked = facts["compliance"], args.track == "10min_16mb"
-    packed = ", compressed (it unpacks itself in memory)," if settings.get("pack_code") else ""
+    packed = ", compressed (it unpacks itself in memory)," if runs[0].log.config.get("pack_code") else ""
 
     def said(key: str) -> str:
         return "yes" if caps[key] else "no" if asked else "no, and this track does not ask for it"
@@ -493,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
         baked = bake(runs[0].source, settings)
         (part / script).write_text(baked, encoding="utf-8")
         module = prove_configuration(part / script, runs[0])
-        if settings.get("pack_code"):
+        if runs[0].log.config.get("pack_code"):
             (part / script).write_bytes(module.packed(baked))
         for run in runs:
             for name in ("train.log", "result.json", "metrics.jsonl"):

@@ -36,6 +36,7 @@ def bases(module, folder):
         ("lzma", dict(quant_bits="prelude:16,*:6", lora_rank=2)),
         ("ans", dict(quant_bits="coda:16,*:6", lora_rank=2, quantizer="fisher", quant_loss=100.0)),
         ("lzma", dict(quantizer="fisher", quant_loss=1.0)),
+        ("ans", dict(quantizer="fisher", quant_loss=10.0)),  # with spreads of rows
     ):
         c = module.Config(
             layout="1+2x2+1", vocab_size=48, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16, codec=codec,
@@ -44,11 +45,19 @@ def bases(module, folder):
         rng, path = np.random.default_rng(0), folder / "base.rgpt"
         weights = {k: rng.standard_normal(s).astype(np.float32) for k, s in module.param_shapes(c).items()}
         squares = {k: np.exp2(rng.uniform(-3, 3, v.shape)).astype(np.float32) for k, v in weights.items()}
+        if c.quant_loss == 10:
+            squares = {k: np.ones_like(v) for k, v in weights.items()}
+            weights = {k: v * np.exp2(rng.uniform(-3, 3, v.shape[:-1] + (1,))).astype("f4") for k, v in weights.items()}
         module.write_artifact(path, c, 2, weights, squares=squares)
         content = path.read_bytes()
         size = struct.unpack_from("<4sII", content)[2]
         header = json.loads(zlib.decompress(content[12 : 12 + size]))
         found.append((header, content[12 + size : -32], module.read_artifact(path)[2], content))
+    (header, payload, *_), start, spreads = found[-1], 0, 0
+    for entry in header["tensors"]:
+        spreads += entry[SCHEME] == "grid" and module.GRID_HEAD.unpack_from(payload, start)[4] > 0
+        start += entry[SIZE]
+    assert spreads, "no tensor has spreads of its rows"
     return found
 
 
@@ -238,7 +247,7 @@ def changed_grid(rng, module, header, payload):
         count = count if i == 1 else math.prod(chosen[SHAPE][:-1])
         steps = module.decode_symbols(parts[i], count, header["codec"]) if parts[i] else np.zeros(count, np.int16)
         if what == "all":  # the symbols are spread as before, so they are the right ones; the weights are not
-            steps, scale = steps + np.int16(by), scale + by
+            steps, scale = steps + np.int16(by), scale + (by if i < 2 else -by)
         else:
             others = [rng.randrange(-limit, limit + 1) for _ in range(count)]
             few = [step if rng.random() < 0.9 else other for step, other in zip(steps.tolist(), others)]

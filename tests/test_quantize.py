@@ -938,6 +938,16 @@ def test_a_draft_is_said_to_be_one(script, tiny, monkeypatch):
     assert "\nnotice: nothing with GPTQ met TARGET_BYTES, so this is rounded without: " in outcome.out, outcome
 
 
+@pytest.mark.parametrize("bits", [1.9, 2.1])
+def test_fewer_than_two_bits_a_weight_are_noticed(script, tiny, monkeypatch, bits):
+    whole, target = script.write_artifact, script.code_size() + 30_000
+    known = {"bits_per_weight": bits, "bytes_artifact": 30_000}
+    monkeypatch.setattr(script, "write_artifact", lambda *args: whole(*args) | known)
+    flags = ("--quantizer=fisher", f"--target_bytes={target}", "--calib_tokens=64", "--iterations=2")
+    outcome = run_in_process(script, *flags, **tiny)
+    assert outcome.code == 0 and ("\nnotice: fewer than two bits a weight: " in outcome.out) == (bits < 2), outcome
+
+
 def test_code_bytes_are_of_the_code_that_runs(script, monkeypatch, tmp_path):
     size = script.code_size()
     assert size == len(open(script.__file__, "rb").read())

@@ -111,7 +111,7 @@ def test_a_packed_run_becomes_a_packed_folder(root, capsys):
     log.write_text(log.read_text().replace(f"{counted} packed", "60000 packed"))
     errors = [f"{finding}" for finding in check_folder(home) if finding.severity == "error"]
     assert any("the script of train_seed6.log" in error for error in errors), errors
-    assert any("60000" in error for error in errors), errors
+    assert any("as shipped or at its head, found 60000" in error for error in errors), errors
 
 
 def test_the_proof_finds_a_run_that_the_folder_does_not_repeat(root, capsys):
