@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from common import COLORS, InputError, Parser, plotting, run_tool, save_picture, short
 
-HEAD, VERSION, LARGEST_HEADER = struct.Struct("<4sII"), 4, 1 << 22  # as in the scripts
+HEAD, VERSION, LARGEST_HEADER = struct.Struct("<4sII"), 5, 1 << 22  # as in the scripts
 SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "grid", "f16", "f32")
 KINDS = ("attention", "MLP", "LoRA", "embedding", "vectors", "header")
 
