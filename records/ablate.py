@@ -20,14 +20,16 @@ A matrix, NAME.toml (settings are those of the script, in lower case):
     [arms.band]
     layout = "3+3x3+3"
 
-Finished runs lie in NAME/<arm>_seed<N>/ beside the TOML (train.log, metrics.jsonl, result.json): commit them, and
-another machine goes on from there. Runs in hand lie in logs/NAME/ with their checkpoints; Ctrl-C, SIGTERM and
+Finished runs lie in NAME/<arm>_seed<N>/ beside the TOML (run.json, train.log, metrics.jsonl, result.json): commit them,
+and another machine goes on from there. The script lies there once, NAME/<script>.<first 12 digits of its SHA-256>.py,
+and not at the head of every log. Runs in hand lie in logs/NAME/ with their checkpoints; Ctrl-C, SIGTERM and
 --max-minutes stop them there, and the same command resumes them, unless the script or their settings have changed: then
-they start anew. A run that diverged is a result and is kept; other failures are tried again.
+they start anew. A run that diverged is a result and is kept (diverged.json); other failures are tried again.
 """
 
 import dataclasses
 import fcntl
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -36,6 +38,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -43,36 +46,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import (
-    COLORS,
-    ROOT,
+    RECORDS,
     InputError,
     Parser,
+    is_number,
     markdown_table,
     mean_std,
     number,
     p_text,
-    plotting,
-    read_curve,
     read_json,
-    read_log,
     read_toml,
     run_tool,
-    save_picture,
     short,
     welch_p,
+    write_json,
     write_text,
-)  # fmt: skip
+)
+from draw import COLORS, canvas, draw_validation, save_picture, tidy, zoom
+from logs import SOURCE_END, read_log
 
-BUDGETS = ("flops", "tokens", "seconds")
-KEYS = {"about": str, "script": str, "seeds": list, "against": str, "processes": int, "budget": dict, "base": dict,
-        "arms": dict, "factors": dict}  # fmt: skip
+ROOT = RECORDS.parent
+BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
+KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int)
+KEYS |= dict(budget=dict, base=dict, arms=dict, factors=dict)
 SCRIPTS = ("train_gpt.py", "train_gpt_mlx.py")
-KEPT = ("train.log", "metrics.jsonl", "result.json")  # of a finished run; weights stay in logs/
 NEEDED = """val_bpb val_bpb_raw seed config_sha256 layout framework params_stored bytes_artifact tokens train_flops
     train_time_ms complete device world_size commit versions dataset dataset_sha256 val_tokens""".split()  # of a result
-SETTLED = "diverged.json"  # stands for result.json where the loss became infinite
 # Set by this tool, hence no business of a matrix.
 OWN_SETTINGS = ("seed", "run_id", "log_dir", "resume", "mode", "artifact", "checkpoint")
+BLEW_UP = "expected (a finite|finite|weights and gradients)"  # in what a run says whose model is worthless
+MEANS = {  # columns of the report: key of a result, its unit, how it is written
+    "before export": ("val_bpb_raw", 1, ".4f"),
+    "parameters": ("params_stored", 1, ",.0f"),
+    "artifact bytes": ("bytes_artifact", 1, ",.0f"),
+    "M tokens": ("tokens", 1e6, ".2f"),
+    "FLOPs": ("train_flops", 1, ".3g"),
+    "minutes": ("train_time_ms", 6e4, ".1f"),
+}
+CONTIGUOUS = """**Made with contiguous data: every step read one chapter of the text. Compare these numbers with each \
+other only.**"""
 
 
 @dataclass
@@ -84,8 +96,8 @@ class Matrix:
     against: str
     processes: int
     budget: tuple[str, float]
-    arms: dict[str, dict[str, object]]  # settings of each, base and budget not included
-    base: dict[str, object]
+    arms: dict[str, dict[str, str]]  # settings of each, base and budget not included
+    base: dict[str, str]
     limits: dict[str, dict[str, str]] = field(default_factory=dict)  # the budget as settings of each arm
 
     @property
@@ -99,6 +111,10 @@ class Matrix:
     def runs(self) -> list["Run"]:
         """Seed by seed, so that a matrix cut short has every arm."""
         return [Run(self, arm, seed) for seed in self.seeds for arm in self.arms]
+
+    def finished(self) -> list[tuple["Run", dict]]:
+        """The runs that have ended, and their results."""
+        return [(run, result) for run in self.runs() if (result := run.result())]
 
 
 @dataclass
@@ -119,28 +135,66 @@ class Run:
     def work(self) -> Path:
         return self.matrix.work / self.name
 
+    @property
+    def mend(self) -> str:
+        return f"delete {short(self.home)} to run it again"
+
     def result(self) -> dict | None:
         """result.json of the finished run; {"diverged": reason} if it ended so; None if it is to be done."""
-        path = self.home / "result.json"
+        settled, path = self.home / "diverged.json", self.home / "result.json"
         if not path.is_file():
-            path = self.home / SETTLED
-            return read_json(path, "the reason of a run that diverged") if path.is_file() else None
+            return read_json(settled, "the reason of a run that diverged") if settled.is_file() else None
         result = read_json(path, "the result of a finished run")
-        mend = f"delete {short(self.home)} to run it again"
         if missing := [key for key in NEEDED if key not in result]:
-            raise InputError(f"{short(path)}: expected the keys of result.json, found no {', '.join(missing)}; {mend}")
-        for key in ("val_bpb", "val_bpb_raw"):
-            if not isinstance(result[key], float) or not math.isfinite(result[key]):
-                raise InputError(f"{short(path)}: {key}: expected a finite number, found {result[key]}; {mend}")
-        return result
+            found = f"no {', '.join(missing)}; {self.mend}"
+            raise InputError(f"{short(path)}: expected the keys of result.json, found {found}")
+        reason = why_diverged(result)
+        return {"diverged": reason} if reason else result
+
+    def origin(self, script_sha256: str) -> dict[str, str]:
+        """What makes this run the one that it is called, run.json: script, seed, budget, settings."""
+        kind, amount = self.matrix.budget
+        settings = self.matrix.base | self.matrix.arms[self.arm]
+        return {"script_sha256": script_sha256, "seed": str(self.seed), "budget": f"{amount} {kind}", **settings}
 
     def flags(self) -> list[str]:
         settings = self.matrix.base | self.matrix.arms[self.arm] | self.matrix.limits.get(self.arm, {})
-        return [*(f"--{name}={value}" for name, value in settings.items()), f"--seed={self.seed}",
-                f"--run_id={self.name}", f"--log_dir=logs/{self.matrix.path.stem}"]  # fmt: skip
+        own = [f"--seed={self.seed}", f"--run_id={self.name}", f"--log_dir=logs/{self.matrix.path.stem}"]
+        return [*(f"--{name}={value}" for name, value in settings.items()), *own]
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def why_diverged(result: dict) -> str | None:
+    """Why a finished result is none, in words: a score that is null or not finite. Raises InputError for a text."""
+    for key in ("val_bpb_raw", "val_bpb"):
+        value = result.get(key)
+        if isinstance(value, (str, list, dict, bool)):
+            raise InputError(f"result.json: {key}: expected a number or null, found {value!r}; delete the run's folder")
+        if not is_number(value):
+            return f"expected a finite {key}, found {value}"
+    return None
 
 
 # The matrix ----------------------------------------------------------------------------------------------------------
+
+
+def checker(path: Path):
+    """`need(holds, what, expected, found)` for a TOML file: raises InputError where it does not hold."""
+
+    def need(holds, what, expected, found):
+        if not holds:
+            raise InputError(f"{path}: {what}: expected {expected}, found {found}; see --help")
+
+    return need
+
+
+def check_keys(need, toml: dict, keys: dict[str, type]) -> None:
+    for key, value in toml.items():
+        need(key in keys, key, f"one of {', '.join(keys)}", "an unknown key")
+        need(type(value) is keys[key], key, f"a {keys[key].__name__}", value)
 
 
 def value_text(value: object) -> str:
@@ -151,36 +205,22 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text)
 
 
-def read_matrix(path: Path) -> Matrix:
-    """Reads and checks the TOML, as far as that goes without the script."""
-    toml = read_toml(path, "a matrix")
+def read_settings(need, settings: dict) -> dict[str, str]:
+    """Settings of the base or of an arm, as texts."""
+    for name, value in settings.items():
+        need(re.fullmatch("[a-z0-9_]+", name), name, "a setting in lower case", name)  # SEED would get by below
+        need(name not in OWN_SETTINGS, name, "no setting that this tool makes itself", name)
+        need(isinstance(value, (str, int, float, bool)), name, "a text or a number", value)
+    return {name: value_text(value) for name, value in settings.items()}
 
-    def need(holds, what, expected, found):
-        if not holds:
-            raise InputError(f"{path}: {what}: expected {expected}, found {found}; see --help")
 
-    need(path.suffix == ".toml" and slug(path.stem) == path.stem, "the file's name",
-         "letters, digits and ._-, ending in .toml", path.name)  # fmt: skip
-    for key, value in toml.items():
-        need(key in KEYS, key, f"one of {', '.join(KEYS)}", "an unknown key")
-        kind = KEYS[key]
-        need(type(value) is kind, key, f"a {kind.__name__}", value)
-    script = toml.get("script", SCRIPTS[0])
-    need(script in SCRIPTS, "script", " or ".join(SCRIPTS), script)
-    seeds = toml.get("seeds", [1337])
-    whole = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    need(seeds and whole and len(set(seeds)) == len(seeds), "seeds", "different whole numbers", seeds)
-    budget = toml.get("budget", {})
-    one = len(budget) == 1 and set(budget) <= set(BUDGETS)
-    need(one, "[budget]", f"exactly one of {', '.join(BUDGETS)}", ", ".join(budget) or "none")
-    (kind, amount) = next(iter(budget.items()))
-    need(type(amount) in (int, float) and 0 < amount < 1e30, f"[budget] {kind}", "a number above 0", amount)
-    base, factors = toml.get("base", {}), toml.get("factors", {})
+def read_arms(need, toml: dict) -> dict[str, dict[str, str]]:
+    """The arms that a matrix lists, times the product of its factors."""
+    listed, factors = toml.get("arms", {}), toml.get("factors", {})
+    need(listed or factors, "[arms.NAME], [factors]", "at least one arm or factor", "none")
     for name, values in factors.items():
         need(isinstance(values, list) and values, f"[factors] {name}", "a list of values", values)
-    listed = toml.get("arms", {})
-    need(listed or factors, "[arms.NAME], [factors]", "at least one arm or factor", "none")
-    arms: dict[str, dict[str, object]] = {}
+    arms = {}
     for name, settings in (listed or {"": {}}).items():
         need(isinstance(settings, dict), f"[arms.{name}]", "a table of settings", settings)
         for values in itertools.product(*factors.values()):
@@ -191,23 +231,39 @@ def read_matrix(path: Path) -> Matrix:
             need(re.match("[A-Za-z0-9]", arm), f"arm {arm}", "a name that begins with a letter or digit", arm)
             both = set(settings) & set(chosen)
             need(not both, f"arm {arm}", "each setting once", f"{', '.join(both)} also in [factors]")
-            arms[arm] = settings | chosen
-    for settings in (base, *arms.values()):
-        for name, value in settings.items():
-            need(re.fullmatch("[a-z0-9_]+", name), name, "a setting in lower case", name)  # SEED would get by below
-            need(name not in OWN_SETTINGS, name, "no setting that this tool makes itself", name)
-            need(isinstance(value, (str, int, float, bool)), name, "a text or a number", value)
+            arms[arm] = read_settings(need, settings | chosen)
+    return arms
+
+
+def read_matrix(path: Path) -> Matrix:
+    """Reads and checks the TOML, as far as that goes without the script."""
+    toml, need = read_toml(path, "a matrix"), checker(path)
+    named = path.suffix == ".toml" and slug(path.stem) == path.stem
+    need(named, "the file's name", "letters, digits and ._-, ending in .toml", path.name)
+    check_keys(need, toml, KEYS)
+    script, seeds = toml.get("script", SCRIPTS[0]), toml.get("seeds", [1337])
+    need(script in SCRIPTS, "script", " or ".join(SCRIPTS), script)
+    whole = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+    need(seeds and whole and len(set(seeds)) == len(seeds), "seeds", "different whole numbers", seeds)
+    budget = toml.get("budget", {})
+    one = len(budget) == 1 and set(budget) <= set(BUDGETS)
+    need(one, "[budget]", f"exactly one of {', '.join(BUDGETS)}", ", ".join(budget) or "none")
+    [(kind, amount)] = budget.items()
+    need(type(amount) in (int, float) and 0 < amount < 1e30, f"[budget] {kind}", "a number above 0", amount)
+    arms, base = read_arms(need, toml), read_settings(need, toml.get("base", {}))
     against = toml.get("against", next(iter(arms)))
     need(against in arms, "against", f"one of the arms {', '.join(arms)}", against)
     processes = toml.get("processes", 1)
     several = processes > 1 and script == SCRIPTS[0]
     need(processes == 1 or several, "processes", "1, or more with train_gpt.py", processes)
-    base = {name: value_text(value) for name, value in base.items()}
-    arms = {arm: {name: value_text(value) for name, value in settings.items()} for arm, settings in arms.items()}
     return Matrix(path, toml.get("about", ""), script, seeds, against, processes, (kind, amount), arms, base)
 
 
+# The script and what it makes of the matrix --------------------------------------------------------------------------
+
+
 def load_script(name: str):
+    """A trainer as a module. Raises InputError where its packages are missing."""
     spec = importlib.util.spec_from_file_location("script_of_the_matrix", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -218,306 +274,270 @@ def load_script(name: str):
     return module
 
 
-def prepare(matrix: Matrix) -> tuple[object, dict[str, str], dict[str, str | None]]:
-    """Turns the budget into settings and has the script check every arm.
+@dataclass
+class Plan:
+    """The script as it is now, and each arm of a matrix as it understands it."""
 
-    Returns its module, {arm: config hash} and {arm: hash of its data, None where they are not here yet}."""
-    script, (kind, amount), hashes, data = load_script(matrix.script), matrix.budget, {}, {}
-    names = dict(tokens="iterations", seconds="max_wallclock_seconds", flops="max_train_flops")
-    budgets = dict.fromkeys(names.values(), "0")
-    for arm, settings in matrix.arms.items():
-        if twice := set(budgets) & (set(settings) | set(matrix.base)):
-            raise InputError(f"{matrix.path}: {', '.join(twice)}: expected the budget in [budget] alone; remove it")
-        limits = matrix.limits[arm] = budgets | {names[kind]: str(amount)}
+    script: object  # the module
+    source: str
+    configs: dict[str, object] = field(default_factory=dict)  # Config of each arm, with the matrix's first seed
+    data: dict[str, str | None] = field(default_factory=dict)  # hash of each arm's data, None where they are not here
+
+
+def set_budget(matrix: Matrix, script, arm: str) -> None:
+    """Turns the matrix's budget into settings of an arm."""
+    kind, amount = matrix.budget
+    if twice := set(BUDGETS.values()) & (set(matrix.arms[arm]) | set(matrix.base)):
+        raise InputError(f"{', '.join(twice)}: expected the budget in [budget] alone; remove it")
+    limits = matrix.limits[arm] = dict.fromkeys(BUDGETS.values(), "0") | {BUDGETS[kind]: str(amount)}
+    if kind == "tokens":
+        limits["iterations"] = "1"
+        batch = configure(matrix, script, arm).train_batch_tokens
+        limits["iterations"] = str(round(amount / batch))
+        if abs(int(limits["iterations"]) * batch / amount - 1) > 0.01:
+            raise InputError(f"[budget] tokens: expected a multiple of {batch} tokens a step, found {amount}")
+
+
+def configure(matrix: Matrix, script, arm: str):
+    """Config of an arm's first run."""
+    return script.load_config(Run(matrix, arm, matrix.seeds[0]).flags(), {}, script.DEFAULT_PRESET)[0]
+
+
+def prepare(matrix: Matrix) -> Plan:
+    """Loads the script and has it check every arm. Raises InputError."""
+    plan = Plan(load_script(matrix.script), (ROOT / matrix.script).read_bytes().decode())
+    for arm in matrix.arms:
         try:
-            if kind == "tokens":
-                limits["iterations"] = "1"
-                flags = Run(matrix, arm, matrix.seeds[0]).flags()
-                batch = script.load_config(flags, {}, script.DEFAULT_PRESET)[0].train_batch_tokens
-                limits["iterations"] = str(round(amount / batch))
-                if abs(int(limits["iterations"]) * batch / amount - 1) > 0.01:
-                    raise InputError(f"[budget] tokens: expected a multiple of {batch} tokens a step, found {amount}")
-            config = script.load_config(Run(matrix, arm, matrix.seeds[0]).flags(), {}, script.DEFAULT_PRESET)[0]
+            set_budget(matrix, plan.script, arm)
+            config = plan.configs[arm] = configure(matrix, plan.script, arm)
         except ValueError as error:  # the script's InputError is one
             raise InputError(f"{matrix.path}: arm {arm}: {error}") from None
         if config.val_max_tokens:
             print(f"notice: arm {arm}: VAL_MAX_TOKENS={config.val_max_tokens}: its scores will be partial", flush=True)
-        hashes[arm] = script.config_sha256(config)
         here = {name: str(ROOT / getattr(config, name)) for name in ("data_path", "tokenizer_path")}
         try:
-            data[arm] = script.dataset_sha256(dataclasses.replace(config, **here))
-        except OSError:  # the run says so, or makes them (preset smoke)
-            data[arm] = None
-    if len(set(hashes.values())) < len(hashes):
-        same = [arm for arm in hashes if list(hashes.values()).count(hashes[arm]) > 1]
-        raise InputError(f"{matrix.path}: expected arms that differ, found {', '.join(same)} to be one configuration")
-    return script, hashes, data
+            plan.data[arm] = plan.script.dataset_sha256(dataclasses.replace(config, **here))
+        except (OSError, ValueError):  # the run says so, or makes them (preset smoke)
+            plan.data[arm] = None
+    seen = {}
+    for arm, config in plan.configs.items():
+        twin = seen.setdefault(json.dumps(dataclasses.asdict(config) | {"run_id": ""}), arm)
+        if twin != arm:
+            raise InputError(f"{matrix.path}: expected arms that differ, found {twin} and {arm} to be one")
+    return plan
 
 
-def is_of(folder: Path, source: str, script, config_hash: str) -> bool:
-    """Whether the run in `folder` is of this script and these settings, every part of it, by the heads of its log."""
-    path = folder / "train.log"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    if not text.startswith(source) or text.count(source) < len(re.findall(r"^config: \{", text, re.M)):
-        return False
-    try:
-        return script.config_sha256(script.Config(**(read_log(path).config or {}))) == config_hash
-    except TypeError:  # no settings of this script
-        return False
+def check_finished(matrix: Matrix, plan: Plan | None = None) -> None:
+    """Refuses finished runs that are not what the TOML calls them, or of different data.
 
-
-def check_labels(matrix: Matrix) -> None:
-    """Refuses a finished run whose own log names another seed, setting or budget than the TOML, which labels it.
-
-    Needs no script, since a report may be written again when the script has long changed."""
-    kind, amount = matrix.budget
-    for run in matrix.runs():
-        result = run.result()
-        if result is None:
-            continue
-        config = read_log(run.home / "train.log").config or {}
-        mend = f"delete {short(run.home)} to run it again"
-        for seed in (config.get("seed"), result.get("seed", run.seed)):
-            if seed != run.seed:
-                raise InputError(f"{short(run.home)}: expected a run of seed {run.seed}, found {seed}; {mend}")
-        if kind == "tokens":
-            planned = (config.get("iterations") or 0) * (config.get("train_batch_tokens") or 0)
-        else:
-            planned = config.get("max_train_flops" if kind == "flops" else "max_wallclock_seconds")
-        if not planned or abs(planned / amount - 1) > 0.01:
-            raise InputError(f"{short(run.home)}: expected a budget of {amount} {kind}, found {planned}; {mend}")
-        for name, text in (matrix.base | matrix.arms[run.arm]).items():
-            if not same(config.get(name), text):
-                raise InputError(f"{short(run.home)}: expected {name}={text}, found {config.get(name)}; {mend}")
-
-
-def same(found: object, text: str) -> bool:
-    """Whether a setting as a log states it is the one that the TOML gives."""
-    if isinstance(found, bool):
-        return found == (text.lower() in ("1", "true", "yes"))
-    if isinstance(found, (int, float)):
-        try:
-            return float(text) == found
-        except ValueError:
-            return False
-    return found == text
-
-
-def check_finished(matrix: Matrix, script, hashes: dict[str, str], data: dict[str, str | None]) -> None:
-    """Refuses to add runs to a matrix whose finished runs had other settings, another script or other data."""
-    source, datasets = (ROOT / matrix.script).read_text(encoding="utf-8"), set()
-    for run in matrix.runs():
-        result = run.result()
-        if result is None:
-            continue
-        mend = f"delete {short(run.home)} to run it again, or give the arm another name"
-        settings = InputError(f"{short(run.home)}: expected the settings of the TOML, found others; {mend}")
-        if "diverged" not in result and result["config_sha256"] != hashes[run.arm]:
-            raise settings
-        log = (run.home / "train.log").read_text(encoding="utf-8", errors="replace")
-        if not log.startswith(source):
+    With a plan also those that its script and data would not make again. Raises InputError."""
+    datasets = set()
+    for run, result in matrix.finished():
+        here, found = short(run.home), read_json(run.home / "run.json", "what a finished run was made of")
+        if plan and found.get("script_sha256") != sha256(plan.source):
             commit = (result.get("commit") or "its commit").rstrip("+")
             raise InputError(
-                f"{short(run.home)}: expected a run of this {matrix.script}, found one of another version; runs of two "
-                f"scripts are no comparison: git checkout {commit} -- {matrix.script}, or start a new matrix"
+                f"{here}: expected a run of this {matrix.script}, found one of another version; runs of two scripts "
+                f"are no comparison: git checkout {commit} -- {matrix.script}, or start a new matrix"
             )
-        if not is_of(run.home, source, script, hashes[run.arm]):
-            raise settings
-        if "diverged" not in result:
-            datasets.add(result["dataset_sha256"])
-            if len(datasets) == 1 and data[run.arm] not in (None, *datasets):
-                raise InputError(f"{short(run.home)}: expected runs on the data that is here, found one on other data; "
-                                 "mend data_path, or start a new matrix")  # fmt: skip
-    check_labels(matrix)
-    one_dataset(matrix, datasets)
-
-
-def one_dataset(matrix: Matrix, hashes: set[str]) -> None:
-    if len(hashes) > 1:
-        raise InputError(f"{short(matrix.home)}: expected runs on one dataset, found {len(hashes)} that differ; "
-                         "run the matrix again on one")  # fmt: skip
+        wanted = run.origin(found.get("script_sha256"))
+        for name in wanted | found:
+            if wanted.get(name) != found.get(name):
+                mend = f"{run.mend}, or give the arm another name"
+                raise InputError(f"{here}: expected {name}={wanted.get(name)}, found {found.get(name)}; {mend}")
+        if data := result.get("dataset_sha256"):
+            datasets.add(data)
+            if plan and plan.data[run.arm] not in (None, data):
+                mend = "mend data_path, or start a new matrix"
+                raise InputError(f"{here}: expected runs on the data that is here, found one on other data; {mend}")
+    if len(datasets) > 1:
+        found = f"{len(datasets)} that differ; run the matrix again on one"
+        raise InputError(f"{short(matrix.home)}: expected runs on one dataset, found {found}")
 
 
 # The queue -----------------------------------------------------------------------------------------------------------
 
 
+def visible_gpus() -> list[str]:
+    if not shutil.which("nvidia-smi"):
+        return []
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    gpus = re.findall(r"^GPU (\d+):", listing.stdout, re.M) if listing.returncode == 0 else []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [gpu for gpu in visible.split(",") if gpu] if visible is not None and gpus else gpus
+
+
 def find_devices(matrix: Matrix, jobs: int) -> list[dict[str, str]]:
-    """One entry for each process that may run at a time: the environment that binds it to its device."""
-    gpus = []
-    if matrix.script == SCRIPTS[0] and shutil.which("nvidia-smi"):
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-        gpus = re.findall(r"^GPU (\d+):", listing.stdout, re.M) if listing.returncode == 0 else []
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = [gpu for gpu in visible.split(",") if gpu] if visible is not None and gpus else gpus
+    """One entry for each run at a time: the environment that gives it its GPUs, or its share of the cores."""
     device = (matrix.base | next(iter(matrix.arms.values()))).get("device", "")
-    if gpus and device in ("", "cuda"):
-        groups = [gpus[i : i + matrix.processes] for i in range(0, len(gpus), matrix.processes)]
-        groups = [group for group in groups if len(group) == matrix.processes]
+    gpus = visible_gpus() if matrix.script == SCRIPTS[0] and device in ("", "cuda") else []
+    if gpus:
+        each = matrix.processes
+        groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]
         if not groups:
-            raise InputError(f"processes: expected at most {len(gpus)} (the GPUs here), found {matrix.processes}")
+            raise InputError(f"processes: expected at most {len(gpus)} (the GPUs here), found {each}")
         return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[: jobs or len(groups)]]
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if jobs > len(cores):
-        raise InputError(f"--jobs: expected at most {len(cores)} (the cores here), found {jobs}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs > cores:
+        raise InputError(f"--jobs: expected at most {cores} (the cores here), found {jobs}")
     if jobs <= 1:
         return [{}]
-    each = len(cores) // jobs
-    shares = [cores[i * each : (i + 1) * each] for i in range(jobs)]
-    return [{"OMP_NUM_THREADS": str(each), "OPENBLAS_NUM_THREADS": str(each),
-             "ABLATE_CORES": ",".join(map(str, share))} for share in shares]  # fmt: skip
-
-
-def bind_to(cores: str):
-    """What a new process calls to stay on its cores ("0,1"; "" = all)."""
-
-    def bind():
-        if cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, map(int, cores.split(",")))
-
-    return bind
+    return [dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores // jobs))] * jobs
 
 
 class Queue:
-    """Runs what is missing, one process a device. The lock is handed down, so that an orphan still holds it."""
+    """Runs what is missing, one run a device. The lock is handed down, so that an orphan still holds it."""
 
-    def __init__(self, matrix: Matrix, script, hashes: dict[str, str], devices: list[dict[str, str]], deadline: float):
-        self.matrix, self.devices, self.deadline, self.stopping = matrix, devices, deadline, False
-        self.script, self.hashes = script, hashes
-        self.source = (ROOT / matrix.script).read_text(encoding="utf-8")
-        self.settings = {field.upper() for field in script.Config.__dataclass_fields__} | set(script.REPLACED)
-        self.total, self.busy, self.failed, self.seconds = len(matrix.runs()), {}, [], {}
+    def __init__(self, matrix: Matrix, plan: Plan, devices: list[dict[str, str]]):
+        self.matrix, self.plan, self.devices = matrix, plan, devices
+        self.head = f"{plan.source}\n{SOURCE_END}\n"  # with which a run begins its log
+        self.busy: dict[int, tuple] = {}  # by device: run, process, start
+        self.failed: list[Run] = []
+        self.stopping = False
         matrix.work.mkdir(parents=True, exist_ok=True)
         matrix.home.mkdir(parents=True, exist_ok=True)
         self.lock = open(matrix.work / "ablate.lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{short(matrix.work)}: expected this matrix to be idle, found a process that runs it; "
-                             "wait for it or stop it") from None  # fmt: skip
+            found = "a process that runs it; wait for it or stop it"
+            raise InputError(f"{short(matrix.work)}: expected this matrix to be idle, found {found}") from None
         self.waiting = [run for run in matrix.runs() if run.result() is None]  # now that nobody else finishes any
 
+    def work(self, deadline: float) -> None:
+        """Until nothing is left, the clock (time.monotonic) shows `deadline`, or a signal comes."""
+        signals, numbers = [], (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in numbers}
+        try:
+            while (self.busy or self.waiting) and not signals and time.monotonic() < deadline:
+                for device in range(len(self.devices)):
+                    if device in self.busy and self.busy[device][1].poll() is not None:
+                        self.collect(device)
+                    if device not in self.busy and self.waiting:
+                        self.start(self.waiting.pop(0), device)
+                time.sleep(0.2)
+        finally:  # the time is up, a signal, or an error such as a full disk: the runs in hand must not go on alone
+            self.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if signals:
+            raise KeyboardInterrupt
+
+    def stop(self) -> None:
+        """Ends the runs in hand with a checkpoint."""
+        self.stopping = True
+        if self.busy:
+            print("stopping: runs in hand write a checkpoint", flush=True)
+        for _, process, _ in self.busy.values():
+            process.terminate()
+        for device in list(self.busy):
+            self.busy[device][1].wait()
+            self.collect(device)
+
     def start(self, run: Run, device: int) -> None:
-        checkpoint, env = run.work / "checkpoint.safetensors", dict(os.environ)
-        there = checkpoint.is_file()
-        resume = there and is_of(run.work, self.source, self.script, self.hashes[run.arm])
-        if resume and (self.result_in_hand(run) or {}).get("val_bpb") is not None:
+        there, origin = (run.work / "checkpoint.safetensors").is_file(), run.origin(sha256(self.plan.source))
+        started = self.matrix.work / f"{run.name}.json"  # beside its folder, which the run makes itself
+        resume = there and started.is_file() and read_json(started) == origin and self.is_of_script(run)
+        if resume and self.result_in_hand(run):
             self.finish(run, "had finished without this tool")  # which had been killed
             return
         if resume:
             (run.work / "result.json").unlink(missing_ok=True)  # of before; what this process leaves is the result
         elif run.work.exists():
             shutil.rmtree(run.work)  # it stopped before its first checkpoint, or was another run
-        for name in self.settings & set(env):  # a stray MATRIX_LR=... must not reach some of the runs
-            del env[name]
-        env |= self.devices[device]
-        cores = env.pop("ABLATE_CORES", "")
+        write_json(started, origin)
         launch = [sys.executable]
         if self.matrix.processes > 1:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.matrix.processes}"]
-        command = [*launch, self.matrix.script, *run.flags(), *(["--resume=1"] if resume else [])]
-        output = open(self.matrix.work / f"{run.name}.out", "w", encoding="utf-8")  # collect() reads why it failed
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=[self.lock.fileno()], preexec_fn=bind_to(cores),
-        )  # fmt: skip
-        self.busy[device] = (run, process, output, time.monotonic())
+        with open(self.output(run), "w", encoding="utf-8") as output:  # collect() reads why it failed
+            process = subprocess.Popen(
+                [*launch, self.matrix.script, *run.flags(), *(["--resume=1"] if resume else [])],
+                cwd=ROOT,
+                env=self.environment() | self.devices[device],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self.lock.fileno()],
+            )
+        self.busy[device] = (run, process, time.monotonic())
         anew = "started anew (what lay in logs/ is of another script or other settings)"
         word = "resumed" if resume else anew if there else "started"
-        print(f"[{self.total - len(self.waiting)}/{self.total}] {run.name}: {word}{self.left()}", flush=True)
+        total = len(self.matrix.runs())
+        print(f"[{total - len(self.waiting)}/{total}] {run.name}: {word}", flush=True)
 
-    def left(self) -> str:
-        """Time left, from the runs finished so far; an arm not seen yet counts like the mean of the others."""
-        if not self.seconds:
-            return ""
-        known = [value for values in self.seconds.values() for value in values]
-        mean = {arm: mean_std(values)[0] for arm, values in self.seconds.items()}
-        rest = sum(mean.get(run.arm, mean_std(known)[0]) for run in self.waiting)
-        for run, _, _, began in self.busy.values():
-            rest += max(mean.get(run.arm, mean_std(known)[0]) - (time.monotonic() - began), 0)
-        return f", about {rest / len(self.devices) / 60:.0f} min left"
+    def is_of_script(self, run: Run) -> bool:
+        """Whether every part of a run in hand was made by this script: each begins its log with the source."""
+        path = run.work / "train.log"
+        text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+        parts = len(re.findall(r"^config: \{", text, re.M))
+        return text.startswith(self.head) and text.count(self.head) >= parts
+
+    def environment(self) -> dict[str, str]:
+        """This process's, without settings of the script: a stray MATRIX_LR must not reach some of the runs."""
+        fields = dataclasses.fields(self.plan.script.Config)
+        settings = {item.name.upper() for item in fields} | set(self.plan.script.REPLACED)
+        return {name: value for name, value in os.environ.items() if name not in settings}
+
+    def output(self, run: Run) -> Path:
+        return self.matrix.work / f"{run.name}.out"
+
+    def result_in_hand(self, run: Run) -> dict | None:
+        """The result of a run that came to its end, with a score or without; None if it did not."""
+        path = run.work / "result.json"
+        result = read_json(path, "the result of a run") if path.is_file() else {}
+        ended = result.get("val_bpb") is not None or result.get("bytes_artifact") is not None
+        return result if ended else None
 
     def collect(self, device: int) -> None:
         """Keeps what a process that ended has left."""
-        run, process, output, began = self.busy.pop(device)
-        output.close()
+        run, process, began = self.busy.pop(device)
         minutes = (time.monotonic() - began) / 60
-        if (self.result_in_hand(run) or {}).get("val_bpb") is not None:  # exit code 1: an artifact over the cap
-            self.seconds.setdefault(run.arm, []).append(60 * minutes)
+        stopped = (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+        tail = self.output(run).read_text(encoding="utf-8", errors="replace").splitlines()
+        said = next((line for line in reversed(tail) if line.startswith("error:")), tail[-1] if tail else "nothing")
+        ended, ours = self.result_in_hand(run), self.is_of_script(run)
+        if ours and re.search(BLEW_UP, said):
+            self.keep(run, said.removeprefix("error: "))
+        elif ended and ours:  # with exit code 1 where the artifact is over the cap
             self.finish(run, f"in {minutes:.1f} min")
-        elif self.stopping or process.returncode in (  # torchrun ends with 1 when it is told to stop
-            128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL
-        ):  # fmt: skip
+        elif self.stopping or process.returncode in stopped:  # torchrun ends with 1 when it is told to stop
             print(f"    {run.name}: stopped after {minutes:.1f} min; the same command goes on", flush=True)
         else:
-            tail = (self.matrix.work / f"{run.name}.out").read_text(encoding="utf-8", errors="replace").splitlines()
-            said = next((line for line in reversed(tail) if line.startswith("error:")), tail[-1] if tail else "nothing")
-            if "a finite loss" in said:
-                self.keep(run, said.removeprefix("error: "))
-                print(f"    {run.name}: diverged, kept as a result: {said}", flush=True)
-            else:
-                self.failed.append(run)
-                print(f"    {run.name}: failed ({process.returncode}): {said}", flush=True)
-
-    def result_in_hand(self, run: Run) -> dict | None:
-        path = run.work / "result.json"
-        return read_json(path, "the result of a run") if path.is_file() else None
+            said = f"{self.matrix.script} was changed meanwhile" if ended else said
+            self.failed.append(run)
+            print(f"    {run.name}: failed ({process.returncode}): {said}", flush=True)
 
     def finish(self, run: Run, how: str) -> None:
-        """Keeps a run that has a score; one that is not finite is no score."""
+        """Keeps a run that came to its end."""
         result = self.result_in_hand(run)
-        finite = math.isfinite(result["val_bpb"])
-        self.keep(run, None if finite else f"expected a finite score, found {result['val_bpb']}")
-        cap = "" if result["fits"] else ", artifact over the cap"
-        print(f"    {run.name}: {result['val_bpb']:.4f} bpb {how}{cap}{self.left()}", flush=True)
+        reason = why_diverged(result)
+        self.keep(run, reason)
+        if not reason:
+            cap = "" if result["fits"] else ", artifact over the cap"
+            print(f"    {run.name}: {result['val_bpb']:.4f} bpb {how}{cap}", flush=True)
 
     def keep(self, run: Run, diverged: str | None) -> None:
-        """Copies the files of a finished run beside the matrix: whole, or not at all."""
+        """Copies the files of a finished run beside the matrix, whole or not at all, and the script once."""
+        source = self.plan.source
+        copy = self.matrix.home / f"{Path(self.matrix.script).stem}.{sha256(source)[:12]}.py"
+        if not copy.is_file():
+            write_text(copy, source)
         part = run.home.with_name(f"{run.name}.tmp")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name in KEPT:
-            if (run.work / name).is_file() and not (diverged and name == "result.json"):
+        write_json(part / "run.json", run.origin(sha256(source)))
+        log = (run.work / "train.log").read_bytes().decode("utf-8", "replace")
+        write_text(part / "train.log", log.replace(self.head, ""))  # a resumed run has it twice
+        for name in ("metrics.jsonl", *([] if diverged else ["result.json"])):
+            if (run.work / name).is_file():
                 shutil.copyfile(run.work / name, part / name)
         if diverged:
-            (part / SETTLED).write_text(json.dumps({"diverged": diverged}) + "\n", encoding="utf-8")
+            write_json(part / "diverged.json", {"diverged": diverged})
+            print(f"    {run.name}: diverged, kept as a result: {diverged}", flush=True)
         shutil.rmtree(run.home, ignore_errors=True)  # it has no result, or this run would not have been started
         os.replace(part, run.home)
         # Whoever deletes run.home wants the run again, not the end of this one resumed.
         (run.work / "checkpoint.safetensors").unlink(missing_ok=True)
-
-    def stop(self) -> None:
-        """Asks the runs in hand for a checkpoint and an end."""
-        if not self.stopping:
-            self.stopping = True
-            for _, process, _, _ in self.busy.values():
-                process.terminate()
-
-    def work(self) -> None:
-        """Until nothing is left, the time is up, or a signal comes."""
-        signalled = []
-        before = {number: signal.signal(number, lambda n, _: signalled.append(n)) for number in
-                  (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
-        try:
-            while self.busy or (self.waiting and not self.stopping):
-                if (signalled or time.monotonic() > self.deadline) and not self.stopping:
-                    print("stopping: runs in hand write a checkpoint", flush=True)
-                    self.stop()
-                for device in range(len(self.devices)):
-                    if device in self.busy and self.busy[device][1].poll() is not None:
-                        self.collect(device)
-                    if device not in self.busy and self.waiting and not self.stopping:
-                        self.start(self.waiting.pop(0), device)
-                time.sleep(0.2)
-        except BaseException:  # a full disk, say: the runs in hand must not go on alone
-            self.stop()
-            for _, process, _, _ in self.busy.values():
-                process.wait()
-            raise
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if signalled:
-            raise KeyboardInterrupt
 
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -525,67 +545,89 @@ class Queue:
 
 def describe_budget(matrix: Matrix) -> str:
     kind, amount = matrix.budget
-    return {"flops": f"{amount:.3g} training FLOPs", "tokens": f"{amount:,.0f} tokens",
-            "seconds": f"{amount:g} seconds of training"}[kind]  # fmt: skip
+    words = {"flops": "{:.3g} training FLOPs", "tokens": "{:,.0f} tokens", "seconds": "{:g} seconds of training"}
+    return words[kind].format(amount)
+
+
+def results_of(finished: list[tuple[Run, dict]], arm: str) -> list[dict]:
+    """Results of an arm's runs that have a score."""
+    return [result for run, result in finished if run.arm == arm and "diverged" not in result]
+
+
+def arm_row(matrix: Matrix, arm: str, finished: list[tuple[Run, dict]]) -> list[str]:
+    """A row of the report's table: means over an arm's seeds."""
+    found, planned = results_of(finished, arm), len(matrix.seeds)
+    diverged = sum(run.arm == arm for run, _ in finished) - len(found)
+    if not found:
+        said = f"diverged {diverged} times" if diverged else "not run yet"
+        return [arm, f"0/{planned}", said, *["–"] * (3 + len(MEANS))]
+    scores, others = ([one["val_bpb"] for one in results_of(finished, name)] for name in (arm, matrix.against))
+    mean, std = mean_std(scores)
+    n = f"{len(found)}/{planned}" + (f", {diverged} diverged" if diverged else "")
+    name, p = (f"**{arm}**", "") if arm == matrix.against else (arm, p_text(welch_p(scores, others)))
+    means = [format(statistics.fmean(one[key] for one in found) / unit, form) for key, unit, form in MEANS.values()]
+    return [name, n, number(mean), number(std), p, f"`{found[0]['layout']}`", *means]
+
+
+def notes(matrix: Matrix, finished: list[tuple[Run, dict]]) -> list[str]:
+    """What a reader of the table must know."""
+    diverged = [f"`{run.name}`: {result['diverged']}" for run, result in finished if "diverged" in result]
+    results = [result for _, result in finished if "diverged" not in result]
+    configs = [read_log(run.home / "train.log").config or {} for run, _ in finished]
+    left, partial = len(matrix.runs()) - len(finished), sum(not result["complete"] for result in results)
+    said = [] if all(config.get("shuffle") for config in configs) else [CONTIGUOUS]
+    if left:
+        said.append(f"**{left} of {len(matrix.runs())} runs are still to be done.**")
+    if diverged:
+        said.append(f"**{len(diverged)} runs diverged and are in no mean.** {'; '.join(diverged)}.")
+    if partial:
+        said.append(f"**Partial: {partial} runs scored a part of the validation set only.**")
+    if min(len(results_of(finished, arm)) for arm in matrix.arms) < 3:
+        said.append("Fewer than three seeds: this says which arm is ahead, and no more.")
+    if matrix.budget[0] == "seconds" and len({(result["device"], result["world_size"]) for result in results}) > 1:
+        said.append("**Runs on different devices under a budget of time: no fair comparison.**")
+    return said
+
+
+def several(values) -> str:
+    """Each value once, in order."""
+    return ", ".join(sorted(set(map(str, values))))
+
+
+def origins(matrix: Matrix, kept: list[tuple[Run, dict]]) -> str:
+    """What the runs were made of and on."""
+    results = [result for _, result in kept]
+    one = results[0]
+    scripts = [read_json(run.home / "run.json")["script_sha256"][:12] for run, _ in kept]
+    versions = [f"{name} {result['versions'].get(name)}" for result in results for name in ("python", one["framework"])]
+    return f"""\
+- Data: `{one["dataset"]}`, sha256 {one["dataset_sha256"][:12]}, {one["val_tokens"]:,} validation tokens.
+- Seeds: {", ".join(map(str, matrix.seeds))}. Script: `{matrix.script}` of commit \
+{several(result["commit"] for result in results)}, sha256 {several(scripts)}.
+- Devices: {several(f"{result['device']} x {result['world_size']}" for result in results)}. {several(versions)}. \
+Minutes are of training alone, perhaps beside other runs.
+- Settings of every run: {listed(matrix.base) or "the presets' own"}.
+"""
+
+
+def listed(settings: dict[str, str]) -> str:
+    return " ".join(f"`{name}={value}`" for name, value in settings.items())
 
 
 def report(matrix: Matrix) -> str:
     """Writes README.md and matrix.png beside the finished runs, from their files alone. Returns the table."""
-    check_labels(matrix)
-    finished = {arm: [] for arm in matrix.arms}
-    diverged = {arm: 0 for arm in matrix.arms}
-    for run in matrix.runs():
-        result = run.result()
-        if result and "diverged" in result:
-            diverged[run.arm] += 1
-        elif result:
-            finished[run.arm].append((run, result))
-    results = [result for found in finished.values() for _, result in found]
-    if not results:
+    check_finished(matrix)
+    finished = matrix.finished()
+    if not finished:
         return "nothing finished yet\n"
-    one_dataset(matrix, {result["dataset_sha256"] for result in results})
-    scores = {arm: [result["val_bpb"] for _, result in found] for arm, found in finished.items()}
-    rows, plan = [], len(matrix.seeds)
-    for arm in sorted(matrix.arms, key=lambda arm: mean_std(scores[arm])[0] if scores[arm] else 1e9):
-        if not scores[arm]:
-            said = f"diverged {diverged[arm]} times" if diverged[arm] else "not run yet"
-            rows.append([arm, f"0/{plan}", said, *["–"] * 9])
-            continue
-        mean, std = mean_std(scores[arm])
-
-        def average(key, arm=arm):
-            return mean_std([result[key] for _, result in finished[arm]])[0]
-
-        p = "" if arm == matrix.against else p_text(welch_p(scores[arm], scores[matrix.against]))
-        n = f"{len(scores[arm])}/{plan}" + (f", {diverged[arm]} diverged" if diverged[arm] else "")
-        layout = finished[arm][0][1]["layout"]
-        rows.append([
-            f"**{arm}**" if arm == matrix.against else arm, n, number(mean), number(std), p,
-            number(average("val_bpb_raw")), f"`{layout}`", f"{average('params_stored'):,.0f}",
-            f"{average('bytes_artifact'):,.0f}", f"{average('tokens') / 1e6:.2f}", f"{average('train_flops'):.3g}",
-            f"{average('train_time_ms') / 6e4:.1f}",
-        ])  # fmt: skip
-    head = ["arm", "n", "val_bpb", "std", f"p against {matrix.against}", "before export", "layout", "parameters",
-            "artifact bytes", "M tokens", "FLOPs", "minutes"]  # fmt: skip
-    table = markdown_table(head, rows)
-    sample, partial = results[0], [result for result in results if not result["complete"]]
-    left = len(matrix.runs()) - len(results) - sum(diverged.values())
-    devices = sorted({f"{result['device']} x {result['world_size']}" for result in results})
-    commits = sorted({str(result["commit"]) for result in results})
-    versions = sorted({f"{name} {v}" for result in results for name, v in result["versions"].items()
-                       if name in ("python", result["framework"])})  # fmt: skip
-    settings = " ".join(f"`{name}={value}`" for name, value in matrix.base.items()) or "the presets' own"
-    arms = "\n".join(
-        f"- `{arm}`: " + (" ".join(f"`{name}={value}`" for name, value in settings.items()) or "nothing more")
-        for arm, settings in matrix.arms.items()
-    )
-    notes = [f"**{left} of {len(matrix.runs())} runs are still to be done.**"] if left else []
-    if partial:
-        notes.append(f"**Partial: {len(partial)} runs scored a part of the validation set only.**")
-    if plan < 3 or any(len(found) < 3 for found in scores.values()):
-        notes.append("Fewer than three seeds: this says which arm is ahead, and no more.")
-    if matrix.budget[0] == "seconds" and len(devices) > 1:
-        notes.append("**Runs on different devices under a budget of time: no fair comparison.**")
+    kept = [(run, result) for run, result in finished if "diverged" not in result]
+    means = {
+        arm: statistics.fmean(one["val_bpb"] for one in results_of(kept, arm)) for arm in {run.arm for run, _ in kept}
+    }
+    arms = sorted(matrix.arms, key=lambda arm: means.get(arm, math.inf))
+    head = ["arm", "n", "val_bpb", "std", f"p against {matrix.against}", "layout", *MEANS]
+    table = markdown_table(head, [arm_row(matrix, arm, finished) for arm in arms])
+    picture = "![loss against FLOPs, and final scores](matrix.png)\n\n" if kept else ""
     text = f"""<!-- written by records/ablate.py from {matrix.path.name} and the runs in this folder -->
 # {matrix.path.stem}
 
@@ -596,54 +638,67 @@ better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided,
 the number of arms).
 
 {table}
-{"".join(note + chr(10) + chr(10) for note in notes)}![loss against FLOPs, and final scores](matrix.png)
-
-- Data: `{sample["dataset"]}`, sha256 {sample["dataset_sha256"][:12]}, {sample["val_tokens"]:,} validation tokens.
-- Seeds: {", ".join(map(str, matrix.seeds))}. Script: `{matrix.script}` of commit {", ".join(commits)}.
-- Devices: {"; ".join(devices)}. {", ".join(versions)}. Minutes are of training alone, perhaps beside other runs.
-- Settings of every run: {settings}.
-
+{"".join(note + chr(10) + chr(10) for note in notes(matrix, finished))}{picture}{origins(matrix, kept) if kept else ""}
 Arms, and what each sets beyond that:
 
-{arms}
+{chr(10).join(f"- `{arm}`: {listed(settings) or 'nothing more'}" for arm, settings in matrix.arms.items())}
 
 Again: `python records/ablate.py {short(matrix.path)}`. Each run's log, metrics and result lie in its folder here.
 """
-    draw(matrix, finished)
+    if kept:
+        draw(matrix, kept)
     write_text(matrix.home / "README.md", text)
     return table
 
 
-def draw(matrix: Matrix, finished: dict[str, list]) -> None:
+def draw(matrix: Matrix, kept: list[tuple[Run, dict]]) -> None:
     """Left: validation bpb against training FLOPs, a line a seed. Right: final scores, mean and standard deviation."""
-    plt = plotting()
-    shown = [arm for arm in matrix.arms if finished[arm]]
-    height = max(4.2, 1.2 + 0.32 * len(shown))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, height), dpi=130, layout="constrained", width_ratios=(3, 2))
-    ends = []
-    for i, arm in enumerate(shown):
-        color, style = COLORS[i % len(COLORS)], ("-", "--", ":", "-.")[i // len(COLORS) % 4]
-        for j, (run, result) in enumerate(finished[arm]):
-            points = read_curve(run.home / "metrics.jsonl")
-            ends += [y for x, y in points if x >= 0.15 * points[-1][0]]
-            left.plot(*zip(*points), style, color=color, linewidth=1.3, alpha=0.8, label=None if j else arm)
-            right.plot(result["val_bpb"], i, "o", color=color, markersize=4, alpha=0.45)
-        mean, std = mean_std([result["val_bpb"] for _, result in finished[arm]])
+    arms = [arm for arm in matrix.arms if any(run.arm == arm for run, _ in kept)]
+    figure, (left, right) = canvas(11, max(4.2, 1.2 + 0.32 * len(arms)), ncols=2, width_ratios=(3, 2))
+    shown = []
+    for i, arm in enumerate(arms):
+        color = COLORS[i % len(COLORS)]
+        shown += draw_validation(left, [run.home / "metrics.jsonl" for run, _ in kept if run.arm == arm], i, arm)
+        scores = [result["val_bpb"] for result in results_of(kept, arm)]
+        right.plot(scores, [i] * len(scores), "o", color=color, markersize=4, alpha=0.45)
+        mean, std = mean_std(scores)
         right.errorbar(mean, i, xerr=std or 0, fmt="D", color=color, capsize=4, markersize=6)
         right.annotate(f"{mean:.4f}", (mean, i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
-    low, high = min(ends), max(ends)
-    left.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    zoom(left, shown)
     left.set(xlabel="training FLOPs", ylabel="validation, bits per byte (before export)")
     left.legend(frameon=False)
-    right.set_yticks(range(len(shown)), shown)
-    right.set(xlabel="final bits per byte, artifact from disk", ylim=(len(shown) - 0.4, -0.6))
+    right.set_yticks(range(len(arms)), arms)
+    right.set(xlabel="final bits per byte, artifact from disk", ylim=(len(arms) - 0.4, -0.6))
     right.margins(x=0.12)
-    for axes in (left, right):
-        axes.spines["right"].set_visible(False)
-        axes.grid(color="#e4e4e4", linewidth=0.8)
-        axes.set_axisbelow(True)
+    tidy(left)
+    tidy(right)
     figure.suptitle(f"{matrix.path.stem}: {describe_budget(matrix)} a run", x=0.01, ha="left", fontsize=11)
     save_picture(figure, matrix.home / "matrix.png")
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def run_matrix(matrix: Matrix, plan: Plan, jobs: int, max_minutes: float) -> None:
+    """Runs what is missing and reports. Raises InputError if runs failed."""
+    devices = find_devices(matrix, jobs)
+    todo = sum(run.result() is None for run in matrix.runs())
+    counts = f"{len(matrix.runs())} runs, {todo} to do, {len(devices)} at a time"
+    print(f"{matrix.path.stem}: {counts}, {describe_budget(matrix)} each", flush=True)
+    deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+    queue = Queue(matrix, plan, devices)
+    try:
+        queue.work(deadline)
+    finally:
+        print(report(matrix), end="")
+        queue.lock.close()  # or it waits for the garbage collector
+    if queue.failed:
+        names = ", ".join(run.name for run in queue.failed)
+        mend = f"see logs/{matrix.path.stem}/<run>.out; the same command tries them again"
+        raise InputError(f"{len(queue.failed)} runs failed ({names}): {mend}")
+    left = sum(run.result() is None for run in matrix.runs())
+    rest = f"; {left} runs left, the same command goes on" if left else ""
+    print(f"report: {short(matrix.home / 'README.md')}{rest}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -661,33 +716,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
         print(report(matrix), end="")
         return 0
-    script, hashes, data = prepare(matrix)
-    check_finished(matrix, script, hashes, data)
-    states = [(run, run.result()) for run in matrix.runs()]
+    plan = prepare(matrix)
+    check_finished(matrix, plan)
     if args.list:
-        for run, result in states:
-            there = "to go on" if (run.work / "checkpoint.safetensors").is_file() else "waiting"
-            bpb = (result or {}).get("val_bpb")
-            print(f"{run.name:40} {there if result is None else 'diverged' if bpb is None else f'{bpb:.4f}'}")
+        for run in matrix.runs():
+            result, there = run.result(), (run.work / "checkpoint.safetensors").is_file()
+            waits = "to go on" if there else "waiting"
+            print(f"{run.name:40} {waits if result is None else result.get('val_bpb', 'diverged')}")
         return 0
-    devices = find_devices(matrix, args.jobs)
-    todo = sum(result is None for _, result in states)
-    plan = f"{len(states)} runs, {todo} to do, {len(devices)} at a time, {describe_budget(matrix)} each"
-    print(f"{matrix.path.stem}: {plan}", flush=True)
-    deadline = time.monotonic() + 60 * args.max_minutes if args.max_minutes else float("inf")
-    queue = Queue(matrix, script, hashes, devices, deadline)
-    try:
-        queue.work()
-    finally:
-        print(report(matrix), end="")
-        queue.lock.close()  # or it waits for the garbage collector
-    if queue.failed:
-        names = ", ".join(run.name for run in queue.failed)
-        raise InputError(f"{len(queue.failed)} runs failed ({names}): see logs/{matrix.path.stem}/<run>.out; "
-                         "the same command tries them again")  # fmt: skip
-    left = sum(run.result() is None for run in matrix.runs())
-    rest = f"; {left} runs left, the same command goes on" if left else ""
-    print(f"report: {short(matrix.home / 'README.md')}{rest}")
+    run_matrix(matrix, plan, args.jobs, args.max_minutes)
     return 0
 
 

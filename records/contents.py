@@ -1,134 +1,105 @@
-"""Print an artifact's table of contents and draw where its bytes are.
+"""Print what an artifact holds and draw where its bytes are.
 
     python records/contents.py logs/RUN/model.int6.rgpt          the table, and logs/RUN/model.int6.png
 
-Nothing is decoded but the header: what a tensor is called, its shape, its scheme, its bytes. `python train_gpt.py
---mode=eval --artifact=...` reads the weights themselves.
+The trainer's own reader reads the file (train_gpt.py, or train_gpt_mlx.py where torch is missing), so what is listed is
+what is scored. The header is what belongs to no tensor: names, checksums, the frame.
 """
 
-import hashlib
-import json
-import math
 import re
-import struct
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from common import COLORS, InputError, Parser, plotting, run_tool, save_picture, short
+from ablate import SCRIPTS, load_script
+from common import InputError, Parser, run_tool, short
+from draw import COLORS, canvas, save_picture, tidy
 
-HEAD, VERSION, LARGEST_HEADER = struct.Struct("<4sII"), 5, 1 << 22  # as in the scripts
-SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "grid", "f16", "f32")
 KINDS = ("attention", "MLP", "LoRA", "embedding", "vectors", "header")
 
 
 class Entry(NamedTuple):
+    """A tensor of the file, or the header."""
+
     name: str
+    kind: str  # one of KINDS
+    place: str  # "block 3", or where else it is
     shape: tuple[int, ...]
-    scheme: str
-    size: int  # bytes
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def kind(self) -> str:
-        if "lora" in self.name:
-            return "LoRA"
-        if self.name == "tok_emb.weight":
-            return "embedding"
-        matrix = re.search(r"\.(attn|mlp)\.\w+\.weight$", self.name)
-        return {"attn": "attention", "mlp": "MLP"}[matrix[1]] if matrix else "vectors"
-
-    @property
-    def place(self) -> str:
-        """The block, or where else it is."""
-        block = re.match(r"blocks\.(\d+)\.", self.name)
-        return block[1] if block else "embedding" if self.kind == "embedding" else "other"
+    weights: int
+    size: float  # bytes
 
 
-def read_contents(path: Path) -> tuple[dict, list[Entry], int]:
-    """(header, entries, bytes of header, checksum and frame). Raises InputError."""
+def any_script():
+    """The first trainer whose packages are here. Raises InputError if there is none."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: expected an artifact, found nothing to read ({error.strerror})") from None
-    frame = HEAD.size + 32
-    if len(data) < frame or data[:4] != b"RGPT":
-        raise InputError(f"{path}: expected an artifact of this project, found another file")
-    _, version, size = HEAD.unpack_from(data)
-    if version != VERSION:
-        raise InputError(f"{path}: expected version {VERSION}, found {version}; use the tools of that version's commit")
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise InputError(f"{path}: expected its SHA-256 at the end, found another (cut short or changed)")
+        return load_script(SCRIPTS[0])
+    except InputError:
+        return load_script(SCRIPTS[1])
+
+
+def kind_of(name: str) -> str:
+    if "lora" in name:
+        return "LoRA"
+    if name == "tok_emb.weight":
+        return "embedding"
+    matrix = re.search(r"\.(attn|mlp)\.\w+\.weight$", name)
+    return {"attn": "attention", "mlp": "MLP"}[matrix[1]] if matrix else "vectors"
+
+
+def read_contents(path: Path) -> tuple[str, list[Entry]]:
+    """A line on the model, and what is in the file to the last byte. Raises InputError."""
+    script = any_script()
     try:
-        header = json.loads(zlib.decompressobj().decompress(data[HEAD.size : HEAD.size + size], LARGEST_HEADER))
-        entries = [Entry(name, tuple(shape), scheme, count) for name, shape, scheme, count, _ in header["tensors"]]
-        total = sum(entry.size for entry in entries)
-        if total + size + frame != len(data) or any(entry.size < 0 for entry in entries):
-            raise ValueError("sizes that do not add up")
-        for name, shape, scheme, count in entries:
-            numbers = all(type(n) is int and 0 < n < 2**32 for n in shape) and type(count) is int
-            if not re.fullmatch(r"[a-z0-9_.]{1,99}", name) or not numbers or scheme not in SCHEMES or len(shape) > 3:
-                raise ValueError("a tensor that no model has")
-        model, coder = header["model"], header["codec"]
-        facts = f"{model['layout']} {model['model_dim']:d} {header['loops']:d} {coder}"
-        if not re.fullmatch(r"[0-9x+]{1,99} \d{1,9} \d{1,9} (ans|lzma)", facts):
-            raise ValueError("a model that does not exist")
-    except (ValueError, LookupError, TypeError, zlib.error, RecursionError) as error:
-        raise InputError(f"{path}: expected a whole header, found {str(error)[:100]}") from None
-    return header, entries, size + frame
+        found = script.read_artifact(path)
+    except ValueError as error:  # the script's InputError is one
+        shown = "".join(letter if letter.isprintable() else "?" for letter in str(error))  # it may quote the file
+        raise InputError(shown) from None
+    entries = []
+    for name, value in found.weights.items():
+        kind, block = kind_of(name), re.match(r"blocks\.(\d+)\.", name)
+        place = f"block {block[1]}" if block else "embedding" if kind == "embedding" else "other"
+        entries.append(Entry(name, kind, place, tuple(value.shape), value.size, found.bits[name] / 8))
+    rest = path.stat().st_size - sum(entry.size for entry in entries)
+    entries.append(Entry("header", "header", "header", (), 0, rest))
+    model = found.model
+    about = f"layout {model['layout']}  {model['model_dim']} wide  passes {found.loops}  quantizer {found.quantizer}"
+    return about, entries
 
 
-def table(header: dict, entries: list[Entry], frame: int) -> str:
+def table(about: str, entries: list[Entry]) -> str:
     """One line a tensor, then the sums."""
-    width = max(len(entry.name) for entry in entries)
-    model = header["model"]
-    lines = [f"layout {model['layout']}  {model['model_dim']} wide  passes {header['loops']}  coder {header['codec']}",
-             f"{'tensor':{width}}  {'shape':>14}  {'scheme':>6}  {'bytes':>10}  bits a weight"]  # fmt: skip
+    width, total = max(len(entry.name) for entry in entries), sum(entry.size for entry in entries)
+    lines = [about, f"{'tensor':{width}}  {'shape':>14}  {'bytes':>12}  bits a weight"]
     for entry in entries:
-        shape = "x".join(map(str, entry.shape))
-        bits = 8 * entry.size / entry.weights
-        lines.append(f"{entry.name:{width}}  {shape:>14}  {entry.scheme:>6}  {entry.size:>10,}  {bits:6.3f}")
-    total = frame + sum(entry.size for entry in entries)
+        bits = f"{8 * entry.size / entry.weights:6.3f}" if entry.weights else ""
+        lines.append(f"{entry.name:{width}}  {'x'.join(map(str, entry.shape)):>14}  {entry.size:>12,.1f}  {bits}")
     lines.append("")
     for kind in KINDS:
-        size = frame if kind == "header" else sum(entry.size for entry in entries if entry.kind == kind)
+        size = sum(entry.size for entry in entries if entry.kind == kind)
         count = sum(entry.weights for entry in entries if entry.kind == kind)
+        bits = f", {count:,} weights, {8 * size / count:.3f} bits each" if count else ""
         if size:
-            bits = f", {count:,} weights, {8 * size / count:.3f} bits each" if count else ""
-            lines.append(f"{kind:10} {size:>10,} bytes  {100 * size / total:5.1f} %{bits}")
-    lines.append(f"{'all':10} {total:>10,} bytes")
-    return "\n".join(lines)
+            lines.append(f"{kind:10} {size:>10,.0f} bytes  {100 * size / total:5.1f} %{bits}")
+    return "\n".join([*lines, f"{'all':10} {total:>10,.0f} bytes"])
 
 
-def draw(entries: list[Entry], frame: int, title: str, out: Path) -> None:
+def draw(entries: list[Entry], title: str, out: Path) -> None:
     """A bar a block, its bytes by kind."""
-    plt = plotting()
-    places = list(dict.fromkeys(entry.place for entry in entries)) + ["header"]
-    figure, axes = plt.subplots(figsize=(8.4, 1.4 + 0.32 * len(places)), dpi=130, layout="constrained")
-    left = dict.fromkeys(places, 0)
+    places = list(dict.fromkeys(entry.place for entry in entries))
+    figure, axes = canvas(8.4, 1.4 + 0.32 * len(places))
+    left = dict.fromkeys(places, 0.0)
     for kind, color in zip(KINDS, COLORS):
-        sizes = {place: sum(e.size for e in entries if e.place == place and e.kind == kind) for place in places}
-        if kind == "header":
-            sizes["header"] = frame
+        sizes = {place: sum(e.size for e in entries if (e.place, e.kind) == (place, kind)) / 1000 for place in places}
         shown = [place for place in places if sizes[place]]
         if shown:
-            axes.barh([f"block {place}" if place.isdigit() else place for place in shown],
-                      [sizes[place] / 1000 for place in shown], left=[left[place] / 1000 for place in shown],
-                      color=color, label=kind, height=0.7)  # fmt: skip
-        for place in shown:
-            left[place] += sizes[place]
-    order = [f"block {place}" if place.isdigit() else place for place in places]
-    axes.set_yticks(order, order)
+            starts, widths = [left[place] for place in shown], [sizes[place] for place in shown]
+            axes.barh(shown, widths, left=starts, color=color, label=kind, height=0.7)
+        left = {place: left[place] + sizes[place] for place in places}
+    axes.set_yticks(places, places)
     axes.invert_yaxis()
     axes.set(xlabel="kilobytes")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.spines["right"].set_visible(False)
-    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
+    tidy(axes, "x")
     axes.legend(frameon=False)
     save_picture(figure, out)
 
@@ -138,11 +109,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("artifact", type=Path, help="a model.int6.rgpt")
     parser.add_argument("--out", type=Path, help="the PNG (default: beside the artifact)")
     args = parser.parse_args(argv)
-    header, entries, frame = read_contents(args.artifact)
-    print(table(header, entries, frame))
+    about, entries = read_contents(args.artifact)
+    print(table(about, entries))
     out = args.out or args.artifact.with_suffix(".png")
-    total = frame + sum(entry.size for entry in entries)
-    draw(entries, frame, f"{args.artifact.parent.name}/{args.artifact.name}: {total:,} bytes", out)
+    name = f"{args.artifact.resolve().parent.name}/{args.artifact.name}"
+    draw(entries, f"{name}: {args.artifact.stat().st_size:,} bytes", out)
     print(f"picture: {short(out)}")
     return 0
 

@@ -9,7 +9,6 @@ import binascii
 import bz2
 import json
 import lzma
-import math
 import re
 import warnings
 import zlib
@@ -18,34 +17,31 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from common import Log, read_log
+from common import TRACKS, Track, is_number
+from logs import Log, Shown, parse_log, plain_text, quantity
 
 SEVERITIES = ("info", "warning", "error")
 CODE_SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".pyx", ".ptx", ".cubin", ".pyc"}
 LARGE = 8 << 20  # bytes; a larger file is not read
 UNPACKED = 8 << 20  # bytes; a compressed script is not decoded further
+SCORE_KEYS = ("val_bpb", "mean_val_bpb", "mean_bpb")  # of submission.json, the first that is there counts
+NUMBER_KEYS = {*SCORE_KEYS, *"val_loss val_bpb_std val_loss_std bytes_code code_bytes steps train_flops".split()}
+SIZE_KEY = re.compile(r"(?:bytes_(?:total|model\w*)|\w*(?:artifact|model|total|submission)_\w*(?:bytes|size)\w*)$")
 
 
-@dataclass(frozen=True)
-class Finding:
-    severity: str
-    rule: str
-    where: str  # file, or file:line
-    expected: str
-    found: str
+# The table of rules --------------------------------------------------------------------------------------------------
+# A rule takes the submission and yields (severity, where, expected, found); `@rule` puts it into the table.
 
-    def __str__(self) -> str:
-        return f"{self.severity:7}  {self.rule:14}  {self.where}: expected {self.expected}, found {self.found}"
+Complaints = Iterator[tuple[str, str, str, object]]
+RULES: list[Callable[["Submission"], Complaints]] = []
 
 
-class Shown(float):
-    """A number of a JSON file that remembers how many decimals it was written with."""
+def rule(function: Callable[["Submission"], Complaints]) -> Callable[["Submission"], Complaints]:
+    RULES.append(function)
+    return function
 
-    def __new__(cls, text: str):
-        number = super().__new__(cls, text)
-        number.unit = 10.0 ** -len(text.partition(".")[2].rstrip("e+-0123456789")) if "e" in text.lower() else (
-            10.0 ** -len(text.partition(".")[2]))  # fmt: skip
-        return number
+
+# Numbers -------------------------------------------------------------------------------------------------------------
 
 
 def unit(value: float) -> float:
@@ -58,35 +54,40 @@ def agree(claim: float, value: float, slack: float = 0.0) -> bool:
     return abs(claim - value) <= max(min(unit(claim), 5e-3), min(unit(value), 1e-4), slack) * 1.001
 
 
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def as_number(value: object) -> float | None:
+def number_in(value: object) -> float | None:
+    """A finite number, also one written as text; None for anything else."""
+    value = quantity(value) if isinstance(value, str) else value
     return value if is_number(value) else None
 
 
-@dataclass
-class Source:
-    """A code file that is shipped: its bytes as they lie, and its text, unpacked if it was compressed."""
+def file_seed(name: str) -> int | None:
+    match = re.search(r"seed[_-]?(\d{1,15})(?!\d)|(?:^|/)\w*log_(\d{1,15})\.txt$", name)
+    return int(match[1] or match[2]) if match else None
 
-    path: Path
-    size: int
-    text: str
-    packed: bool = False
-    error: SyntaxError | None = None
-    tree: ast.Module | None = None
+
+# The folder ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Submission:
-    """A folder as the rules see it. Files are read once, on demand; nothing is executed."""
+    """A folder as the rules see it. `problems`, of reading it, are findings too: severity, where, expected, found."""
 
     folder: Path
     track: str
     beat: float | None = None
-    run_import: bool = False
-    problems: list[tuple[str, str, str, str]] = field(default_factory=list)  # of reading: severity, where, ...
+    problems: list[tuple[str, str, str, object]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> Track:
+        return TRACKS[self.track]
+
+    @cached_property
+    def counts_code(self) -> bool:
+        """Whether the bytes of the code count: as the track asks, else as the runs were made."""
+        if self.limits.counts_code is not None:
+            return self.limits.counts_code
+        return not any(weights_alone(log) for log in self.logs.values())
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -103,18 +104,49 @@ class Submission:
         return found
 
     def text(self, name: str) -> str:
+        """The text of a file, whatever its line ends; "" where it has none that can be read."""
+        if name not in self.texts:
+            self.texts[name] = self.read_text(name)
+        return self.texts[name]
+
+    def read_text(self, name: str) -> str:
         path = self.files.get(name)
         if path is None or path.stat().st_size > LARGE:
             return ""
         try:
             raw = path.read_bytes()
         except OSError as error:
-            self.problems.append(("error", name, "a readable file", str(error.strerror)))
+            self.problems.append(("error", name, "a readable file", error.strerror))
             return ""
         if b"\0" in raw[:65536]:
             self.problems.append(("error", name, "text", "binary data"))
             return ""
-        return raw.decode("utf-8", "replace")
+        return plain_text(raw)
+
+    def parse(self, name: str) -> dict:
+        """The JSON object of a file; {} where there is none, which is a finding if there is such a file."""
+        if name not in self.files:
+            return {}
+        try:
+            value = json.loads(self.text(name), parse_float=Shown, object_pairs_hook=self.without_repeats(name))
+        except (ValueError, RecursionError) as error:
+            found = " ".join(str(error).split())[:80] if self.text(name).strip() else "an empty file"
+            self.problems.append(("error", name, "valid JSON", found))
+            return {}
+        if not isinstance(value, dict):
+            self.problems.append(("error", name, "a JSON object", type(value).__name__))
+            return {}
+        return value
+
+    def without_repeats(self, name: str) -> Callable[[list[tuple[str, object]]], dict]:
+        def make(pairs: list[tuple[str, object]]) -> dict:
+            value = dict(pairs)
+            if len(value) < len(pairs):
+                twice = sorted(key for key in value if sum(key == other for other, _ in pairs) > 1)
+                self.problems.append(("error", name, "every key once", f"{', '.join(twice)} several times"))
+            return value
+
+        return make
 
     @cached_property
     def readme(self) -> str:
@@ -127,19 +159,76 @@ class Submission:
 
     @cached_property
     def facts(self) -> dict:
-        """submission.json; {} where it is missing or broken (rule `files` and `json` say so)."""
-        return self.parse(self.json_name)
+        """submission.json, its numbers read; {} where it is missing or broken (`files` and `readable` say so)."""
+        return self.with_numbers(self.parse(self.json_name))
 
-    def parse(self, name: str) -> dict:
-        try:
-            value = json.loads(self.text(name) or "{}", parse_float=Shown)
-        except (ValueError, RecursionError) as error:
-            self.problems.append(("error", name, "valid JSON", " ".join(str(error).split())[:80]))
+    def with_numbers(self, values: dict, whose: str = "") -> dict:
+        """`values` with text such as "17,500,000" turned into numbers. What should be one and is none becomes None."""
+        read = dict(values)
+        for key, value in values.items():
+            if value is not None and (key in NUMBER_KEYS or SIZE_KEY.match(key)):
+                read[key] = number_in(value)
+                if read[key] is None:
+                    self.problems.append(("error", self.json_name, f"a number for {key}{whose}", repr(value)[:60]))
+        return read
+
+    @cached_property
+    def bpb(self) -> float | None:
+        """The score that submission.json claims."""
+        return next((self.facts[key] for key in SCORE_KEYS if key in self.facts), None)
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """The seeds that submission.json lists."""
+        listed = self.facts.get("seeds")
+        if listed is None:
+            return []
+        listed = re.split(r"[,;\s]+", listed.strip("[] ")) if isinstance(listed, str) else listed
+        numbers = [number_in(seed) for seed in (listed if isinstance(listed, (list, dict)) else [listed])]
+        if any(number is None or number != int(number) for number in numbers):
+            self.problems.append(("error", self.json_name, "whole numbers as seeds", repr(listed)[:60]))
+        return [int(number) for number in numbers if number is not None]
+
+    @cached_property
+    def seed_results(self) -> dict[str, dict]:
+        """By seed, what submission.json states of its run: an object of objects, or a list in any of its forms."""
+        rows = self.facts.get("seed_results")
+        if rows is None:
+            rows = self.facts["seeds"] if isinstance(self.facts.get("seeds"), dict) else {}
+        if isinstance(rows, list):
+            named = self.seeds if len(self.seeds) == len(rows) else [f"number {i}" for i in range(1, len(rows) + 1)]
+            pairs = [(row.get("seed", seed) if isinstance(row, dict) else seed, row) for seed, row in zip(named, rows)]
+        elif isinstance(rows, dict):
+            pairs = list(rows.items())
+        else:
+            self.problems.append(("error", self.json_name, "results by seed", repr(rows)[:60]))
             return {}
-        if not isinstance(value, dict):
-            self.problems.append(("error", name, "a JSON object", type(value).__name__))
-            return {}
-        return value
+        found = {}
+        for name, row in pairs:
+            digits = re.fullmatch(r"\D*(\d{1,15})", str(name))
+            seed = digits[1] if digits else str(name)
+            read = self.with_numbers(row if isinstance(row, dict) else {"val_bpb": row}, f" of seed {seed}")
+            if seed in found or not any(is_number(value) for value in read.values()):
+                self.problems.append(("error", self.json_name, f"one result of seed {seed}", repr(row)[:60]))
+            found[seed] = read
+        return found
+
+    @property
+    def claims(self) -> list[float]:
+        """The scores that submission.json claims, of all seeds and of each."""
+        return [*([] if self.bpb is None else [self.bpb]), *self.listed("val_bpb").values()]
+
+    @cached_property
+    def sizes(self) -> dict[str, float | None]:
+        """The sizes that submission.json states, bytes; None where it is null or cannot be read."""
+        found = {key: value for key, value in self.facts.items() if SIZE_KEY.match(key)}
+        for seed, row in self.seed_results.items():
+            found |= {f"{key} of seed {seed}": value for key, value in row.items() if SIZE_KEY.match(key)}
+        return found
+
+    def listed(self, key: str) -> dict[str, float]:
+        """By seed, a number of `seed_results`, where it is stated."""
+        return {seed: row[key] for seed, row in self.seed_results.items() if is_number(row.get(key))}
 
     @cached_property
     def logs(self) -> dict[str, Log]:
@@ -149,8 +238,8 @@ class Submission:
             if path.suffix not in (".log", ".txt") or path.name == "requirements.txt":
                 continue
             text = self.text(name)
-            log = read_log(path) if text else None
-            if log and (log.steps or log.all_scores) and text not in seen:
+            log = parse_log(path, text)
+            if (log.steps or log.all_scores) and text not in seen:
                 found[name] = log
                 seen.add(text)
         return found
@@ -158,25 +247,18 @@ class Submission:
     @cached_property
     def claimed(self) -> dict[str, Log]:
         """The logs whose scores submission.json claims; all of them where none matches."""
-        wanted = [value for value in [self.bpb, *(row.get("val_bpb") for row in self.seed_results.values())]
-                  if is_number(value)]  # fmt: skip
-        names = {name: log for name, log in self.logs.items()
-                 if any(agree(want, score) for want in wanted for score in bpbs(log))}  # fmt: skip
+        meant = {
+            name: log
+            for name, log in self.logs.items()
+            if any(agree(claim, score) for claim in self.claims for score in log.values("val_bpb"))
+        }
         seeded = {name: log for name, log in self.logs.items() if file_seed(name) is not None}
-        return (names if len(names) > 1 or not seeded else names | seeded) or self.logs
+        return (meant if len(meant) > 1 else meant | seeded) or self.logs
 
-    @cached_property
-    def bpb(self) -> float | None:
-        for key in ("val_bpb", "mean_val_bpb", "mean_bpb"):
-            if key in self.facts:
-                return as_number(self.facts[key])
-        return None
-
-    @cached_property
-    def seed_results(self) -> dict[str, dict]:
-        rows = self.facts.get("seed_results", self.facts.get("seeds"))
-        rows = rows if isinstance(rows, dict) else {}
-        return {str(seed): row for seed, row in rows.items() if isinstance(row, dict)}
+    @property
+    def ours(self) -> list[str]:
+        """Seeds of result_seed<N>.json files: the folder was written by submit."""
+        return [match[1] for name in self.files if (match := re.fullmatch(r"result_seed(\d+)\.json", name))]
 
     @cached_property
     def entry(self) -> str | None:
@@ -188,53 +270,41 @@ class Submission:
         return near[0] if near else "train_gpt.py" if "train_gpt.py" in names else None
 
     @cached_property
-    def shipped(self) -> dict[str, Source]:
-        """The script and every file of the folder that it imports, executes, opens as code or starts."""
+    def shipped(self) -> dict[str, "Source"]:
+        """The script and every code file of the folder that it imports or names, and those that these do."""
         found: dict[str, Source] = {}
         queue = [self.entry] if self.entry else []
+        code = [name for name in self.files if Path(name).suffix in CODE_SUFFIXES]
         while queue and len(found) < 100:
             name = queue.pop()
-            if name not in found:
-                found[name] = read_source(self.files[name], self.text(name))
-                queue += self.used_by(name, found[name])
+            found[name] = source = read_source(self.files[name], self.text(name))
+            queue += [other for other in code if other not in {*found, *queue} and mentions(source.text, other)]
         return found
 
-    def used_by(self, name: str, source: Source) -> set[str]:
-        home, wanted = name.rpartition("/")[0], set()
-        for module in imported(source):
-            path = module.replace(".", "/")
-            stems = [f"{path.rsplit('/', i)[0]}" for i in range(path.count("/") + 1)]
-            wanted |= {f"{stem}{end}" for stem in stems for end in (".py", ".so", "/__init__.py")}
-        wanted |= {text for text in strings(source) if isinstance(text, str) and len(text) < 200}
-        known = {path.rpartition("/")[2]: path for path in self.files}
-        found = set()
-        for text in wanted:
-            for path in (f"{home}/{text}".lstrip("/"), text.lstrip("./"), known.get(text.rpartition("/")[2], "")):
-                if path in self.files and (Path(path).suffix in CODE_SUFFIXES):
-                    found.add(path)
-                    break
-        return found - {name}
-
     @property
-    def ours(self) -> list[str]:
-        """Seeds of result_seed<N>.json files: the folder was written by submit."""
-        return [match[1] for name in self.files if (match := re.fullmatch(r"result_seed(\d+)\.json", name))]
+    def code_size(self) -> int:
+        """Bytes of all shipped code as it lies on the disk."""
+        return sum(source.size for source in self.shipped.values())
 
 
-def bpbs(log: Log) -> list[float]:
-    return [score.values["val_bpb"] for score in log.all_scores if "val_bpb" in score.values]
-
-
-def losses(log: Log) -> list[float]:
-    return [score.values["val_loss"] for score in log.all_scores if "val_loss" in score.values]
-
-
-def file_seed(name: str) -> int | None:
-    match = re.search(r"seed[_-]?(\d+)|(?:^|/)\w*log_(\d+)\.txt$", name)
-    return int(match[1] or match[2]) if match else None
+def weights_alone(log: Log) -> bool:
+    """Whether a run of ours counted its weights and not its code (COUNT_CODE=0)."""
+    return log.config is not None and str(log.config.get("count_code")) == "0"
 
 
 # Sources -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """A code file that is shipped: its bytes as they lie, and its text, unpacked if it was compressed."""
+
+    path: Path
+    size: int
+    text: str
+    packed: bool = False
+    error: SyntaxError | None = None
+    tree: ast.Module | None = None
 
 
 def unpack(packed: str | bytes) -> str | None:
@@ -248,8 +318,13 @@ def unpack(packed: str | bytes) -> str | None:
         except (ValueError, binascii.Error):
             pass
     lzma2 = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
-    makers = [lzma.LZMADecompressor, lambda: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma2), bz2.BZ2Decompressor,
-              zlib.decompressobj, lambda: zlib.decompressobj(31)]  # fmt: skip
+    makers = (
+        lzma.LZMADecompressor,
+        lambda: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=lzma2),
+        bz2.BZ2Decompressor,
+        zlib.decompressobj,
+        lambda: zlib.decompressobj(31),
+    )
     for blob in blobs:
         for make in makers:
             try:
@@ -277,50 +352,19 @@ def read_source(path: Path, text: str) -> Source:
     if path.suffix != ".py":
         return source
     source.tree, source.error = parse_source(text)
-    for value in strings(source):  # a script that is a small loader round a compressed one
-        if len(value) > 2000 and len(value) > 0.5 * len(text) and (inner := unpack(value)):
-            tree, error = parse_source(inner)
-            source.text, source.packed, source.error = inner, True, error
-            source.tree = tree or source.tree
-            break
+    constants = [node.value for node in ast.walk(source.tree or ast.Pass()) if isinstance(node, ast.Constant)]
+    longest = max((value for value in constants if isinstance(value, (str, bytes))), key=len, default="")
+    if len(longest) > max(2000, 0.5 * len(text)) and (inner := unpack(longest)):  # a small loader round it
+        tree, error = parse_source(inner)
+        source.text, source.packed, source.error, source.tree = inner, True, error, tree or source.tree
     return source
 
 
-def strings(source: Source) -> list[str | bytes]:
-    """String constants of a script, found by pattern where it does not parse."""
-    if source.tree is None:
-        return re.findall(r"[\"']([\w./-]+\.\w+)[\"']", source.text) if source.path.suffix == ".py" else []
-    return [node.value for node in ast.walk(source.tree) if isinstance(node, ast.Constant)
-            and isinstance(node.value, (str, bytes))]  # fmt: skip
-
-
-def imported(source: Source) -> set[str]:
-    """Names of the modules that a script imports, `a.b` for `from a import b` too."""
-    if source.tree is None:
-        return (
-            set(re.findall(r"^\s*(?:import|from) ([\w.]+)", source.text, re.M))
-            if source.path.suffix == ".py"
-            else set()
-        )
-    found = set()
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module or ""} | {f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names}
-        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func)[-20:]:
-            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
-    return {name for name in found if re.fullmatch(r"\w+(\.\w+)*", name)}
-
-
-# The table of rules --------------------------------------------------------------------------------------------------
-# A rule takes the submission and yields (severity, where, expected, found). `@rule` puts it into the table under the
-# name of its function.
-
-Complaints = Iterator[tuple[str, str, str, object]]
-RULES: list[Callable[[Submission], Complaints]] = []
-
-
-def rule(function: Callable[[Submission], Complaints]) -> Callable[[Submission], Complaints]:
-    RULES.append(function)
-    return function
+def mentions(text: str, name: str) -> bool:
+    """Whether a script imports a file of its folder, or has its name as a string: to run it, or to read it as code."""
+    path = Path(name)
+    module = re.escape(path.parent.name if path.stem == "__init__" else path.stem)
+    statement = rf"^\s*(?:import|from)\b.*\b{module}\b"
+    call = rf"import\w*\(\s*[\"'][\w.]*\b{module}\b"
+    string = rf"""["'](?:[^"'\n]*/)?{re.escape(path.name)}["']"""
+    return re.search(f"{statement}|{call}|{string}", text, re.M) is not None

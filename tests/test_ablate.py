@@ -3,6 +3,7 @@
 Most tests run a stand-in script that has the interface of the trainers and takes a blink; one runs the real script.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,15 +19,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 import ablate
 import common
+import logs
 from conftest import ROOT, TINY
 
 # Trains for `seconds` in steps of 0.05 s, checkpoints on SIGTERM and at its end, resumes a run of its own settings; its
 # score depends on its settings and seed.
-STAND_IN = '''
+STAND_IN = """
 import dataclasses, hashlib, json, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 DEFAULT_PRESET, REPLACED = "record", {}
+OUTSIDE = ("seed", "run_id", "log_dir", "resume", "quant_loss")  # what is not trained
 @dataclass(frozen=True)
 class Config:
     preset: str = "record"
@@ -38,6 +41,8 @@ class Config:
     layout: str = "9"
     seconds: float = 0.0
     device: str = ""
+    quant_loss: float = 0.0
+    shuffle: bool = True
     iterations: int = 0
     max_wallclock_seconds: float = 0.0
     max_train_flops: float = 0.0
@@ -55,7 +60,7 @@ def load_config(argv, environ, preset):
         values[name] = bool(int(text)) if kinds[name] is bool else kinds[name](text)
     return Config(**values), []
 def config_sha256(c):
-    kept = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("seed", "run_id", "log_dir", "resume")}
+    kept = {k: v for k, v in dataclasses.asdict(c).items() if k not in OUTSIDE}
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
 def dataset_sha256(c):
     changed = Path(__file__).with_name("data.txt")
@@ -71,6 +76,7 @@ def main():
     log = open(folder / "train.log", "a")
     log.write(Path(__file__).read_text() + "\\n" + "=" * 120 + "\\n")
     log.write("config: " + json.dumps(dataclasses.asdict(c)) + "\\n")
+    log.write("run: x  sha256: " + hashlib.sha256(Path(__file__).read_bytes()).hexdigest() + "\\n")
     log.flush()
     if c.matrix_lr == 13:
         sys.exit("error: MATRIX_LR: expected luck, found 13")
@@ -93,18 +99,28 @@ def main():
             (folder / "result.json").write_text(json.dumps(base | {"val_bpb": None}))
             sys.exit(143)
     checkpoint.write_text(f"{time.time() - began} {of}")
-    bpb = float("nan") if c.matrix_lr == 99 else 2 + c.matrix_lr / 10 + (c.seed % 7) / 1000
+    bpb = 2 + c.matrix_lr / 10 + (c.seed % 7) / 1000
     with open(folder / "metrics.jsonl", "w") as file:
         for i in (1, 2, 3):
             file.write(json.dumps({"step": i, "val_loss": 3.0, "val_bpb": bpb + 1 / i, "flops": 1e9 * i}) + "\\n")
-    (folder / "result.json").write_text(json.dumps(base | {
+    result = base | {
         "val_bpb": bpb, "val_bpb_raw": bpb - 0.001, "params_stored": 10, "bytes_artifact": 20, "train_flops": 3e9,
         "train_time_ms": 60000, "complete": True, "fits": True, "device": "cpu", "world_size": 1, "val_tokens": 9,
-        "commit": "abc"}))
+        "commit": "abc"}
+    if c.matrix_lr in (98, 99):  # its last update made it worthless: seen before export (98) or after
+        result |= {"val_bpb": None, "complete": False}
+        result |= {"val_bpb_raw": None, "bytes_artifact": None} if c.matrix_lr == 98 else {}
+    (folder / "result.json").write_text(json.dumps(result))
+    if c.matrix_lr == 97:  # neither result nor score: no artifact can be made of its weights
+        (folder / "result.json").unlink()
+        sys.exit("error: blocks.0.attn.q.weight: expected weights and gradients below 1e+30, found 6e+37")
+    if c.matrix_lr in (98, 99):
+        sys.exit("error: the score after step 3: expected a finite loss, found nan; lower MATRIX_LR")
 if __name__ == "__main__":
     main()
-'''
+"""
 
+CUT = "\n" + "=" * 120 + "\n"  # between the script and what it logs
 MATRIX = """
 about = "Which rate?"
 seeds = [1, 2, 3]
@@ -155,7 +171,7 @@ def test_runs_all_reports_and_does_nothing_twice(home, capsys):
     assert "300 tokens" in text and "Which rate?" in text and "`matrix_lr=0.9`" in text and "Fewer than" not in text
     assert "[6/6] high_seed3: started" in out and "| **low** |" in out
     assert (path.with_suffix("") / "matrix.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert {file.name for file in (path.with_suffix("") / "low_seed1").iterdir()} == set(ablate.KEPT)
+    assert {file.name for file in (path.with_suffix("") / "low_seed1").iterdir()} == KEPT
     assert run(path) == 0 and len(starts(home)) == 6
     before = text
     assert run(path, "--report") == 0 and (path.with_suffix("") / "README.md").read_text() == before
@@ -260,7 +276,7 @@ def test_refuses_to_mix_settings_scripts_and_data(home, capsys):
     path = write(home, MATRIX)
     assert run(path) == 0
     write(home, MATRIX.replace("0.9", "0.8"))
-    assert run(path) == 1 and "high_seed1: expected the settings of the TOML, found others" in capsys.readouterr().err
+    assert run(path) == 1 and "high_seed1: expected matrix_lr=0.8, found 0.9; delete" in capsys.readouterr().err
     write(home, MATRIX)
     (home / "train_gpt.py").write_text(STAND_IN + "\n# changed\n")
     assert run(path) == 1 and "one of another version" in capsys.readouterr().err
@@ -275,6 +291,7 @@ def scores(path: Path) -> dict[str, float]:
             for file in path.with_suffix("").glob("*/result.json")}  # fmt: skip
 
 
+KEPT = {"run.json", "train.log", "metrics.jsonl", "result.json"}
 ONE = "seeds = [1]\n[budget]\ntokens = 300\n[base]\nseconds = 0.0\n[arms.low]\nmatrix_lr = 0.1\n"
 
 
@@ -310,7 +327,7 @@ def test_a_run_that_ended_without_the_tool_is_kept_as_it_is(home):
     shutil.rmtree(path.with_suffix("") / "low_seed1")
     (home / "logs" / "m" / "low_seed1" / "checkpoint.safetensors").write_text("0 x")  # as before it was kept
     assert run(path) == 0 and len(starts(home)) == 1
-    assert (path.with_suffix("") / "low_seed1" / "train.log").read_text() == log
+    assert (path.with_suffix("") / "low_seed1" / "train.log").read_text() == log.removeprefix(STAND_IN + CUT)
 
 
 def test_finished_runs_are_of_their_seed_and_settings(home, capsys):
@@ -318,14 +335,14 @@ def test_finished_runs_are_of_their_seed_and_settings(home, capsys):
     assert run(path) == 0
     folder = path.with_suffix("")
     write(home, MATRIX + "[arms.wild]\nmatrix_lr = 0.7\n")  # it did not diverge at that rate
-    assert run(path) == 1 and "wild_seed1: expected the settings of the TOML" in capsys.readouterr().err
+    assert run(path) == 1 and "wild_seed1: expected matrix_lr=0.7, found 1000000.0" in capsys.readouterr().err
     write(home, MATRIX.replace("0.9", "0.8"))  # the report alone must not label old runs with new settings
     assert run(path, "--report") == 1 and "high_seed1: expected matrix_lr=0.8" in capsys.readouterr().err
     write(home, MATRIX)
     shutil.rmtree(folder / "low_seed2")
     shutil.copytree(folder / "low_seed1", folder / "low_seed2")
     for words in ([], ["--report"]):
-        assert run(path, *words) == 1 and "low_seed2: expected a run of seed 2, found 1" in capsys.readouterr().err
+        assert run(path, *words) == 1 and "low_seed2: expected seed=2, found 1" in capsys.readouterr().err
 
 
 def test_other_data_is_refused_before_anything_runs(home, capsys):
@@ -376,10 +393,119 @@ def test_an_earlier_attempt_does_not_explain_a_failure(home, capsys):
     assert not (path.with_suffix("") / "low_seed1").exists()
 
 
-def test_a_score_that_is_not_finite_is_no_score(home):
+def test_a_model_that_no_artifact_can_hold_has_diverged(home):
+    path = write(home, ONE.replace("0.1", "97.0"))
+    assert run(path) == 0 and run(path) == 0 and len(starts(home)) == 1
+    assert "below 1e+30, found 6e+37" in (path.with_suffix("") / "low_seed1" / "diverged.json").read_text()
+
+
+@pytest.mark.parametrize("rate", ["98.0", "99.0"])
+def test_a_score_that_is_not_finite_is_kept_as_a_diverged_result(home, capsys, rate):
+    """The last update made the model worthless: the queue goes on, the report says so, nothing is run twice."""
+    path = write(home, MATRIX.replace("0.9", rate))
+    assert run(path) == 0
+    assert (
+        "high_seed1: diverged, kept as a result: the score after step 3: expected a finite" in capsys.readouterr().out
+    )
+    folder = path.with_suffix("")
+    reason = json.loads((folder / "high_seed2" / "diverged.json").read_text())["diverged"]
+    assert reason.startswith("the score after step 3: expected a finite loss, found nan")
+    assert not (folder / "high_seed2" / "result.json").exists()
+    text = (folder / "README.md").read_text()
+    assert "| high | 0/3 | diverged 3 times |" in text and "| **low** | 3/3 | 2.0120 |" in text
+    assert "**3 runs diverged and are in no mean.** `high_seed1`: the score" in text and "still to be done" not in text
+    assert run(path) == 0 and len(starts(home)) == 6
+    assert run(path, "--list") == 0 and capsys.readouterr().out.count("diverged") > 3
+
+
+def test_a_matrix_of_diverged_runs_alone_has_a_report(home):
     path = write(home, ONE.replace("0.1", "99.0"))
     assert run(path) == 0
-    assert (path.with_suffix("") / "low_seed1" / "diverged.json").is_file()
+    text = (path.with_suffix("") / "README.md").read_text()
+    assert "| low | 0/1 | diverged 1 times |" in text.replace("**", "") and "matrix.png" not in text
+
+
+@pytest.mark.parametrize("value", ["null", "NaN"])
+@pytest.mark.parametrize("key", ["val_bpb", "val_bpb_raw"])
+def test_a_kept_result_without_a_score_counts_as_diverged(home, key, value):
+    """As other versions of the tools may have kept it."""
+    path = write(home, MATRIX)
+    assert run(path) == 0
+    result = path.with_suffix("") / "high_seed2" / "result.json"
+    score = json.loads(result.read_text())[key]
+    result.write_text(result.read_text().replace(f'"{key}": {score}', f'"{key}": {value}'))
+    assert run(path) == 0 and len(starts(home)) == 6
+    text = (path.with_suffix("") / "README.md").read_text()
+    assert "| high | 2/3, 1 diverged |" in text and f"`high_seed2`: expected a finite {key}" in text
+
+
+def test_a_curve_with_holes_is_drawn(home):
+    path = write(home, ONE)
+    assert run(path) == 0
+    metrics = path.with_suffix("") / "low_seed1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 4, "val_loss": null, "val_bpb": null, "flops": 4e9}\n')
+    assert run(path, "--report") == 0 and (path.with_suffix("") / "matrix.png").is_file()
+
+
+def test_logs_are_kept_without_the_script_and_the_script_once(home):
+    arms = "[arms.low]\nmatrix_lr = 0.1\nseconds = 2.5\n[arms.high]\nmatrix_lr = 0.2\n"
+    path = write(home, "seeds = [1]\n[budget]\ntokens = 300\n" + arms)
+    assert run(path, "--max-minutes=0.03") == 0 and run(path) == 0
+    assert [line.split()[:2] for line in starts(home)] == [["low_seed1", "0"], ["low_seed1", "1"], ["high_seed1", "0"]]
+    folder, script = path.with_suffix(""), hashlib.sha256(STAND_IN.encode()).hexdigest()
+    assert [file.name for file in folder.glob("*.py")] == [f"train_gpt.{script[:12]}.py"]
+    assert (folder / f"train_gpt.{script[:12]}.py").read_text() == STAND_IN
+    for arm, parts in (("low", 2), ("high", 1)):
+        log = (folder / f"{arm}_seed1" / "train.log").read_text()
+        assert log.startswith("config: {") and "DEFAULT_PRESET" not in log and "====" not in log
+        assert log.count("config: {") == log.count(f"sha256: {script}") == parts
+        assert json.loads((folder / f"{arm}_seed1" / "run.json").read_text())["script_sha256"] == script
+        assert logs.read_log(folder / f"{arm}_seed1" / "train.log").config["seed"] == 1
+    assert f"sha256 {script[:12]}" in (folder / "README.md").read_text()
+    assert (home / "logs" / "m" / "low_seed1" / "train.log").read_text().startswith(STAND_IN)
+
+
+def test_arms_may_differ_in_what_is_not_trained(home, capsys):
+    """Equal hashes of what is trained are no equal configurations."""
+    head, arms = MATRIX.split("[arms.low]")[0], "[arms.{}]\nmatrix_lr = 0.1\nquant_loss = {}\n"
+    text = head + arms.format("low", 0.01) + arms.format("high", 0.02)
+    path = write(home, text)
+    assert run(path) == 0 and len(starts(home)) == 6
+    write(home, text.replace("0.02", "0.03"))  # what is kept was exported otherwise
+    assert run(path) == 1 and "high_seed1: expected quant_loss=0.03, found 0.02" in capsys.readouterr().err
+    write(home, text.replace("0.02", "0.01"))
+    assert run(path, "--list") == 1 and "arms that differ, found low and high to be one" in capsys.readouterr().err
+
+
+def test_a_script_changed_while_the_queue_runs_is_noticed(home, capsys):
+    path = write(home, ONE)
+    changing = STAND_IN.replace("def main():\n", 'def main():\n    open(__file__, "a").write("# changed\\n")\n')
+    (home / "train_gpt.py").write_text(changing)
+    assert run(path) == 1 and "train_gpt.py was changed meanwhile" in capsys.readouterr().out
+    assert scores(path) == {}
+
+
+def test_committed_matrices_are_in_order():
+    """Runs are what their TOML calls them; logs have no script, which lies beside them under its hash."""
+    for path in sorted((ROOT / "records" / "ablations").glob("*.toml")):
+        matrix = ablate.read_matrix(path)
+        ablate.check_finished(matrix)
+        for run, _ in matrix.finished():
+            script = json.loads((run.home / "run.json").read_text())["script_sha256"]
+            copy = matrix.home / f"train_gpt.{script[:12]}.py"
+            assert hashlib.sha256(copy.read_bytes()).hexdigest() == script
+            assert (run.home / "train.log").read_text().startswith("config: {")
+
+
+def test_contiguous_data_is_marked(home):
+    mark = "**Made with contiguous data: every step read one chapter of the text."
+    path = write(home, MATRIX)
+    assert run(path) == 0 and mark not in (path.with_suffix("") / "README.md").read_text()
+    log = path.with_suffix("") / "low_seed1" / "train.log"
+    log.write_text(log.read_text().replace(', "shuffle": true', ""))  # of before there was such a setting
+    assert run(path, "--report") == 0 and mark in (path.with_suffix("") / "README.md").read_text()
+    path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nshuffle = false'), "c.toml")
+    assert run(path) == 0 and mark in (path.with_suffix("") / "README.md").read_text()
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"val_bpb": null}', '{"val_bpb": "2"}', "{"])
@@ -479,6 +605,7 @@ def test_the_real_script(data, tmp_path):
     settings = {key: value for key, value in settings.items() if key not in ("iterations", "max_wallclock_seconds")}
     base = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
     text = f"seeds = [1]\n[budget]\ntokens = 1024\n[base]\n{base}[arms.one]\n[arms.two]\nmatrix_lr = 0.02\n"
+    text += "[arms.late]\nmatrix_lr = 1e38\nwarmdown_frac = 0\n"  # one step too far
     path = write(home, text)
     done = subprocess.run(command(home, path), capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -486,4 +613,6 @@ def test_the_real_script(data, tmp_path):
         result = json.loads((path.with_suffix("") / f"{arm}_seed1" / "result.json").read_text())
         assert result["steps"] == 4 and result["tokens"] == 1024 and result["complete"]
     text = (path.with_suffix("") / "README.md").read_text()
-    assert "1+2x2+1" in text and "| two | 1/1 |" in text
+    assert "1+2x2+1" in text and "| two | 1/1 |" in text and "| late | 0/1 | diverged 1 times |" in text
+    source = (path.with_suffix("") / "one_seed1" / "train.log").read_text()
+    assert source.startswith("config: {") and hashlib.sha256((home / "train_gpt.py").read_bytes()).hexdigest() in source

@@ -1,4 +1,4 @@
-"""records/contents.py: says what an artifact holds, to the byte."""
+"""records/contents.py: says what an artifact holds, to the byte, by the trainer's own reader."""
 
 import hashlib
 import json
@@ -14,63 +14,82 @@ import contents
 from conftest import random_weights, script_or_skip
 
 
+@pytest.fixture(scope="module")
+def tiny_script():
+    """One module for all tests here: loading the script takes longer than reading an artifact."""
+    return script_or_skip("train_gpt")
+
+
 @pytest.fixture
-def artifact(config, tmp_path):
-    module = script_or_skip("train_gpt")
-    c = config(module, layout="1+2x2+1", lora_rank=3, quant_bits="core:5,embed:16,*:6")
-    module.write_artifact(tmp_path / "model.int6.rgpt", c, 2, random_weights(module, c))
-    return tmp_path / "model.int6.rgpt"
+def artifact(config, tmp_path, monkeypatch, tiny_script):
+    c = config(tiny_script, layout="1+2x2+1", lora_rank=3, embed_float16=True)
+    path = tmp_path / "model.int6.rgpt"
+    path.write_bytes(tiny_script.export_model(c, random_weights(tiny_script, c), 2).data)
+    monkeypatch.setattr(contents, "load_script", lambda name: tiny_script)
+    return path
 
 
 def run(*args) -> int:
     return common.run_tool(contents.main, [str(arg) for arg in args])
 
 
-def test_lists_every_tensor_and_every_byte(artifact, capsys):
-    module = script_or_skip("train_gpt")
+def test_lists_every_tensor_and_every_byte(artifact, capsys, tiny_script):
     assert run(artifact) == 0
     out = capsys.readouterr().out
-    for name in module.read_artifact(artifact)[2]:
+    found = tiny_script.read_artifact(artifact)
+    for name in found.weights:
         assert f"\n{name} " in out
-    header, entries, frame = contents.read_contents(artifact)
-    assert frame + sum(entry.size for entry in entries) == artifact.stat().st_size and header["loops"] == 2
-    schemes = {entry.name: entry.scheme for entry in entries}
-    assert (schemes["tok_emb.weight"], schemes["blocks.1.attn.q.weight"], schemes["blocks.0.attn.q.weight"]) == (
-        "f16", "int5", "int6")  # fmt: skip
-    assert {entry.kind for entry in entries} == set(contents.KINDS) - {"header"}
+    about, entries = contents.read_contents(artifact)
+    assert about == "layout 1+2x2+1  32 wide  passes 2  quantizer absmax" and out.startswith(about)
+    assert sum(entry.size for entry in entries) == artifact.stat().st_size
+    assert f"all        {artifact.stat().st_size:>10,} bytes" in out
+    sizes = {entry.name: entry for entry in entries}
+    assert len(sizes) == len(found.weights) + 1 and 0 < sizes["header"].size < 3000
+    embedding = sizes["tok_emb.weight"]
+    assert 10 < 8 * embedding.size / embedding.weights < 17 and embedding.place == "embedding"
+    query = sizes["blocks.1.attn.q.weight"]
+    assert 4 < 8 * query.size / query.weights < 9 and (query.place, query.kind) == ("block 1", "attention")
+    assert {entry.kind for entry in entries} == set(contents.KINDS)
     assert artifact.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_mlx_reads_where_torch_is_missing(monkeypatch):
+    """The first trainer whose packages are here."""
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        if name == "train_gpt.py":
+            raise common.InputError(f"{name}: expected its packages, found none")
+        return "mlx"
+
+    monkeypatch.setattr(contents, "load_script", load)
+    assert contents.any_script() == "mlx" and asked == ["train_gpt.py", "train_gpt_mlx.py"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda h: h["tensors"][0].__setitem__(0, 5),
-        lambda h: h["tensors"][0].__setitem__(0, "\x1b[2J"),
-        lambda h: h["tensors"][0].__setitem__(0, "x" * 1000),
-        lambda h: h["tensors"][0].__setitem__(1, [2**40, 1]),
-        lambda h: h["tensors"][0].__setitem__(1, [True, 1.5]),
-        lambda h: h["tensors"][0].__setitem__(1, "12"),
-        lambda h: h["tensors"][0].__setitem__(2, None),
-        lambda h: h["tensors"][0].__setitem__(2, "\x1b[2J"),
-        lambda h: h["tensors"][0].__setitem__(3, float(h["tensors"][0][3])),
         lambda h: h.pop("model"),
         lambda h: h.pop("loops"),
         lambda h: h.update(loops=None),
-        lambda h: h.update(codec="\x1b[2J"),
+        lambda h: h.update(loops=99),
+        lambda h: h.update(quantizer="\x1b[2J"),
         lambda h: h["model"].update(layout="\x1b[2J"),
         lambda h: h["model"].update(model_dim="512"),
-        lambda h: h.update(tensors=7),
+        lambda h: h["model"].update(model_dim=2**20),
         lambda h: h.update(model=[]),
     ],
 )
-def test_refuses_headers_that_were_made_up(artifact, capsys, change):
+def test_refuses_headers_that_were_made_up(artifact, capsys, change, tiny_script):
     """Signed again, as somebody would who means harm: one line, and nothing of the file reaches the terminal raw."""
-    data, head = artifact.read_bytes(), contents.HEAD
-    size = head.unpack_from(data)[2]
-    header = json.loads(zlib.decompress(data[head.size : head.size + size]))
+    data, head = artifact.read_bytes(), tiny_script.ARTIFACT_HEAD
+    magic, version, size = head.unpack_from(data)
+    text, end, rest = zlib.decompress(data[head.size : head.size + size]).partition(b"\n")
+    header = json.loads(text)
     change(header)
-    packed = zlib.compress(json.dumps(header).encode())
-    body = head.pack(data[:4], contents.VERSION, len(packed)) + packed + data[head.size + size : -32]
+    packed = zlib.compress(json.dumps(header).encode() + end + rest)
+    body = head.pack(magic, version, len(packed)) + packed + data[head.size + size : -32]
     artifact.write_bytes(body + hashlib.sha256(body).digest())
     assert run(artifact) == 1
     out, err = capsys.readouterr()
@@ -79,10 +98,15 @@ def test_refuses_headers_that_were_made_up(artifact, capsys, change):
 
 def test_refuses_other_files_in_one_line(artifact, tmp_path, capsys):
     good = artifact.read_bytes()
-    for content, expected in (
-        (None, "found nothing to read"), (b"", "another file"), (b"PK" * 99, "another file"),
-        (good[:-1], "SHA-256"), (good[:4] + b"\1" + good[5:], "version"), (good[:50] + b"x" + good[51:], "SHA-256"),
-    ):  # fmt: skip
+    cases = [
+        (None, "No such file"),
+        (b"", "expected an artifact"),
+        (b"PK" * 99, "expected magic"),
+        (good[:-1], "SHA-256"),
+        (good[:4] + b"\1" + good[5:], "expected version"),
+        (good[:50] + b"x" + good[51:], "SHA-256"),
+    ]
+    for content, expected in cases:
         path = tmp_path / "other"
         path.unlink(missing_ok=True)
         if content is not None:

@@ -48,9 +48,9 @@ def test_reads_the_numbers_of_a_run(tmp_path):
     (run / "result.json").write_text('{"val_bpb": 2.75}')
     read = curve.read_curve(run, "tokens", "a")
     assert read.val == [pytest.approx((4096e-6 * step, (7 - 0.05 * step) / 1.5)) for step in (20, 40, 60)]
-    assert read.train[9] == pytest.approx((0.04096, 6.5 / 1.5))
+    assert read.train[9] == pytest.approx((0.04096, 6.5)) and read.nats_per_bpb == pytest.approx(1.5)
     assert read.switches == [(pytest.approx(4096e-6 * 31), "1→2 passes")]
-    assert read.final == 2.75 and not read.partial and len(read.train) == 60
+    assert read.final == 2.75 and not read.partial and len(read.train) == 60 and read.remarks == []
 
 
 @pytest.mark.parametrize("axis", curve.X_AXES)
@@ -68,17 +68,64 @@ def test_draws_many_runs(tmp_path):
     assert is_png(tmp_path / "all.png")
 
 
+def spoil(run: Path, first: int, last: int, value: str) -> None:
+    """Writes `value` for every loss of these steps, as a model that blew up does."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if first <= row["step"] <= last:
+            row |= {key: "X" for key in ("train_loss", "val_loss", "val_bpb") if key in row}
+    text = "".join(json.dumps(row) + "\n" for row in rows).replace('"X"', value)
+    (run / "metrics.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "Infinity"])
+def test_draws_what_is_finite_and_says_the_rest(tmp_path, capsys, value):
+    """The last update made the model worthless: the picture ends before, a line says so."""
+    run = write_run(tmp_path / "a")
+    spoil(run, 51, 60, value)
+    (run / "result.json").write_text(f'{{"val_bpb": {value}}}')
+    assert curve.run_tool(curve.main, [str(run)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 and "1 of 3 validations are not finite, 10 of 60 losses are not finite, the art" in out[0]
+    read = curve.read_curve(run, "steps", "a")
+    assert read.val[-1][0] == 40 and read.train[-1][0] == 50 and read.final is None and is_png(run / "curve.png")
+    good = write_run(tmp_path / "b")
+    assert curve.run_tool(curve.main, [str(run), str(good)]) == 0  # a bad run does not stop the others' picture
+
+
+def test_without_a_finite_validation_the_picture_is_in_nats(tmp_path, capsys, monkeypatch):
+    labels, save = [], curve.save_picture
+
+    def note(figure, out):
+        labels.append(figure.axes[0].get_ylabel())
+        save(figure, out)
+
+    monkeypatch.setattr(curve, "save_picture", note)
+    early, lost = write_run(tmp_path / "early", steps=10), write_run(tmp_path / "lost", steps=40)
+    spoil(lost, 20, 20, "NaN")
+    spoil(lost, 40, 40, "null")
+    assert curve.run_tool(curve.main, [str(early)]) == 0 and curve.run_tool(curve.main, [str(lost)]) == 0
+    out = capsys.readouterr().out
+    assert "early: no validation yet" in out and "lost: 2 of 2 validations are not finite, 2 of 40 losses" in out
+    good = write_run(tmp_path / "good")
+    assert curve.run_tool(curve.main, [str(lost), str(good)]) == 0  # the other's bits per byte serve both
+    assert labels == ["nats per token", "nats per token", "bits per byte"]
+
+
 def test_one_line_errors(tmp_path, capsys):
     good = str(write_run(tmp_path / "good"))
-    early = str(write_run(tmp_path / "early", steps=10))
+    nothing = write_run(tmp_path / "nothing", steps=10)
+    spoil(nothing, 1, 10, "NaN")
     torn = str(write_run(tmp_path / "torn", tail="not json\n"))
     lost = write_run(tmp_path / "lost")
-    (lost / "result.json").write_text("{}")
+    (lost / "result.json").write_text("[]")
+    (tmp_path / "file").write_text("")
     cases = [
-        ([str(tmp_path / "none")], "found no file"), ([early], "at least one validation"), ([torn], "line 64"),
+        ([str(tmp_path / "none")], "found nothing to read"), ([torn], "line 64"),
+        ([str(nothing)], "expected a finite loss"),
         ([str(lost)], "result.json"), ([good, "--x=miles"], "invalid choice"), ([], "RUN"),
         ([good, "--label=a", "--label=b"], "--label"), ([good] * 15, "at most 14"),
-        ([good, f"--out={tmp_path / 'no' / 'x.png'}"], "cannot write"),
+        ([good, f"--out={tmp_path / 'file' / 'x.png'}"], "file"),
     ]  # fmt: skip
     for argv, expected in cases:
         assert curve.run_tool(curve.main, argv) == 1

@@ -1,0 +1,222 @@
+"""The rules of check.py for what a folder holds, what submission.json states, and the bytes that are counted."""
+
+import datetime
+import re
+import statistics
+
+from common import is_number
+from folder import Complaints, Submission, file_seed, rule, weights_alone
+
+WEIGHTS = {".pt", ".pth", ".ptz", ".bin", ".npz", ".npy", ".safetensors", ".ckpt", ".rgpt", ".pkl"}
+STRAY = {"__pycache__", ".DS_Store", ".git", ".ipynb_checkpoints", "wandb", ".venv", "node_modules", ".pytest_cache"}
+
+
+@rule
+def files(s: Submission) -> Complaints:
+    """README.md, submission.json and train_gpt.py are there; nothing else lies about."""
+    for name in ("README.md", "submission.json"):
+        if name not in s.files:
+            other = s.json_name if name != "README.md" and s.json_name in s.files else None
+            yield "warning" if other else "error", name, "the file", other or "none"
+    if "README.md" in s.files and not s.readme.strip():
+        yield "warning", "README.md", "a text", "an empty file"
+    if s.entry is None:
+        yield "error", "train_gpt.py", "the script", "none"
+    elif not s.files[s.entry].stat().st_size:
+        yield "error", s.entry, "a script", "an empty file"
+    elif s.entry != "train_gpt.py" and not (s.ours and s.entry == "train_gpt_mlx.py"):
+        yield "warning", s.entry, "a script named train_gpt.py", s.entry
+    for name, path in s.files.items():
+        if STRAY & set(path.relative_to(s.folder).parts):
+            yield "warning", name, "only what belongs to the submission", "a left-over"
+        elif path.suffix in WEIGHTS:
+            yield "warning", name, "no weights or caches in the folder", f"{path.stat().st_size} bytes"
+
+
+@rule
+def train_logs(s: Submission) -> Complaints:
+    """There are logs of training, and those that are named so state steps."""
+    if not any(log.trained for log in s.logs.values()):
+        found = "none that states a step" if s.logs else "none that states a step or a score"
+        yield "error", s.folder.name, "at least one log of training", found
+    for name in s.files:
+        if re.fullmatch(r"train\w*\.(?:log|txt)", name) and not (name in s.logs and s.logs[name].trained):
+            if twin := next((other for other in s.logs if s.text(other) == s.text(name)), None):
+                yield "info" if file_seed(name) is None else "warning", name, "a log of its own", f"a copy of {twin}"
+            else:
+                yield "warning", name, "steps with a loss or a time, such as step:10/200 train_loss:5.1", "none"
+
+
+@rule
+def folder_name(s: Submission) -> Complaints:
+    """YYYY-MM-DD_Name, without spaces."""
+    name = s.folder.resolve().name
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)_[\w.+=-]+", name)
+    if not match or not a_date(match[1]):
+        yield "warning", name, "YYYY-MM-DD_Name without spaces", name
+
+
+def a_date(text: str) -> bool:
+    try:
+        datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
+        return True
+    except ValueError:
+        return False
+
+
+@rule
+def json_fields(s: Submission) -> Complaints:
+    """submission.json has author, github_id, name, date and val_bpb, of the right types."""
+    if s.json_name not in s.files:
+        return
+    where = s.json_name
+    for key in ("author", "github_id", "name", "date"):
+        value = s.facts.get(key)
+        if value is None or value == "":
+            if not (key == "github_id" and s.track == "local"):
+                yield "warning", where, f"the field {key}", "none" if key not in s.facts else repr(value)
+        elif not isinstance(value, str) or not value.strip():
+            yield "warning", where, f"text for {key}", repr(value)
+    date = s.facts.get("date")
+    if isinstance(date, str) and date and not a_date(date):
+        yield "warning", where, "a date YYYY-MM-DD", date
+    if s.bpb is None:
+        other = any(key.endswith("bpb") and value is not None for key, value in s.facts.items())
+        severity = "warning" if other and "val_bpb" not in s.facts else "error"
+        yield severity, where, "a number for val_bpb", "null" if "val_bpb" in s.facts else "none"
+    elif not 0.3 < s.bpb < 10:
+        yield "error", where, "bits per byte between 0.3 and 10 for val_bpb", s.bpb
+
+
+@rule
+def artifact_size(s: Submission) -> Complaints:
+    """The size of the artifact is stated, in submission.json or the log, and not null."""
+    severity = "warning" if any({"model", "total"} & log.sizes.keys() for log in s.logs.values()) else "error"
+    for key, value in s.sizes.items():
+        if value is None:
+            yield severity, s.json_name, f"bytes for {key}", "null or no number"
+    if s.json_name in s.files and not s.sizes:
+        yield severity, s.json_name, "the artifact's size (bytes_total)", "none"
+
+
+@rule
+def cap(s: Submission) -> Complaints:
+    """What counts is within the track's cap: as JSON and logs state it, and recounted with all code that is shipped."""
+    limit, over = s.limits.bytes_cap, False
+    for key, value in s.sizes.items():
+        counts = not re.search("raw|uncompressed|cap|limit|budget", key)
+        if counts and value is not None and not 0 < value <= limit:
+            over = True
+            yield "error", s.json_name, f"{key} within {limit:,}", f"{value:,.0f}"
+    kind = "total" if s.counts_code else "model"
+    for name, log in s.claimed.items():
+        line, size = log.sizes.get(kind, (0, 0))
+        if size > limit:
+            over = True
+            yield "error", f"{name}:{line}", f"a submission within {limit:,} bytes", f"{size:,}"
+    logs = [log for log in (*s.claimed.values(), *s.logs.values()) if "model" in log.sizes]
+    if over or not logs or not s.counts_code or not s.code_size:
+        return
+    model = max(log.sizes["model"][1] for log in logs)
+    if model + s.code_size > limit:
+        counted = max(log.sizes.get("code_compressed", (0, 0))[1] for log in logs)
+        shipped = ", ".join(f"{name} {source.size:,}" for name, source in s.shipped.items())
+        found = f"{model + s.code_size:,} = artifact {model:,} + {shipped}"
+        if counted and model + counted <= limit:  # accepted in review from PR #1530 on
+            yield "warning", "code", f"{limit:,} bytes as shipped", f"{found}; its log counts a compressed copy"
+        else:
+            yield "error", "code", f"at most {limit:,} bytes as shipped", found
+
+
+@rule
+def flops(s: Submission) -> Complaints:
+    """Training within the FLOPs that the track allows, if it limits them."""
+    limit = s.limits.flops_cap
+    if limit is None:
+        return
+    used = {s.json_name: s.facts.get("train_flops")}
+    used |= {f"{s.json_name}, seed {seed}": value for seed, value in s.listed("train_flops").items()}
+    used |= {f"result_seed{seed}.json": s.parse(f"result_seed{seed}.json").get("train_flops") for seed in s.ours}
+    known = {where: value for where, value in used.items() if is_number(value)}
+    if not known:
+        yield "error", s.json_name, f"train_flops within {limit:.4g}", "none stated"
+    for where, value in known.items():
+        if not 0 < value <= limit:
+            yield "error", where, f"train_flops within {limit:.4g}", f"{value:.4g}"
+
+
+@rule
+def code_bytes(s: Submission) -> Complaints:
+    """The code bytes stated are those of the script here and of everything that it uses."""
+    script, total = s.shipped.get(s.entry), s.code_size
+    if not script:
+        return
+    stated = s.facts.get("bytes_code", s.facts.get("code_bytes"))
+    counted = {size for log in s.claimed.values() for kind, (_, size) in log.sizes.items() if kind.startswith("code")}
+    counts = sorted(counted | ({int(stated)} if stated is not None else set()))
+    scripts = [path.stat().st_size for name, path in s.files.items() if name.endswith(".py") and "/" not in name]
+    crlf = script.path.read_bytes().count(b"\r\n")
+    if crlf and near(counts, total - crlf) and not near(counts, total):  # core.autocrlf of whoever checked it out
+        yield "warning", s.entry, f"{total - crlf:,} bytes as counted", f"{total:,}, since its lines end in CRLF here"
+    elif s.ours:  # the log's script lacks the settings baked into the one here; JSON states the one here
+        if stated != total:
+            yield "error", s.json_name, f"bytes_code {total}, as shipped", stated
+    elif len(s.shipped) > 1 and counts and max(counts) < total * 0.99 and not near(counts, total):
+        uncounted = ", ".join(f"{name} ({source.size:,})" for name, source in s.shipped.items() if name != s.entry)
+        yield "warning", s.entry, f"{total:,} bytes of code counted: it uses {uncounted}", f"{max(counts):,}"
+    elif counts and not near(counts, total) and not any(near(counts, size) for size in scripts):
+        severity = "warning" if min(abs(count / total - 1) for count in counts) > 0.03 else "info"
+        yield severity, s.entry, f"the {max(counts):,} bytes of code that were counted", f"{total:,}"
+    elif stated is not None and counted and not near(counted, stated):
+        closest = min(abs(count / stated - 1) if stated else 1.0 for count in (*counted, *scripts))
+        severity = "warning" if closest > 0.03 else "info"
+        yield severity, s.json_name, f"bytes_code as in the logs ({', '.join(map(str, sorted(counted)))})", int(stated)
+
+
+def near(counts, value: float) -> bool:
+    return any(abs(count - value) <= 1e-3 * value for count in counts)
+
+
+@rule
+def total_bytes(s: Submission) -> Complaints:
+    """The artifact bytes of submission.json are those of the logs, with or without code as the track asks."""
+    models = [log.sizes["model"][1] for log in s.logs.values() if "model" in log.sizes]
+    totals = [log.sizes["total"][1] for log in s.logs.values() if "total" in log.sizes] if s.counts_code else models
+    for name, log in s.logs.items():
+        line, total = log.sizes.get("total", (0, 0))
+        parts = [log.sizes[kind][1] for kind in ("code", "code_compressed") if kind in log.sizes]
+        if line and parts and "model" in log.sizes and total - log.sizes["model"][1] not in parts:
+            expected = f"total = artifact {log.sizes['model'][1]:,} + code {parts[-1]:,}"
+            yield "warning", f"{name}:{line}", expected, f"{total:,}"
+        if s.counts_code and weights_alone(log):
+            yield "error", f"{name}:{line}", "bytes with those of the code", "COUNT_CODE=0, the weights alone"
+    stated = s.facts.get("bytes_total")
+    if stated is not None and s.logs and not totals:
+        yield "info", s.json_name, "a log that states bytes, to compare bytes_total with", "none"
+    elif stated is not None and totals:
+        with_code = {model + s.code_size for model in models} if s.counts_code else set()
+        known = {*totals, *with_code, statistics.fmean(totals)}
+        if min(abs(stated - value) for value in known) > (0 if s.ours else max(1000.0, rounding(stated))):
+            yield "warning", s.json_name, f"bytes_total as in a log ({max(totals):,})", f"{stated:,.0f}"
+    for seed, value in s.listed("artifact_bytes").items():
+        known = {*totals, *models}
+        if known and min(abs(value - size) for size in known) > rounding(value):
+            yield "warning", s.json_name, f"artifact_bytes of seed {seed} as in a log", f"{value:,.0f}"
+
+
+def rounding(value: float) -> float:
+    """Half a unit of the last digit of a byte count that is not zero: 15,990,000 was rounded."""
+    digits = f"{int(value)}"
+    return 10.0 ** (len(digits) - len(digits.rstrip("0"))) / 2
+
+
+@rule
+def placeholders(s: Submission) -> Complaints:
+    """Nothing is left to be filled in (PR #1640: the log said PENDING)."""
+    form = re.compile(r"\b(PENDING|TODO|TBD|TO FILL IN|FIXME|PLACEHOLDER)\b|\bpending (?:run|compute|results)")
+    others = [name for name in s.files if name.endswith((".log", ".txt")) and name not in s.logs]
+    for name in ("README.md", s.json_name, *others):
+        for number, line in enumerate(s.text(name).splitlines(), 1):
+            if match := form.search(line):
+                yield "warning", f"{name}:{number}", "finished text", f"{match[0]!r} in {line.strip()[:60]!r}"
+                break
