@@ -24,9 +24,9 @@ help:
 	@echo 'make demo        train a small model for three minutes: artifact, score, curve, sample (MLX on Apple silicon, else PyTorch)'
 	@echo 'make demo-mlx    the same with train_gpt_mlx.py'
 	@echo 'make demo-torch  the same with train_gpt.py'
-	@echo 'make test        all tests: both scripts are one model, artifacts, resume, data, bad input'
-	@echo 'make lint        ruff'
-	@echo 'make bench       time a training step of both scripts on this machine'
+	@echo 'make test        all tests: both scripts are one model, artifacts, resume, everyday events, data, bad input'
+	@echo 'make lint        ruff: mistakes, and the one format'
+	@echo 'make bench       time a training step of both scripts, and of both attentions, on this machine'
 	@echo 'make gpu         on one CUDA GPU: the controls are exact, then three presets side by side (10 minutes)'
 	@echo 'make setup       only install requirements.txt into $(VENV)'
 	@echo 'make clean       remove $(VENV), the offline corpus and caches; runs in $(LOG_DIR)/ and downloaded data stay'
@@ -76,6 +76,7 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
 bench: $(STAMP)
 	@$(PY) tests/bench.py $(BENCH_ARGS)

@@ -1,7 +1,7 @@
 """Depth-recurrent GPT for parameter golf, MLX script (its twin is train_gpt.py).
 
-Trains a `RecurrentGPT`: a few stored transformer blocks of which a band is applied several times, exports it as an int6
-artifact, reads the artifact back from disk and scores it in bits per byte.
+Trains a `RecurrentGPT`, a few stored transformer blocks of which a band is applied several times; exports it as a small
+artifact, reads that back from disk and scores it in bits per byte.
 
     python train_gpt_mlx.py                                        the `laptop` preset on an Apple-silicon Mac
     python train_gpt_mlx.py --preset=smoke                         any machine, no data needed, under a minute
@@ -9,9 +9,8 @@ artifact, reads the artifact back from disk and scores it in bits per byte.
     python train_gpt_mlx.py --help                                 every setting, with its unit
 
 Sections marked [shared] use NumPy only and stand byte for byte in both scripts (`python tests/sync_shared.py` copies
-them). In the other sections the classes, functions and parameter names are the same. Sources: parameter-golf PR #319
-(depth recurrence 5x3) and #1394 (switching the loops on late), arXiv 2511.07384 (looping a band of a network),
-arXiv 2410.20672 (per-loop LoRA).
+them); in the others the classes, functions and parameter names are the same. Sources: parameter-golf PR #319 (depth
+recurrence 5x3) and #1394 (loops on late), arXiv 2511.07384 (looping a band), arXiv 2410.20672 (per-loop LoRA).
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ import difflib
 import functools
 import hashlib
 import importlib.util
-import inspect
+import io
 import json
-import linecache
 import lzma
 import math
 import os
@@ -39,8 +37,9 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -50,7 +49,7 @@ import numpy as np
 import sentencepiece as spm
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse_tensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save as pack_tensors
 from tqdm import tqdm
 
 OPENBLAS = False
@@ -65,6 +64,7 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 FRAMEWORK = "mlx"
 DEFAULT_PRESET = "laptop"
 
+
 # ======================================================================================================================
 # CONFIG [shared]
 # A value comes from the command line (--num_heads=8), else the environment (NUM_HEADS=8, the challenge's habit), else
@@ -73,161 +73,279 @@ DEFAULT_PRESET = "laptop"
 class InputError(ValueError):
     """Bad input: one line that says what, where, expected, found and how to mend it. MAIN exits with code 1."""
 
+
 @dataclass(frozen=True)
 class Config:
-    # What to do
+    # run: what to do, where
     mode: str = "train"  # train | eval | sample | export
     preset: str = ""  # smoke | demo | laptop | record | baseline | pr319
     run_id: str = ""  # name of the folder under log_dir; "" makes one from the date, the preset and the seed
     resume: bool = False  # go on from the checkpoint of run_id
     artifact: str = ""  # eval and sample: path of an artifact (model.int6.rgpt) of either script
     checkpoint: str = ""  # eval, sample, export: a checkpoint.safetensors or model.safetensors of either script
-    init_from: str = ""  # train: artifact, checkpoint or model with the same blocks, of any layout; weights go by name
     log_dir: str = "logs"  # folder of the run folders
-    seed: int = 1337  # of the initial weights and of sampling
-    # Data
+    seed: int = 1337  # of the initial weights, of the order of the data and of sampling
     data_path: str = "./data/datasets/fineweb10B_sp1024"  # folder of fineweb_train_*.bin and fineweb_val_*.bin
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"  # the SentencePiece model that made the shards
+    # data
     vocab_size: int = 1024  # pieces, at most 65,536
     train_seq_len: int = 1024  # tokens a sequence, in training and in scoring
-    val_max_tokens: int = 0  # score only this many validation tokens; the score is then labelled partial; 0 = all
-    eval_stride: int = 0  # tokens between scoring windows (each token then sees more context); 0 = train_seq_len
-    # Model
+    shuffle: bool = True  # draw training sequences by a permutation; 0 = one after the other, as the official script
+    # model
     layout: str = "3+3x3+3"  # P+CxR+D: P blocks once, C blocks looped R times, D blocks once; "9" = nine, no loop
     model_dim: int = 512  # width
     num_heads: int = 8  # query heads
     num_kv_heads: int = 4  # key and value heads, shared by groups of query heads
     mlp_mult: int = 2  # hidden width of the MLP over the width
-    rope_base: float = 10000.0  # base of the rotary frequencies
-    qk_gain_init: float = 1.5  # initial factor on the queries, one per head
-    logit_softcap: float = 30.0  # logits lie between -softcap and softcap; at most 60 (exp must not overflow)
-    tied_embed_init_std: float = 0.005  # of the embedding, which is also the output layer
-    skips: str = "per_loop"  # per_loop | unrolled | official | none: the U-Net shortcuts
-    loop_gate: str = "x0"  # x0 | gain | none: what happens after a pass
-    loop_gate_init: float = 1.0  # 1.0 is the identity; 1/R is what PR #319 used
+    skips: str = "per_loop"  # per_loop | official | none: the U-Net shortcuts
+    loop_gate: str = "x0"  # x0 | gain | none: what happens after every pass but the first
+    loop_gate_init: float = 1.0  # 1 is no gate; gain: 0 lets a pass enter as the identity; x0: 1/R is PR #319's
     lora_rank: int = 0  # rank of the per-pass change of every core linear; 0 = off
-    loop_schedule: str = ""  # "0:1,0.35:3" = one pass, from 35 % of training three; "" = all passes throughout
-    eval_loops: int = 0  # passes when scoring and sampling; 0 = the number active at the end of training
-    # Budget (training stops at the first that is reached; 0 = no such budget)
+    qk_gain_init: float = 1.5  # initial factor on the queries, one per head
+    init_from: str = ""  # artifact, checkpoint or model with the same blocks, of any layout; weights go by name
+    # training (it ends at the first budget that is reached; 0 = no such budget)
     iterations: int = 20000  # steps
     max_wallclock_seconds: float = 600.0  # seconds of training, compilation and validation not counted
     max_train_flops: float = 0.0  # floating-point operations of training, by the formula of flops_per_token
-    # Batch
     train_batch_tokens: int = 524288  # tokens a step, over all processes
-    microbatch_tokens: int = 0  # tokens a forward pass at most (memory only, results do not change); 0 = by device
-    # Optimizer
-    tied_embed_lr: float = 0.05  # Adam, embedding
+    loop_schedule: str = ""  # "0:1,0.35:3" = one pass, from 35 % of training three; "" = all passes throughout
+    lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
+    warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
-    scalar_lr: float = 0.04  # Adam, vectors and scalars
-    lora_lr: float = 0.005  # Adam, LoRA matrices (rank 8 on Muon diverged 8 times of 8 in PR #1096)
     core_lr_scale: float = 1.0  # factor on matrix_lr for blocks that are looped (their gradients add up over passes)
-    warmdown_frac: float = 0.4  # fraction of training over which the learning rate falls to 0 at the end
+    tied_embed_lr: float = 0.05  # Adam, embedding
+    scalar_lr: float = 0.04  # Adam, vectors and scalars
+    loop_gate_lr: float = 0.04  # Adam, loop gates
+    lora_lr: float = 0.005  # Adam, LoRA matrices (rank 8 on Muon diverged 8 times of 8 in PR #1096)
     muon_momentum: float = 0.95  # Muon's momentum
     muon_momentum_warmup_start: float = 0.85  # ... and its value at the first step
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
-    muon_ns_steps: int = 5  # Newton-Schulz iterations
-    beta1: float = 0.9  # Adam
-    beta2: float = 0.95  # Adam
-    adam_eps: float = 1e-8  # Adam
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
-    # Artifact
-    bytes_cap: int = 16000000  # largest code + artifact, bytes (decimal)
-    target_bytes: int = 0  # tune QUANT_SIGMA or QUANT_LOSS until code + artifact just fit into so many bytes; 0 = off
-    quantizer: str = "absmax"  # absmax: a row spans its largest weight | sigma: QUANT_SIGMA | gptq: and makes up errors
-    # | fisher: and every weight's step is as wide as the loss allows
-    quant_sigma: float = 0.0  # standard deviations that a row spans (the embedding 1.56 times as many); 0 = 12.85
-    quant_loss: float = 0.0  # fisher: what rounding may add to the loss, nats a token, about; 0 = 0.005
-    quant_bits: str = "embed:8,lora:8,*:6"  # of embed, lora, prelude, core, coda, attn, mlp, *; 3 to 8, 16 = float16;
-    # fisher finds the bits itself and heeds 16 only
-    quant_noise: str = "none"  # none | uniform | round: training feels the export's steps in the core's matrices ...
-    quant_noise_from: float = 0.75  # ... from this fraction of training on
-    calib_tokens: int = 131072  # gptq, fisher: training tokens whose activations and gradients they look at
-    calib_seconds: float = 20.0  # gptq, fisher: part of max_wallclock_seconds that is kept for it; it ends with that
-    codec: str = "ans"  # ans (constriction) | lzma (where that is not installed): entropy coder of the weights
-    pack_code: bool = False  # count and write the script packed, a third of its bytes; records/submit.py ships it
-    # Cadence
+    # score
+    eval_loops: int = 0  # passes when scoring and sampling; 0 = the number active at the end of training
+    eval_stride: int = 0  # tokens between scoring windows (each token then sees more context); 0 = train_seq_len
+    val_max_tokens: int = 0  # score only this many validation tokens; the score is then labelled partial; 0 = all
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
+    # artifact
+    bytes_cap: int = 16000000  # largest code + artifact, bytes (decimal)
+    count_code: str = "1"  # 1: the script counts | packed: as a file that unpacks itself, which records/submit.py ships
+    # | 0: the weights alone count
+    target_bytes: int = 0  # trellis: tune QUANT_LOSS until code + artifact just fit into so many bytes; 0 = off
+    quantizer: str = "absmax"  # absmax: int6, a row spans its largest weight | trellis: as coarse as the loss allows
+    quant_loss: float = 0.0  # trellis: what rounding may add to the loss, nats a token, about; 0 = 0.005
+    embed_float16: bool = False  # keep the embedding as exact as float16
+    calib_tokens: int = 131072  # trellis: training tokens whose activations and gradients it looks at
+    calib_seconds: float = 20.0  # trellis: part of max_wallclock_seconds that is kept for it; it ends with that
+    # log
     train_log_every: int = 200  # steps between log lines (the first ten are always logged)
     checkpoint_every: int = 0  # steps between checkpoints; 0 = only when stopped by a signal and at the end
-    # Machine
+    # machine
     device: str = ""  # torch: cuda | mps | cpu; mlx: gpu | cpu; "" = the best there is
     dtype: str = ""  # bfloat16 | float32 of the activations; "" = bfloat16 where it is fast. Weights stay float32
     compile: bool = True  # compile the model (torch.compile, mx.compile)
     deterministic: bool = False  # torch: bit for bit repeatable also when compiled, a little slower
-    eager_eval: bool = True  # mlx: evaluate after every microbatch (less memory, slightly slower)
-    mlx_wired_gb: float = 0.0  # mlx on Metal: memory to keep resident, GB; 0 = MLX's default
-    mlx_cache_gb: float = 0.0  # mlx: cap on memory kept for reuse, GB; 0 = MLX's default
-    # Sampling
+    microbatch_tokens: int = 0  # tokens a forward pass at most (memory only, results do not change); 0 = by device
+    # sample
     prompt: str = ""  # text to go on from; "" = start of a document
     sample_tokens: int = 200  # tokens to write
     temperature: float = 0.8  # 0 = always the likeliest
-    top_k: int = 50  # draw from the k likeliest; 0 = from all
 
-PRESETS: dict[str, dict[str, object]] = {
-    "smoke": dict(  # needs no data: makes its own text and tokenizer; under a minute on two CPU cores
-        data_path="./data/datasets/smoke_sp512", tokenizer_path="./data/tokenizers/smoke_512_bpe.model", vocab_size=512,
-        layout="1+2x2+1", model_dim=64, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=2048,
-        iterations=120, max_wallclock_seconds=0.0, loop_schedule="0:1,0.5:2", val_loss_every=60, train_log_every=20,
-        compile=False),
-    "demo": dict(  # three minutes on two CPU cores, on the corpus of data/offline.py
-        data_path="./data/datasets/offline_sp1024", tokenizer_path="./data/tokenizers/offline_1024_bpe.model",
-        layout="1+2x2+1", model_dim=256, num_heads=4, num_kv_heads=2, train_seq_len=256, train_batch_tokens=4096,
-        max_wallclock_seconds=180.0, loop_schedule="0:1,0.6:2", val_loss_every=100, train_log_every=20,
-        muon_momentum_warmup_steps=100, val_max_tokens=65536, quantizer="fisher", quant_loss=0.001,
-        calib_tokens=16384, calib_seconds=15.0),  # hardly trained: the real loss is some times the predicted one
-    "laptop": dict(  # ten minutes on an 8 GB M-series laptop; useful on a CPU, too
-        model_dim=384, num_heads=6, num_kv_heads=3, train_seq_len=512, train_batch_tokens=16384, train_log_every=20,
-        loop_schedule="0:1,0.35:3", val_loss_every=200, muon_momentum_warmup_steps=200, val_max_tokens=1048576),
-    "record": dict(  # ten minutes on 8xH100
-        layout="3+3x3+5", mlp_mult=4, loop_schedule="0:1,0.35:3", grad_clip_norm=1.0, quantizer="fisher",
-        target_bytes=16_000_000, pack_code=True),
+
+PRESETS = {
+    # Needs no data: makes its own text and tokenizer; under a minute on two CPU cores.
+    "smoke": """data_path=./data/datasets/smoke_sp512 tokenizer_path=./data/tokenizers/smoke_512_bpe.model
+        vocab_size=512 layout=1+2x2+1 model_dim=64 num_heads=4 num_kv_heads=2 train_seq_len=64 train_batch_tokens=2048
+        iterations=120 max_wallclock_seconds=0 loop_schedule=0:1,0.5:2 lr_warmup_steps=10 val_loss_every=60
+        train_log_every=20 compile=0""",
+    # Three minutes on two CPU cores, on the corpus of data/offline.py. It is hardly trained, so that the loss added by
+    # rounding is some times quant_loss.
+    "demo": """data_path=./data/datasets/offline_sp1024 tokenizer_path=./data/tokenizers/offline_1024_bpe.model
+        layout=1+2x2+1 model_dim=256 num_heads=4 num_kv_heads=2 train_seq_len=256 train_batch_tokens=4096
+        max_wallclock_seconds=180 loop_schedule=0:1,0.6:2 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20
+        muon_momentum_warmup_steps=100 val_loss_every=100 val_max_tokens=65536 train_log_every=20
+        quantizer=trellis quant_loss=0.001 calib_tokens=16384 calib_seconds=15""",
+    # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too.
+    "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
+        loop_schedule=0:1,0.35:3 lr_warmup_steps=20 muon_momentum_warmup_steps=200 val_loss_every=200
+        val_max_tokens=1048576 train_log_every=20""",
+    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes.
+    "record": """layout=3+3x3+5 mlp_mult=4 loop_schedule=0:1,0.35:3 lr_warmup_steps=20 grad_clip_norm=1
+        quantizer=trellis target_bytes=16000000 count_code=packed""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
-    "baseline": dict(layout="9", skips="official", loop_gate="none", warmdown_frac=0.087),
-    "pr319": dict(layout="5x3", model_dim=640, skips="none", loop_gate="x0", loop_gate_init=1 / 3, warmdown_frac=0.0,
-                  train_batch_tokens=786432, max_wallclock_seconds=2400.0),
-}  # fmt: skip
+    "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
+    "pr319": """layout=5x3 model_dim=640 skips=none loop_gate=x0 loop_gate_init=0.3333333333333333 warmdown_frac=0
+        train_batch_tokens=786432 max_wallclock_seconds=2400""",
+}
 CHOICES = {
-    "mode": ("train", "eval", "sample", "export"), "skips": ("per_loop", "unrolled", "official", "none"),
-    "loop_gate": ("x0", "gain", "none"), "codec": ("ans", "lzma"), "dtype": ("", "bfloat16", "float32"),
-    "quantizer": ("absmax", "sigma", "gptq", "fisher"), "quant_noise": ("none", "uniform", "round"),
-    "preset": ("", *PRESETS), "device": ("", "cuda", "mps", "gpu", "cpu"),
-}  # fmt: skip
-CALIBRATED = ("gptq", "fisher")  # quantizers that look at training tokens first
+    "mode": ("train", "eval", "sample", "export"),
+    "preset": ("", *PRESETS),
+    "skips": ("per_loop", "official", "none"),
+    "loop_gate": ("x0", "gain", "none"),
+    "count_code": ("1", "packed", "0"),
+    "quantizer": ("absmax", "trellis"),
+    "device": ("", "cuda", "mps", "gpu", "cpu"),
+    "dtype": ("", "bfloat16", "float32"),
+}
+# The first setting of each group; a group ends where the next begins.
+GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
+                    artifact="bytes_cap", log="train_log_every", machine="device", sample="prompt")  # fmt: skip
+ABOVE_ZERO = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap
+    train_batch_tokens""".split()
+AT_MOST = dict(vocab_size=65536, train_seq_len=2**20, seed=2**32 - 1, warmdown_frac=1, muon_momentum=1,
+               muon_momentum_warmup_start=1)  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
-    "NUM_LAYERS": "LAYOUT=9", "NUM_UNIQUE_LAYERS": "LAYOUT=5x3", "NUM_LOOPS": "LAYOUT=5x3",
+    "NUM_LAYERS": "LAYOUT=9",
+    "NUM_UNIQUE_LAYERS": "LAYOUT=5x3",
+    "NUM_LOOPS": "LAYOUT=5x3",
     "WARMDOWN_ITERS": "WARMDOWN_FRAC=0.4 (a fraction of training, so that a slow machine decays like a fast one)",
-    "WARMUP_STEPS": "nothing: every loop count is compiled before the clock starts",
+    "WARMUP_STEPS": "nothing: every loop count is compiled before the clock starts; LR_WARMUP_STEPS is of the rates",
     "TIE_EMBEDDINGS": "nothing: input and output embedding are always one",
-    "VAL_BATCH_SIZE": "MICROBATCH_TOKENS", "GRAD_ACCUM_STEPS": "MICROBATCH_TOKENS", "EMBED_LR": "TIED_EMBED_LR",
-    "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS", "MLX_EAGER_EVAL": "EAGER_EVAL", "HEAD_LR": "TIED_EMBED_LR",
-    "EMBED_BITS": "QUANT_BITS=embed:16,*:6",
-    "MUON_BACKEND_STEPS": "MUON_NS_STEPS", "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN", "OUT_DIR": "LOG_DIR",
-}  # fmt: skip
-# Settings that do not change what is trained, left out of config_sha256; the seed too, so that seeds can be grouped.
-NOT_IN_CONFIG_HASH = """mode preset run_id resume artifact checkpoint log_dir seed data_path tokenizer_path device
-    microbatch_tokens train_log_every checkpoint_every prompt sample_tokens temperature top_k compile deterministic
-    eager_eval mlx_wired_gb mlx_cache_gb codec""".split()
+    "VAL_BATCH_SIZE": "MICROBATCH_TOKENS",
+    "GRAD_ACCUM_STEPS": "MICROBATCH_TOKENS",
+    "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS",
+    "EMBED_LR": "TIED_EMBED_LR",
+    "HEAD_LR": "TIED_EMBED_LR",
+    "EMBED_BITS": "EMBED_FLOAT16=1",
+    "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN",
+    "OUT_DIR": "LOG_DIR",
+}
+
+
+def group_fields() -> dict[str, str]:
+    """The names of the settings of each group, in order, as one text."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    starts = [names.index(first) for first in GROUP_STARTS.values()]
+    return {group: " ".join(names[a:b]) for group, a, b in zip(GROUP_STARTS, starts, [*starts[1:], len(names)])}
+
+
+GROUPS = group_fields()
+
+
+def require(holds: object, name: object, expected: str, found: object, mend: str = "") -> None:
+    """Raises InputError "name: expected ..., found ...; mend" unless `holds`."""
+    if not holds:
+        raise InputError(f"{name}: expected {expected}, found {found}" + (f"; {mend}" if mend else ""))
+
+
+def parse_value(name: str, text: str, kind: str, where: str) -> object:
+    """Turns the text of one setting into the type of its field (`kind`: str, int, float or bool); raises InputError."""
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    expected = {"bool": "0 or 1", "int": "a whole number", "float": "a number", "str": "UTF-8 text"}[kind]
+    try:
+        if kind == "bool":
+            return words[text.lower()]
+        if kind == "str":
+            text.encode()  # bytes of a terminal that are no UTF-8 arrive as surrogates
+            return text
+        value = int(text) if kind == "int" else float(text)
+        if math.isfinite(value):
+            return value
+    except (ValueError, KeyError):
+        pass
+    shown = text.encode(errors="backslashreplace").decode()
+    raise InputError(f'{name.upper()} ({where}): expected {expected}, found "{shown}"')
+
+
+def read_environment(environ: dict[str, str], kinds: dict[str, str]) -> tuple[dict[str, object], list[str]]:
+    """Settings from environment variables, and notices: what came from there, and names that nearly are settings."""
+    values, notices = {}, []
+    for name, text in environ.items():
+        if name.isupper() and name.lower() in kinds:
+            values[name.lower()] = parse_value(name, text, kinds[name.lower()], "environment")
+        elif name in REPLACED:
+            notices.append(f"notice: {name}={text} in the environment has no effect here; write {REPLACED[name]}")
+        elif near := difflib.get_close_matches(name, [kind.upper() for kind in kinds], n=1, cutoff=0.88):
+            notices.append(f"notice: {name} in the environment is not a setting; did you mean {near[0]}?")
+    if values:
+        said = " ".join(f"{name.upper()}={value}" for name, value in values.items()).replace("\n", "\\n")
+        notices.append(f"notice: from the environment: {said}")
+    return values, notices
+
+
+def read_flags(argv: list[str], kinds: dict[str, str]) -> dict[str, object]:
+    """Settings from --name=value; --name alone is --name=1 for a setting that is 0 or 1."""
+    values = {}
+    for argument in argv:
+        flag, _, text = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_").lower()
+        near = difflib.get_close_matches(name, kinds, n=1)
+        hint = f"did you mean --{near[0]}=...?" if near else "see --help"
+        hint = f"write {REPLACED[name.upper()]}" if name.upper() in REPLACED else hint
+        require(flag.startswith("--") and name in kinds, argument, "a setting", "an unknown flag", hint)
+        require("=" in argument or kinds[name] == "bool", flag, "a value", "none", f"write {flag}=...")
+        values[name] = parse_value(name, text if "=" in argument else "1", kinds[name], "flag")
+    return values
+
+
+def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -> tuple[Config, list[str]]:
+    """Command line over environment over preset over default. Returns the checked Config and notices for the log."""
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
+    values, notices = read_environment(environ, kinds)
+    values |= read_flags(argv, kinds)
+    preset = values.get("preset") or default_preset
+    near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
+    require(preset in PRESETS, "PRESET", f"one of {', '.join(PRESETS)}", f'"{preset}"', f"did you mean {near[0]}?")
+    pairs = (setting.split("=", 1) for setting in PRESETS[preset].split())
+    chosen = {name: parse_value(name, text, kinds[name], f"preset {preset}") for name, text in pairs}
+    c = Config(**chosen | values | {"preset": preset})
+    check_config(c)
+    return c, notices
+
+
+def check_config(c: Config) -> None:
+    """Raises InputError for the first setting that is wrong. Each section knows its own."""
+    for name, allowed in CHOICES.items():
+        shown = ", ".join(value for value in allowed if value)
+        require(getattr(c, name) in allowed, name.upper(), f"one of {shown}", f'"{getattr(c, name)}"')
+    for field in dataclasses.fields(c):
+        name, value = field.name, getattr(c, field.name)
+        if field.type in ("int", "float") and name != "loop_gate_init":
+            require(value > 0 or name not in ABOVE_ZERO, name.upper(), "a number above 0", value)
+            require(0 <= value <= 1e38, name.upper(), "0 or more, and at most 1e38", value)
+            limit = AT_MOST.get(name, value)
+            require(value <= limit, name.upper(), f"at most {limit}", value)
+    check_model(c)
+    check_schedules(c)
+    check_data(c)
+    check_export(c)
+    check_run(c)
+
+
+def config_sha256(c: Config) -> str:
+    """Hash of the settings that decide what is trained; equal for the seeds of one configuration, however they are
+    scored and exported. The time kept for the calibration is not trained in, so it counts."""
+    kept = {name: getattr(c, name) for group in ("data", "model", "training") for name in GROUPS[group].split()}
+    kept["max_wallclock_seconds"] = seconds_to_train(c)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+# ======================================================================================================================
+# MODEL, THE PLAN [shared]
+# Which block runs after which, which shortcut connects which, which parameters there are, how they start, and what a
+# forward pass costs.
+# ======================================================================================================================
 # Settings that a file of weights states, since its model cannot be built without them.
-MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult rope_base logit_softcap skips loop_gate
-    lora_rank train_seq_len""".split()
+MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank
+    train_seq_len""".split()
+
 
 class Layout(NamedTuple):
     prelude: int  # blocks that run once, first
     core: int  # blocks that run `loops` times
     loops: int
     coda: int  # blocks that run once, last
+
     @property
-    def blocks(self) -> int:  # stored
+    def blocks(self) -> int:
+        """Blocks that are stored."""
         return self.prelude + self.core + self.coda
+
     @property
-    def depth(self) -> int:  # applied, with all passes on
+    def depth(self) -> int:
+        """Blocks that are applied with all passes on."""
         return self.prelude + self.core * self.loops + self.coda
 
-def require(holds: object, name: object, expected: str, found: object, mend: str = "") -> None:
-    """Raises InputError "name: expected ..., found ...; mend" unless `holds`."""
-    if not holds:
-        raise InputError(f"{name}: expected {expected}, found {found}" + (f"; {mend}" if mend else ""))
 
 def parse_layout(text: str) -> Layout:
     """Reads "9", "5x3", "3+3x3+5", "3+3x3" or "3x3+5"; raises InputError."""
@@ -239,344 +357,23 @@ def parse_layout(text: str) -> Layout:
     require(layout.depth <= 1000, "LAYOUT", "at most 1000 applied blocks", found)
     return layout
 
-def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
-    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes."""
-    name, found = "LOOP_SCHEDULE", f'"{text}"'
-    try:
-        schedule = [(float(at), int(n)) for at, n in (entry.split(":") for entry in (text or f"0:{loops}").split(","))]
-    except ValueError:
-        schedule = []
-    require(schedule, name, 'fraction:passes,... such as "0:1,0.35:3"', found)
-    (start, fewest), (end, most) = schedule[0], schedule[-1]
-    require(start == 0, name, "a start at 0", found, 'begin with "0:1"')
-    rising = all(a < b and m < n for (a, m), (b, n) in zip(schedule, schedule[1:]))
-    require(rising, name, "fractions and passes that increase", found)
-    require(end < 1 and fewest >= 1, name, "fractions below 1 and at least one pass", found)
-    found += ", which never reaches them" if most < loops else ", which exceeds them"
-    mend = f'end it with ":{loops}", or set LOOP_SCHEDULE= for all passes throughout'
-    require(most == loops, name, f"an end at the {loops} passes of LAYOUT", found, mend)
-    return schedule
 
-def parse_quant_bits(text: str) -> dict[str, int]:
-    """Reads "core:7,embed:8,*:6" as {"core": 7, ...}: a tensor has the bits of the first group that it is in."""
-    try:
-        bits = {group.strip(): int(number) for group, number in (entry.split(":") for entry in text.split(","))}
-    except ValueError:
-        bits = {}
-    groups = "embed lora prelude core coda attn mlp *".split()
-    fine = set(bits) <= set(groups) and set(bits.values()) <= {3, 4, 5, 6, 7, 8, 16} and list(bits)[-1:] == ["*"]
-    expected = f'group:bits,... of {", ".join(groups[:-1])}, with 3 to 8 or 16 bits, ending in "*:bits" for the rest'
-    require(fine, "QUANT_BITS", expected, f'"{text}"')
-    return bits
-
-def parse_value(name: str, text: str, kind: str, where: str) -> object:
-    """Turns the text of one setting into the type of its field (`kind`: str, int, float or bool); raises InputError."""
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    try:
-        value = words[text.lower()] if kind == "bool" else {"str": str, "int": int, "float": float}[kind](text)
-        if kind != "float" or math.isfinite(value):
-            return value
-    except (ValueError, KeyError):
-        pass
-    expected = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
-    raise InputError(f'{name.upper()} ({where}): expected {expected}, found "{text}"')
-
-def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -> tuple[Config, list[str]]:
-    """Command line over environment over preset over default. Returns the checked Config and notices for the log."""
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
-    values, notices = {}, []
-    for name, text in environ.items():
-        if name.isupper() and name.lower() in kinds:
-            values[name.lower()] = parse_value(name, text, kinds[name.lower()], "environment")
-        elif name in REPLACED:
-            notices.append(f"notice: {name}={text} in the environment has no effect here; write {REPLACED[name]}")
-        elif near := difflib.get_close_matches(name, [kind.upper() for kind in kinds], n=1, cutoff=0.88):
-            notices.append(f"notice: {name} in the environment is not a setting; did you mean {near[0]}?")
-    for argument in argv:
-        flag, _, text = argument.partition("=")
-        name = flag.removeprefix("--").replace("-", "_").lower()
-        near = difflib.get_close_matches(name, kinds, n=1)
-        hint = f"did you mean --{near[0]}=...?" if near else "see --help"
-        hint = f"write {REPLACED[name.upper()]}" if name.upper() in REPLACED else hint
-        require(flag.startswith("--") and name in kinds, argument, "a setting", "an unknown flag", hint)
-        require("=" in argument or kinds[name] == "bool", flag, "a value", "none", f"write {flag}=...")
-        values[name] = parse_value(name, text if "=" in argument else "1", kinds[name], "flag")
-    preset = values.get("preset") or default_preset
-    near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
-    require(preset in PRESETS, "PRESET", f"one of {', '.join(PRESETS)}", f'"{preset}"', f"did you mean {near[0]}?")
-    c = Config(**PRESETS[preset] | values | {"preset": preset})
-    if "codec" not in values and c.mode in ("train", "export") and not importlib.util.find_spec("constriction"):
-        c = dataclasses.replace(c, codec="lzma")
-        notices.append("notice: constriction is not installed, so CODEC=lzma, up to a third more bytes; pip install it")
-    check_config(c)
-    return c, notices
-
-def check_config(c: Config) -> None:
-    for name, allowed in CHOICES.items():
-        shown = ", ".join(str(value) for value in allowed if value != "")
-        require(getattr(c, name) in allowed, name.upper(), f"one of {shown}", f'"{getattr(c, name)}"')
-    above_zero = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap train_batch_tokens
-        muon_ns_steps rope_base adam_eps tied_embed_init_std logit_softcap""".split()
-    for field in dataclasses.fields(c):
-        name, value = field.name, getattr(c, field.name)
-        if field.type in ("int", "float") and name != "loop_gate_init":
-            require(value > 0 or name not in above_zero, name.upper(), "a number above 0", value)
-            require(0 <= value <= 1e38, name.upper(), "0 or more, and at most 1e38", value)
-    require(c.vocab_size <= 65536, "VOCAB_SIZE", "at most 65536 (shards hold 16-bit ids)", c.vocab_size)
-    limits = {"train_seq_len": 2**20, "logit_softcap": 60, "seed": 2**32 - 1, "beta1": 0.9999, "beta2": 0.9999}
-    for name, limit in limits.items():
-        require(getattr(c, name) <= limit, name.upper(), f"at most {limit}", getattr(c, name))
-    for name in ("warmdown_frac", "muon_momentum", "muon_momentum_warmup_start", "quant_noise_from"):
-        require(getattr(c, name) <= 1, name.upper(), "a number from 0 to 1", getattr(c, name))
-    layout, length, batch = parse_layout(c.layout), c.train_seq_len, c.train_batch_tokens
-    parse_loop_schedule(c.loop_schedule, layout.loops)
-    fits = [h for h in range(1, min(c.model_dim, 65536) + 1) if c.model_dim % (2 * h) == 0]
-    near, dim = min(fits, key=lambda h: abs(h - c.num_heads), default="an even MODEL_DIM"), c.model_dim
-    require(c.num_heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", c.num_heads, f"try {near}")
-    heads, kv_heads, stride = c.num_heads, c.num_kv_heads, c.eval_stride
-    require(heads % kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", kv_heads)
-    multiple, near = f"a multiple of TRAIN_SEQ_LEN={length}", max(batch // length, 1) * length
-    require(batch % length == 0, "TRAIN_BATCH_TOKENS", multiple, batch, f"try {near}")
-    require(length % (stride or 1) == 0, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", stride)
-    calibrates = c.quantizer in CALIBRATED
-    calibration = ["calib_tokens"] if calibrates and c.mode == "train" else []
-    for name in ("microbatch_tokens", "val_max_tokens", *calibration):
-        require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
+def check_model(c: Config) -> None:
+    layout, dim, heads = parse_layout(c.layout), c.model_dim, c.num_heads
+    fits = [h for h in range(1, min(dim, 65536) + 1) if dim % (2 * h) == 0]
+    near = min(fits, key=lambda h: abs(h - heads), default="an even MODEL_DIM")
+    require(heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", heads, f"try {near}")
+    require(heads % c.num_kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", c.num_kv_heads)
+    require(c.train_seq_len * dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", c.train_seq_len * dim)
     require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
-    parse_quant_bits(c.quant_bits)
-    sigma, absmax = c.quant_sigma or c.target_bytes, "0 with QUANTIZER=absmax"
-    mend = "add QUANTIZER=sigma" + ", or set TARGET_BYTES=0" * bool(c.target_bytes)
-    require(c.quantizer != "absmax" or not sigma, "QUANT_SIGMA, TARGET_BYTES", absmax, sigma, mend)
-    fisher, wide = c.quantizer == "fisher", c.quant_sigma or c.quant_loss
-    require(not (c.quant_sigma and fisher), "QUANT_SIGMA", "0 with QUANTIZER=fisher", c.quant_sigma, "set QUANT_LOSS")
-    require(not c.quant_loss or fisher, "QUANT_LOSS", f"0 with QUANTIZER={c.quantizer}", c.quant_loss)
-    require(c.quant_noise == "none" or not fisher, "QUANT_NOISE", "none with QUANTIZER=fisher", c.quant_noise,
-            "its steps are not known before the end")  # fmt: skip
-    cap = f"at most BYTES_CAP={c.bytes_cap}"
-    one = "no QUANT_SIGMA or QUANT_LOSS beside it"
-    require(not (wide and c.target_bytes), "TARGET_BYTES", one, wide, "set TARGET_BYTES=0, or leave the other out")
-    require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
-    left = not calibrates or not c.max_wallclock_seconds or c.calib_seconds < c.max_wallclock_seconds
-    below = f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
-    require(left, "CALIB_SECONDS", below, f"{c.calib_seconds:g}, which leaves nothing to train in")
-    trained = c.eval_loops <= layout.loops or c.skips in ("per_loop", "none")
-    most = f"at most {layout.loops} passes with SKIPS={c.skips} (the shortcuts of more were never trained)"
+    most = f"at most {layout.loops} passes with SKIPS=official (the shortcuts of more were never trained)"
+    trained = c.eval_loops <= layout.loops or c.skips != "official"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
-    name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run_id or "x")
-    require(name, "RUN_ID", 'letters, digits, ".", "_" and "-"', f'"{c.run_id}"')
-    if c.mode == "train":
-        budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
-        require(budget, "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS", "one budget", "none", "set one")
-        file, mend = c.artifact or c.checkpoint, "to start from weights set INIT_FROM"
-        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", "MODE=train", mend)
-        require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
-        require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
-    else:
-        given = bool(c.artifact) + bool(c.checkpoint)
-        found = "both" if given == 2 else "neither"
-        require(given == 1, f"MODE={c.mode}", "one of ARTIFACT=<file> and CHECKPOINT=<file>", found)
-        whole = c.checkpoint or c.mode != "export"
-        require(whole, "MODE=export", "CHECKPOINT=<file>", f"ARTIFACT={c.artifact}, whose weights are rounded already")
 
-def config_sha256(c: Config) -> str:
-    """Hash of the settings that decide what is trained; equal for the seeds of one configuration."""
-    kept = {name: value for name, value in dataclasses.asdict(c).items() if name not in NOT_IN_CONFIG_HASH}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-# ======================================================================================================================
-# DATA [shared]
-# Shards are the challenge's: 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens. The training
-# stream is one endless sequence, the sorted shards end to end, over and over. A step of B tokens reads the B+1 tokens
-# at its place in it; ranks and microbatches take shares of that. So world size and microbatch change no token.
-# ======================================================================================================================
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-GET_DATA = "get data with `python data/fineweb.py` or `python data/offline.py` (no network needed)"
-
-def open_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
-    head, repair = SHARD_HEADER_BYTES, "delete it and run the data tool again"
-    require(path.is_file(), path, "a shard", "no file (a broken link?)", repair)
-    size = path.stat().st_size
-    require(size >= head, path, f"a shard with a header of {head} bytes", f"{size} bytes", repair)
-    magic, version, tokens = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
-    known, right = f"magic {SHARD_MAGIC} version {SHARD_VERSION}", head + 2 * tokens
-    is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION)
-    require(is_shard, path, known, f"{magic} version {version}", GET_DATA)
-    require(tokens > 0, path, "tokens", "an empty shard", repair)
-    require(size == right, path, f"{right} bytes for {tokens} tokens", f"{size} (half copied?)", repair)
-    shard = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
-    check_ids(np.concatenate((shard[:65536], shard[-65536:])), vocab_size, path)
-    return shard
-
-def check_ids(ids: np.ndarray, vocab_size: int, where: object) -> None:
-    known, top = f"token ids below VOCAB_SIZE={vocab_size}", int(ids.max())
-    require(top < vocab_size, where, known, top, "another tokenizer made this shard")
-
-def find_shards(data_path: str, split: str, vocab_size: int) -> list[Path]:
-    """The sorted shards of a split ("train" or "val"), each opened and checked. Raises InputError."""
-    paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
-    require(paths, data_path, f"fineweb_{split}_*.bin", "none", f"set DATA_PATH, or {GET_DATA}")
-    for path in paths:
-        open_shard(path, vocab_size)
-    return paths
-
-class TokenStream:
-    """The endless sequence of training tokens. `read(start, count)` returns int64 [count] from token `start` on."""
-    def __init__(self, paths: list[Path], vocab_size: int):
-        self.paths, self.vocab_size = paths, vocab_size
-        self.shards = [open_shard(path, vocab_size) for path in paths]
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
-        self.total = int(self.starts[-1])
-    def read(self, start: int, count: int) -> np.ndarray:
-        parts = []
-        while count > 0:
-            at = start % self.total
-            index = int(np.searchsorted(self.starts, at, side="right")) - 1
-            part = self.shards[index][at - int(self.starts[index]) :][:count]
-            check_ids(part, self.vocab_size, self.paths[index])
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts).astype(np.int64)
-    def microbatches(self, step_start: int, c: Config, rank: int, world: int, largest: int):
-        """Yields (inputs, targets), int64 [sequences, train_seq_len], of this rank's share of the step at token
-        `step_start`, in microbatches of at most `largest` tokens whose sizes differ by at most one sequence."""
-        length = c.train_seq_len
-        low, high = split_evenly(c.train_batch_tokens // length, world)[rank]
-        for a, b in microbatch_bounds(high - low, length, largest):
-            tokens = self.read(step_start + (low + a) * length, (b - a) * length + 1)
-            yield tokens[:-1].reshape(b - a, length), tokens[1:].reshape(b - a, length)
-
-def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
-    """Bounds of `parts` contiguous shares of range(count) whose sizes differ by at most one."""
-    return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
-def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[int, int]]:
-    """Bounds of the microbatches, in sequences, of a share of `sequences`; each has at most `largest` tokens."""
-    return split_evenly(sequences, -(-sequences // max(1, largest // length)))
-
-def load_validation(c: Config) -> tuple[np.ndarray, bool]:
-    """Validation tokens, uint16 [n * train_seq_len + 1], and whether VAL_MAX_TOKENS left some out."""
-    paths, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
-    shards = [open_shard(path, c.vocab_size) for path in paths]
-    for path, shard in zip(paths, shards):
-        check_ids(shard, c.vocab_size, path)
-    tokens = np.concatenate(shards)
-    usable = (len(tokens) - 1) // length * length
-    require(usable, c.data_path, f"a validation set longer than TRAIN_SEQ_LEN={length}", f"{len(tokens)} tokens",
-            "lower TRAIN_SEQ_LEN")  # fmt: skip
-    kept = min(usable, c.val_max_tokens // length * length or usable)
-    return tokens[: kept + 1], kept < usable
-
-def dataset_sha256(c: Config) -> str:
-    """Hash of the names, sizes and first MiB of every shard and of the tokenizer: tells datasets apart in a second."""
-    digest = hashlib.sha256(Path(c.tokenizer_path).read_bytes())
-    for split in ("train", "val"):
-        for path in sorted(Path(c.data_path).glob(f"fineweb_{split}_*.bin")):
-            with open(path, "rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
-    return digest.hexdigest()
-
-def make_smoke_data(c: Config) -> None:
-    """Writes about 1 MB of made-up English and a tokenizer for it, so that the smoke preset needs nothing."""
-    if Path(c.tokenizer_path).exists() and list(Path(c.data_path).glob("fineweb_train_*.bin")):
-        return
-    rng = np.random.RandomState(0)
-    words = """the a small deep shared early late quiet plain long identical loop block gate depth pass core stack
-        token layer curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens
-        measures""".split()
-    order = {word: rng.choice(words, 4) for word in words}  # each word has four that may follow
-    def sentence() -> str:
-        n, said = int(rng.randint(2, 60)), [words[rng.randint(len(words))]]
-        while len(said) < 4 + n % 6:
-            said.append(str(order[said[-1]][rng.randint(4)]))
-        return f"{n} plus {n} is {2 * n}." if n % 3 == 0 else " ".join(said).capitalize() + "."
-    documents = [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(2000)]
-    prefix = f"{c.tokenizer_path}.{os.getpid()}"
-    try:
-        for folder in (Path(c.data_path), Path(c.tokenizer_path).parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_prefix=prefix, vocab_size=c.vocab_size,
-                                       model_type="bpe", byte_fallback=True, num_threads=1, minloglevel=2)  # fmt: skip
-    except RuntimeError:
-        require(False, "VOCAB_SIZE", "a few hundred pieces for the smoke text", c.vocab_size)
-    except OSError as error:
-        require(False, folder, "a folder to write to", error.strerror, "set DATA_PATH and TOKENIZER_PATH")
-    os.replace(f"{prefix}.model", c.tokenizer_path)
-    os.remove(f"{prefix}.vocab")
-    tokenizer = spm.SentencePieceProcessor(model_file=c.tokenizer_path)
-    for split, texts in (("val", documents[:100]), ("train", documents[100:])):
-        ids = np.array([i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]], dtype="<u2")
-        header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(ids)).ljust(SHARD_HEADER_BYTES, b"\0")
-        write_atomically(Path(c.data_path) / f"fineweb_{split}_000000.bin", header + ids.tobytes())
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes to a temporary name beside `path`, then renames: a reader sees the old file or the new one, never half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-# ======================================================================================================================
-# TOKENIZER BYTES [shared]
-# Bits per byte needs the number of UTF-8 bytes that each token stands for, counted as the challenge counts: a piece
-# without its leading-space marker, plus one byte for that space unless the token before is a control piece; a byte
-# piece is one byte; control pieces are none. Per document the sum is the length of decode(ids).
-# ======================================================================================================================
-def load_tokenizer(path: str, vocab_size: int) -> spm.SentencePieceProcessor:
-    require(Path(path).is_file(), path, "a SentencePiece model", "no file", f"set TOKENIZER_PATH, or {GET_DATA}")
-    try:
-        tokenizer = spm.SentencePieceProcessor(model_file=path)
-        size = int(tokenizer.vocab_size())
-    except (RuntimeError, OSError, ValueError, TypeError):
-        raise InputError(f"{path}: expected a SentencePiece model, found something else; set TOKENIZER_PATH") from None
-    mend = f"set VOCAB_SIZE={size} with the shards that it made, or the right TOKENIZER_PATH"
-    require(size == vocab_size, path, f"a tokenizer of VOCAB_SIZE={vocab_size} pieces", size, mend)
-    return tokenizer
-
-def byte_tables(tokenizer: spm.SentencePieceProcessor, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per piece: bytes without leading space (int64), whether it has a leading space, whether it is a control piece."""
-    size = np.zeros(vocab_size, dtype=np.int64)
-    space, control = np.zeros(vocab_size, dtype=bool), np.ones(vocab_size, dtype=bool)
-    for i in range(min(vocab_size, tokenizer.vocab_size())):
-        control[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        if not control[i]:
-            piece, is_byte = tokenizer.id_to_piece(i), tokenizer.is_byte(i)
-            space[i] = piece.startswith("\u2581") and not is_byte
-            size[i] = 1 if is_byte else len(piece[int(space[i]) :].encode("utf-8"))
-    return size, space, control
-
-def count_bytes(tokens: np.ndarray, tables: tuple[np.ndarray, np.ndarray, np.ndarray]) -> int:
-    """Bytes that tokens[1:] stand for, each given the token before it."""
-    (size, space, control), before, targets = tables, tokens[:-1], tokens[1:]
-    return int(size[targets].sum() + (space[targets] & ~control[before]).sum())
-# ======================================================================================================================
-# SCHEDULES [shared]
-# What happens when, as functions of progress, the fraction of training done. And the plan of the model: which block
-# runs after which, which shortcut connects which, which parameters there are, and what a step costs.
-# ======================================================================================================================
-def seconds_to_train(c: Config) -> float:
-    """MAX_WALLCLOCK_SECONDS without what is kept for the calibration; 0 = no such budget."""
-    kept = c.calib_seconds if c.quantizer in CALIBRATED else 0.0
-    return c.max_wallclock_seconds and c.max_wallclock_seconds - kept
-def calibration_batch(c: Config, world: int) -> Config:
-    """`c` with a batch of CALIB_TOKENS, in whole sequences and at least one a process."""
-    length = c.train_seq_len
-    return dataclasses.replace(c, train_batch_tokens=max(c.calib_tokens // length, world) * length)
-def progress_of(c: Config, step: int, seconds: float, flops: float) -> float:
-    """Fraction of training done, from 0 to 1: the largest over the budgets that are set."""
-    budgets = ((step, c.iterations), (seconds, seconds_to_train(c)), (flops, c.max_train_flops))
-    return min(1.0, max(used / cap for used, cap in budgets if cap))
-def loops_at(c: Config, progress: float) -> int:
-    return [n for at, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops) if at <= progress][-1]
-def lr_mul_at(c: Config, progress: float) -> float:
-    """Factor on every learning rate: 1, then down to 0 over the last warmdown_frac of training."""
-    return 1.0 if c.warmdown_frac == 0 else min(1.0, (1.0 - progress) / c.warmdown_frac)
-def momentum_at(c: Config, step: int) -> float:
-    """Muon's momentum: rises over the first steps, as in the official script."""
-    part = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
-    return (1 - part) * c.muon_momentum_warmup_start + part * c.muon_momentum
 
 class Visit(NamedTuple):
     """One application of a block. Visits are numbered from 0 to the virtual depth."""
+
     block: int  # index into the stored blocks
     loop: int  # pass, from 0; -1 outside the core
     opens: bool  # first block of a pass
@@ -585,11 +382,13 @@ class Visit(NamedTuple):
     skip_row: int  # row of skip_weights that scales it
     saves: bool  # whether a later visit adds this one's output
 
+
 def block_order(layout: Layout, loops: int) -> list[tuple[int, int]]:
     """(block, pass) of every visit; pass -1 outside the core."""
     p, c, _, d = layout
     core = [(p + i, loop) for loop in range(loops) for i in range(c)]
     return [(i, -1) for i in range(p)] + core + [(p + c + i, -1) for i in range(d)]
+
 
 def skip_pairs(layout: Layout, skips: str, loops: int) -> list[tuple[int, int, tuple]]:
     """(source visit, target visit, key) of every shortcut with `loops` passes on. A key is a row of skip_weights: it
@@ -600,33 +399,43 @@ def skip_pairs(layout: Layout, skips: str, loops: int) -> list[tuple[int, int, t
     if skips == "per_loop":
         pairs = [(i, n - 1 - i) for i in range(min(p, d))]
         pairs += [(p + a * c + i, p + a * c + c - 1 - i) for a in range(loops) for i in range(c // 2)]
-        return [(s, t, (order[s][0], 0, order[t][0])) for s, t in pairs]
-    if skips == "unrolled":
-        return [(s, n - 1 - s, (order[s][0], max(order[s][1], 0), order[n - 1 - s][0])) for s in range(n // 2)]
+        return [(source, target, (order[source][0], order[target][0])) for source, target in pairs]
     if skips == "official":
-        return [(n // 2 - 1 - k, n // 2 + k, ("pop", k, 0)) for k in range(n // 2)]
+        return [(n // 2 - 1 - k, n // 2 + k, ("pop", k)) for k in range(n // 2)]
     return []
+
 
 def skip_rows(layout: Layout, skips: str) -> dict[tuple, int]:
     """Row of skip_weights for every key that any number of passes uses."""
     keys = [key for loops in range(1, layout.loops + 1) for _, _, key in skip_pairs(layout, skips, loops)]
     return {key: row for row, key in enumerate(dict.fromkeys(keys))}
 
+
 def visits(layout: Layout, skips: str, loops: int) -> list[Visit]:
     """The whole forward pass with `loops` passes, in order."""
     rows, pairs = skip_rows(layout, skips), skip_pairs(layout, skips, loops)
-    source, saved = {t: (s, rows[key]) for s, t, key in pairs}, {s for s, _, _ in pairs}
+    sources = {target: (source, rows[key]) for source, target, key in pairs}
+    saved = {source for source, _, _ in pairs}
     found = []
     for number, (block, loop) in enumerate(block_order(layout, loops)):
-        opens, closes = (loop >= 0 and block == layout.prelude + i for i in (0, layout.core - 1))
-        found.append(Visit(block, loop, opens, closes, *source.get(number, (-1, -1)), number in saved))
+        opens = loop >= 0 and block == layout.prelude
+        closes = loop >= 0 and block == layout.prelude + layout.core - 1
+        found.append(Visit(block, loop, opens, closes, *sources.get(number, (-1, -1)), number in saved))
     return found
+
 
 def linear_shapes(c: Config) -> dict[str, tuple[int, int]]:
     """[out, in] of the matrices of one block."""
     dim, kv_dim, hidden = c.model_dim, c.model_dim // c.num_heads * c.num_kv_heads, c.mlp_mult * c.model_dim
-    return {"attn.q": (dim, dim), "attn.k": (kv_dim, dim), "attn.v": (kv_dim, dim), "attn.proj": (dim, dim),
-            "mlp.fc": (hidden, dim), "mlp.proj": (dim, hidden)}  # fmt: skip
+    return {
+        "attn.q": (dim, dim),
+        "attn.k": (kv_dim, dim),
+        "attn.v": (kv_dim, dim),
+        "attn.proj": (dim, dim),
+        "mlp.fc": (hidden, dim),
+        "mlp.proj": (dim, hidden),
+    }
+
 
 def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the order in which they are drawn; with one pass none is per pass."""
@@ -634,8 +443,10 @@ def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     shapes = {"tok_emb.weight": (c.vocab_size, dim)}
     for i in range(layout.blocks):
         shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in linear_shapes(c).items()}
-        shapes |= {f"blocks.{i}.attn.q_gain": (c.num_heads,), f"blocks.{i}.attn_scale": (dim,),
-                   f"blocks.{i}.mlp_scale": (dim,), f"blocks.{i}.resid_mix": (2, dim)}  # fmt: skip
+        shapes[f"blocks.{i}.attn.q_gain"] = (c.num_heads,)
+        shapes[f"blocks.{i}.attn_scale"] = (dim,)
+        shapes[f"blocks.{i}.mlp_scale"] = (dim,)
+        shapes[f"blocks.{i}.resid_mix"] = (2, dim)
     if rows := skip_rows(layout, c.skips):
         shapes["skip_weights"] = (len(rows), dim)
     if layout.loops > 1:
@@ -648,12 +459,15 @@ def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
                 shapes[f"blocks.{i}.{name}.lora_b"] = (layout.loops, out, c.lora_rank)
     return shapes
 
+
 PARAM_GROUPS = {
     "embed": r"tok_emb\.weight",
-    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|loop_embed|loop_gate",
+    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|loop_embed",
+    "gate": r"loop_gate",
     "lora": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.lora_[ab]",
     "matrix": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.weight",
 }
+
 
 def param_group(name: str) -> str:
     """The one optimizer group of a parameter; a parameter of no group, or of two, would not train as meant."""
@@ -662,18 +476,19 @@ def param_group(name: str) -> str:
         raise ValueError(f"parameter {name}: expected in exactly one of PARAM_GROUPS, found in {groups or 'none'}")
     return groups[0]
 
-def state_kinds(name: str) -> tuple[str, ...]:
-    """What the optimizer keeps of a parameter."""
-    return ("momentum",) if param_group(name) == "matrix" else ("exp_avg", "exp_avg_sq")
+
+EMBED_INIT_STD = 0.005  # of the official script
+
 
 def initial_weights(c: Config) -> dict[str, np.ndarray]:
     """float32 start values from one generator: equal seeds give equal weights in both scripts, and equal block weights
     in every layout with the same blocks. Per-pass parameters start as the identity (but for a gate other than 1)."""
     rng, weights = np.random.RandomState(c.seed), {}
+    constants = {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init}
     for name, shape in param_shapes(c).items():
         leaf = name.rsplit(".", 1)[-1]
         if name == "tok_emb.weight":
-            value = c.tied_embed_init_std * rng.standard_normal(shape)
+            value = EMBED_INIT_STD * rng.standard_normal(shape)
         elif name.endswith("proj.weight") or leaf in ("lora_b", "loop_embed"):
             value = np.zeros(shape)
         elif leaf in ("weight", "lora_a"):
@@ -681,16 +496,19 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
         elif leaf == "resid_mix":
             value = np.stack([np.ones(shape[1]), np.zeros(shape[1])])
         else:
-            value = np.full(shape, {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init}.get(leaf, 1.0))
+            value = np.full(shape, constants.get(leaf, 1.0))
         weights[name] = value.astype(np.float32)
     return weights
 
+
 def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dict) -> dict[str, np.ndarray]:
     """Start values of `c`, with those of the same name from a model of another layout with the same blocks. Rows of
-    skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as the identity."""
+    skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as in a new model."""
     weights, layout, their_layout = initial_weights(c), parse_layout(c.layout), parse_layout(their_config["layout"])
-    blocks, their_blocks, rows = layout.blocks, their_layout.blocks, skip_rows(layout, c.skips)
-    require(their_blocks == blocks, "INIT_FROM", f"the {blocks} blocks of LAYOUT={c.layout}", their_blocks)
+    blocks, rows = layout.blocks, skip_rows(layout, c.skips)
+    require(
+        their_layout.blocks == blocks, "INIT_FROM", f"the {blocks} blocks of LAYOUT={c.layout}", their_layout.blocks
+    )
     mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and VOCAB_SIZE must be those of the file"
     for name, value in theirs.items():
         mine = weights.get(name)
@@ -707,14 +525,17 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
             mine[:] = value
     return weights
 
+
 def count_params(c: Config) -> int:
     return sum(math.prod(shape) for shape in param_shapes(c).values())
+
 
 def effective_params(c: Config) -> int:
     """Parameters counted once per application, with all passes on (LoRA and loop vectors have their own row a pass)."""
     layout, shapes = parse_layout(c.layout), param_shapes(c)
     per_block = sum(math.prod(shapes[name]) for name in shapes if re.match(r"blocks\.0\.(?!.*lora)", name))
     return count_params(c) + per_block * (layout.depth - layout.blocks)
+
 
 def flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of one forward pass per token: 2 per weight and application, 2*seq*dim per attention
@@ -724,61 +545,65 @@ def flops_per_token(c: Config, loops: int) -> float:
     matrices = sum(out * inp for out, inp in linears)
     lora = c.lora_rank * sum(out + inp for out, inp in linears) * layout.core * loops
     return 2.0 * (applications * (matrices + c.train_seq_len * c.model_dim) + lora + c.vocab_size * c.model_dim)
+
+
 # ======================================================================================================================
-# MODEL
+# MODEL, THE FORWARD PASS
 # The blocks are the official baseline's. The recurrence is the plain loop in `RecurrentGPT.hidden`. Activations have
 # the compute dtype, parameters stay float32, and norms, losses and the soft cap compute in float32.
 # Shapes: n sequences, t positions, h heads, d width of a head, k key/value heads.
 # ======================================================================================================================
 RMS_EPS = 2.0**-23
+ROPE_BASE = 10000.0
+LOGIT_SOFTCAP = 30.0  # logits lie between -30 and 30, so that exp needs no maximum taken off
+
 
 def rms_norm(x: mx.array) -> mx.array:
     """Divides by the root mean square of the last axis, in float32."""
     return mx.fast.rms_norm(x, None, RMS_EPS)
 
-def rotary_tables(length: int, head_dim: int, base: float) -> tuple[np.ndarray, np.ndarray]:
+
+def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin, float32 [length, head_dim / 2]."""
-    frequencies = 1.0 / base ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    frequencies = 1.0 / ROPE_BASE ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angles = np.outer(np.arange(length), frequencies)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Turns the pairs (i, i + d/2) of [n, t, h, d] by minus the angle of their position, as the official script."""
     a, b = mx.split(x, 2, axis=-1)
     return mx.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
 
+
 def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Causal attention of q [n, t, h, d] over k, v [n, t, k, d]; returns [n, t, h * d]."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return attend_by_products(q, k, v)
     n, t, h, d = q.shape
-    groups = h // k.shape[2]
-    if mx.default_device() == mx.Device(mx.gpu):
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask="causal")
-        return y.transpose(0, 2, 1, 3).reshape(n, t, h * d)
-    # On the CPU exp is the slow part: two batched products per half of the positions, so that the first half never
-    # looks at the keys of the second. The heads of a group lie one below the other, so that keys need no copies.
-    q = (q * d**-0.5).reshape(n, t, h // groups, groups, d).transpose(0, 2, 3, 1, 4)  # [n, k, groups, t, d]
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=d**-0.5, mask="causal")
+    return y.transpose(0, 2, 1, 3).reshape(n, t, h * d)
+
+
+def attend_by_products(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """`attend` for CPUs, where exp is the slow part: two batched products per half of the positions, so that the first
+    half never looks at the keys of the second. The heads of a group lie one below the other, so that keys need no
+    copies."""
+    n, t, h, d = q.shape
+    kv_heads = k.shape[2]
+    groups = h // kv_heads
+    q = (q * d**-0.5).reshape(n, t, kv_heads, groups, d).transpose(0, 2, 3, 1, 4)  # [n, k, groups, t, d]
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [n, k, d, t], [n, k, t, d]
     out = []
     for low, high in [(0, t // 2), (t // 2, t)] if t >= 128 else [(0, t)]:
-        scores = q[:, :, :, low:high].reshape(n, h // groups, groups * (high - low), d) @ k[..., :high]
+        scores = q[:, :, :, low:high].reshape(n, kv_heads, groups * (high - low), d) @ k[..., :high]
         future = mx.where(mx.arange(high) > mx.arange(low, high)[:, None], mx.array(-math.inf, scores.dtype), 0)
-        scores = scores.reshape(n, h // groups, groups, high - low, high) + future
-        probs = mx.softmax(scores, axis=-1, precise=True).reshape(n, h // groups, groups * (high - low), high)
-        out.append((probs @ v[:, :, :high]).reshape(n, h // groups, groups, high - low, d))
+        scores = scores.reshape(n, kv_heads, groups, high - low, high) + future
+        probs = mx.softmax(scores, axis=-1, precise=True).reshape(n, kv_heads, groups * (high - low), high)
+        out.append((probs @ v[:, :, :high]).reshape(n, kv_heads, groups, high - low, d))
     return mx.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(n, t, h * d)
 
-@mx.custom_function
-def with_probe(x: mx.array, y: mx.array, probe: mx.array) -> mx.array:
-    """Passes y = W x on. Gradient of `probe`, zeros [in, in]: the sum over tokens of x x^T, times the squares of the
-    loss's gradient at y."""
-    return y
-
-@with_probe.vjp
-def with_probe_vjp(primals: tuple, grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    x = primals[0].reshape(-1, primals[0].shape[-1]).astype(mx.float32)
-    squares = mx.square(grad.astype(mx.float32)).sum(axis=-1).reshape(-1, 1)
-    return mx.zeros_like(primals[0]), grad, x.T @ (x * squares)
 
 class Linear(nn.Module):
     """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
@@ -786,7 +611,8 @@ class Linear(nn.Module):
     def __init__(self, out_dim: int, in_dim: int, passes: int = 0, rank: int = 0):
         super().__init__()
         self.weight = mx.zeros((out_dim, in_dim))
-        self.has_lora, self.probe = rank > 0, None
+        self.has_lora = rank > 0
+        self.probe = None  # set by `Engine.curvature`, which looks at inputs and gradients
         if self.has_lora:
             self.lora_a = mx.zeros((passes, rank, in_dim))
             self.lora_b = mx.zeros((passes, out_dim, rank))
@@ -796,7 +622,8 @@ class Linear(nn.Module):
         if self.has_lora:
             row = min(loop, self.lora_a.shape[0] - 1)  # passes beyond the trained ones reuse the last
             y = y + x @ self.lora_a[row].astype(x.dtype).T @ self.lora_b[row].astype(x.dtype).T
-        return y if self.probe is None else with_probe(x, y, self.probe)  # `Engine.curvature` looks at the inputs
+        return y if self.probe is None else self.probe(x, y)
+
 
 class Attention(nn.Module):
     """Causal grouped-query attention; queries and keys are normed per head, turned, and queries scaled per head."""
@@ -817,6 +644,7 @@ class Attention(nn.Module):
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
         return self.proj(attend(q * self.q_gain.astype(x.dtype)[:, None], k, v), loop)
 
+
 class MLP(nn.Module):
     """proj(relu(fc(x))^2)."""
 
@@ -828,13 +656,16 @@ class MLP(nn.Module):
     def __call__(self, x: mx.array, loop: int) -> mx.array:
         return self.proj(mx.square(mx.maximum(self.fc(x, loop), 0)), loop)
 
+
 class Block(nn.Module):
     """x = mix0*x + mix1*x0; x += attn_scale*attn(norm(x)); x += mlp_scale*mlp(norm(x))."""
 
     def __init__(self, c: Config, passes: int, rank: int):
         super().__init__()
-        self.attn, self.mlp = Attention(c, passes, rank), MLP(c, passes, rank)
-        self.attn_scale, self.mlp_scale = mx.zeros((c.model_dim,)), mx.zeros((c.model_dim,))
+        self.attn = Attention(c, passes, rank)
+        self.mlp = MLP(c, passes, rank)
+        self.attn_scale = mx.zeros((c.model_dim,))
+        self.mlp_scale = mx.zeros((c.model_dim,))
         self.resid_mix = mx.zeros((2, c.model_dim))
 
     def __call__(self, x: mx.array, x0: mx.array, loop: int, rotary: tuple[mx.array, mx.array]) -> mx.array:
@@ -842,6 +673,7 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         x = x + self.attn_scale.astype(x.dtype) * self.attn(rms_norm(x), loop, rotary)
         return x + self.mlp_scale.astype(x.dtype) * self.mlp(rms_norm(x), loop)
+
 
 class RecurrentGPT(nn.Module):
     """Prelude blocks once, core blocks `loops` times, coda blocks once; input and output embedding are one."""
@@ -857,7 +689,7 @@ class RecurrentGPT(nn.Module):
         for name in ("skip_weights", "loop_embed", "loop_gate"):
             if name in shapes:
                 setattr(self, name, mx.zeros(shapes[name]))
-        cos, sin = rotary_tables(c.train_seq_len, c.model_dim // c.num_heads, c.rope_base)
+        cos, sin = rotary_tables(c.train_seq_len, c.model_dim // c.num_heads)
         self._cos, self._sin = mx.array(cos), mx.array(sin)  # the underscore keeps them out of the parameters
 
     def hidden(self, ids: mx.array, loops: int) -> mx.array:
@@ -869,34 +701,129 @@ class RecurrentGPT(nn.Module):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
             if visit.opens and looped:
                 x = x + self.loop_embed[row].astype(x.dtype)
-            if visit.opens:
                 x_in = x
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row].astype(x.dtype) * saved.pop(visit.skip_from)
-            x = self.blocks[visit.block](x, x0, visit.loop, (self._cos, self._sin))
+            loop = visit.loop if self.config.lora_rank else 0  # blocks that are called alike share a compiled graph
+            x = self.blocks[visit.block](x, x0, loop, (self._cos, self._sin))
             if visit.saves:
                 saved[number] = x
-            if visit.closes and looped and self.config.loop_gate != "none":
-                x = self.gate(x, x_in, x0, visit.loop, row)
+            if visit.closes and visit.loop > 0 and self.config.loop_gate != "none":
+                x = self.gate(x, x_in, x0, row)
         return rms_norm(x)
 
-    def gate(self, x: mx.array, x_in: mx.array, x0: mx.array, loop: int, row: int) -> mx.array:
-        """Exactly the identity at a gate of 1. `x0`: PR #319's, after every pass but the first; `gain`: scales what the
-        pass changed, x_in + g*(x - x_in), written so that g = 1 rounds nothing."""
+    def gate(self, x: mx.array, x_in: mx.array, x0: mx.array, row: int) -> mx.array:
+        """After every pass but the first. `gain`: x_in + g*(x - x_in), so that a pass whose g is 0 changes nothing.
+        `x0`: g*x + (1-g)*x0, as PR #319. Both are exactly x at g = 1."""
         g = self.loop_gate[row]
         if self.config.loop_gate == "gain":
             return x + (g - 1).astype(x.dtype) * (x - x_in)
-        return x if loop == 0 else g.astype(x.dtype) * x + (1 - g).astype(x.dtype) * x0
+        return g.astype(x.dtype) * x + (1 - g).astype(x.dtype) * x0
+
+    def logits(self, x: mx.array) -> mx.array:
+        """Normed activations [n, t, dim] -> soft-capped logits, float32 [n, t, vocab]."""
+        return LOGIT_SOFTCAP * mx.tanh(self.tok_emb(x, 0).astype(mx.float32) / LOGIT_SOFTCAP)
+
+    def losses(self, x: mx.array, targets: mx.array) -> mx.array:
+        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
+        logits = self.logits(x)
+        return mx.log(mx.exp(logits).sum(axis=-1)) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
     def __call__(self, ids: mx.array, loops: int) -> mx.array:
-        """ids [n, t] -> soft-capped logits, float32 [n, t, vocab]."""
-        logits = self.tok_emb(self.hidden(ids, loops), 0).astype(mx.float32)
-        return self.config.logit_softcap * mx.tanh(logits / self.config.logit_softcap)
+        """ids [n, t] -> logits, float32 [n, t, vocab]."""
+        return self.logits(self.hidden(ids, loops))
 
     def token_losses(self, ids: mx.array, targets: mx.array, loops: int) -> mx.array:
-        """Cross-entropy in nats, float32 [n, t]. The soft cap bounds the logits, so exp needs no maximum taken off."""
-        logits = self(ids, loops)
-        return mx.log(mx.exp(logits).sum(axis=-1)) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        """ids, targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
+        return self.losses(self.hidden(ids, loops), targets)
+
+
+# ======================================================================================================================
+# SCHEDULES [shared]
+# What happens when, as functions of progress, the fraction of training done.
+# ======================================================================================================================
+def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
+    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes."""
+    name, found = "LOOP_SCHEDULE", f'"{text}"'
+    try:
+        schedule = [(float(at), int(n)) for at, n in (entry.split(":") for entry in (text or f"0:{loops}").split(","))]
+    except ValueError:
+        schedule = []
+    require(schedule, name, 'fraction:passes,... such as "0:1,0.35:3"', found)
+    (start, fewest), (end, most) = schedule[0], schedule[-1]
+    require(start == 0, name, "a start at 0", found, 'begin with "0:1"')
+    rising = all(a < b and m < n for (a, m), (b, n) in zip(schedule, schedule[1:]))
+    require(rising, name, "fractions and passes that increase", found)
+    require(end < 1 and fewest >= 1, name, "fractions below 1 and at least one pass", found)
+    found += ", which never reaches them" if most < loops else ", which exceeds them"
+    mend = f'end it with ":{loops}", or set LOOP_SCHEDULE= for all passes throughout'
+    require(most == loops, name, f"an end at the {loops} passes of LAYOUT", found, mend)
+    return schedule
+
+
+def check_schedules(c: Config) -> None:
+    parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops)
+    budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
+    name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
+    require(budget or c.mode != "train", name, "one budget", "none", "set one")
+    kept, below = export_seconds(c), f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
+    left = not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
+    require(left, "CALIB_SECONDS", below, f"{kept:g}, which leaves nothing to train in")
+
+
+def seconds_to_train(c: Config) -> float:
+    """MAX_WALLCLOCK_SECONDS without what is kept for the export; 0 = no such budget."""
+    return c.max_wallclock_seconds and c.max_wallclock_seconds - export_seconds(c)
+
+
+def progress_of(c: Config, step: int, seconds: float, flops: float) -> float:
+    """Fraction of training done, from 0 to 1: the largest over the budgets that are set."""
+    budgets = ((step, c.iterations), (seconds, seconds_to_train(c)), (flops, c.max_train_flops))
+    return min(1.0, max(used / cap for used, cap in budgets if cap))
+
+
+def loops_at(c: Config, progress: float) -> int:
+    return [n for at, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops) if at <= progress][-1]
+
+
+def lr_mul_at(c: Config, step: int, progress: float) -> float:
+    """Factor on every learning rate: up to 1 over the first steps, down to 0 over the last part of training."""
+    steps = min(c.lr_warmup_steps, c.iterations or c.lr_warmup_steps)
+    rise = min(1.0, (step + 1) / steps) if steps else 1.0
+    return rise * (min(1.0, (1.0 - progress) / c.warmdown_frac) if c.warmdown_frac else 1.0)
+
+
+def momentum_at(c: Config, step: int) -> float:
+    """Muon's momentum: rises over the first steps, as in the official script."""
+    part = min(step / c.muon_momentum_warmup_steps, 1.0) if c.muon_momentum_warmup_steps else 1.0
+    return (1 - part) * c.muon_momentum_warmup_start + part * c.muon_momentum
+
+
+BETA1, BETA2, ADAM_EPS = 0.9, 0.95, 1e-8  # Adam, as in the official script
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients
+
+
+def adam_rates(c: Config) -> dict[str, float]:
+    """Learning rate of every group that Adam trains."""
+    return {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "gate": c.loop_gate_lr, "lora": c.lora_lr}
+
+
+def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
+    """Muon's learning rate of one matrix [rows, columns]."""
+    layout, block = parse_layout(c.layout), int(name.split(".")[1])
+    looped = layout.loops > 1 and layout.prelude <= block < layout.prelude + layout.core
+    return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5 * (c.core_lr_scale if looped else 1.0)
+
+
+def optimizer_buffers(c: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of all that the optimizer keeps: `kind.parameter`."""
+    found = {}
+    for name, shape in param_shapes(c).items():
+        for kind in ("momentum",) if param_group(name) == "matrix" else ("exp_avg", "exp_avg_sq"):
+            found[f"{kind}.{name}"] = shape
+    return found
+
 
 # ======================================================================================================================
 # OPTIMIZER
@@ -904,17 +831,18 @@ class RecurrentGPT(nn.Module):
 # are stacked, so that Newton-Schulz runs on all at once. A parameter that a loop count does not touch has a zero
 # gradient, and its moments decay as everyone's.
 # ======================================================================================================================
-def newton_schulz(g: mx.array, steps: int) -> mx.array:
+def newton_schulz(g: mx.array) -> mx.array:
     """Nearest semi-orthogonal matrices, roughly, of g [count, rows, columns], in g's dtype (Jordan et al., Muon)."""
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = NEWTON_SCHULZ
     flip = g.shape[1] > g.shape[2]
     x = g.swapaxes(1, 2) if flip else g
     norm = mx.sqrt(mx.square(x.astype(mx.float32)).sum(axis=(1, 2), keepdims=True))
     x = x / (norm + 1e-7).astype(x.dtype)
-    for _ in range(steps):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         xx = x @ x.swapaxes(1, 2)
         x = a * x + (b * xx + c * (xx @ xx)) @ x
     return x.swapaxes(1, 2) if flip else x
+
 
 class Optimizer:
     """Muon and Adam over the named parameters of a model. `state()` names every buffer by its parameter."""
@@ -923,19 +851,17 @@ class Optimizer:
         self.config, self.dtype = c, model.dtype
         shapes = {name: p.shape for name, p in tree_flatten(model.parameters())}
         groups = {group: [name for name in shapes if param_group(name) == group] for group in PARAM_GROUPS}
-        rates = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "lora": c.lora_lr}
-        self.adam_rates = {name: rate for group, rate in rates.items() for name in groups[group]}
-        self.exp_avg, self.exp_avg_sq = ({name: mx.zeros(shapes[name]) for name in self.adam_rates} for _ in range(2))
+        self.adam_rates = {name: rate for group, rate in adam_rates(c).items() for name in groups[group]}
+        self.exp_avg = {name: mx.zeros(shapes[name]) for name in self.adam_rates}
+        self.exp_avg_sq = {name: mx.zeros(shapes[name]) for name in self.adam_rates}
         self.momentum = {name: mx.zeros(shapes[name]) for name in groups["matrix"]}
-        core = range(model.layout.prelude, model.layout.prelude + model.layout.core)
-        looped = core if model.layout.loops > 1 else ()
         self.stacks = []  # (names, learning rate of each matrix) of each shape
         for shape in dict.fromkeys(shapes[name] for name in groups["matrix"]):
             names = [name for name in groups["matrix"] if shapes[name] == shape]
-            scale = [c.core_lr_scale if int(name.split(".")[1]) in looped else 1.0 for name in names]
-            rate = c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5 * mx.array(scale)[:, None, None]
-            self.stacks.append((names, rate))
-        self.steps, self.changes = 0, mx.compile(self.rule) if compiled else self.rule
+            rates = mx.array([matrix_rate(c, name, shape) for name in names])[:, None, None]
+            self.stacks.append((names, rates))
+        self.steps = 0
+        self.changes = mx.compile(self.rule) if compiled else self.rule
 
     def buffers(self) -> dict[str, mx.array]:
         """The optimizer's state, named by kind and parameter."""
@@ -954,9 +880,8 @@ class Optimizer:
 
     def update(self, weights: dict, grads: dict, lr_mul: float, momentum: float) -> tuple[dict, mx.array]:
         """One step; returns the new weights and the norm of the gradients before clipping, a scalar array."""
-        c = self.config
         self.steps += 1
-        numbers = mx.array([lr_mul, momentum, lr_mul / (1 - c.beta1**self.steps), 1 - c.beta2**self.steps])
+        numbers = mx.array([lr_mul, momentum, lr_mul / (1 - BETA1**self.steps), 1 - BETA2**self.steps])
         held = self.exp_avg, self.exp_avg_sq, self.momentum
         weights, self.exp_avg, self.exp_avg_sq, self.momentum, norm = self.changes(weights, grads, *held, numbers)
         return weights, norm
@@ -964,46 +889,319 @@ class Optimizer:
     def rule(self, weights: dict, grads: dict, exp_avg: dict, exp_avg_sq: dict, moved: dict, numbers: mx.array):
         """What a step makes of weights and state, without side effects, so that it can be compiled. What changes from
         step to step is in `numbers`: lr_mul, momentum, lr_mul and second moments with Adam's bias correction."""
-        c = self.config
+        clip = self.config.grad_clip_norm
         lr_mul, momentum, adam_lr_mul, correction = numbers
         weights, exp_avg, exp_avg_sq, moved = dict(weights), dict(exp_avg), dict(exp_avg_sq), dict(moved)
         norm = mx.sqrt(sum(mx.square(g).sum() for g in grads.values()))
-        if c.grad_clip_norm:
-            scale = mx.minimum(c.grad_clip_norm / (norm + 1e-6), 1.0)
+        if clip:
+            scale = mx.minimum(clip / (norm + 1e-6), 1.0)
             grads = {name: g * scale for name, g in grads.items()}
         for name, rate in self.adam_rates.items():
             g = grads[name]
-            exp_avg[name] = exp_avg[name] + (1 - c.beta1) * (g - exp_avg[name])
-            exp_avg_sq[name] = c.beta2 * exp_avg_sq[name] + (1 - c.beta2) * mx.square(g)
-            root = mx.sqrt(exp_avg_sq[name] / correction) + c.adam_eps
+            exp_avg[name] = exp_avg[name] + (1 - BETA1) * (g - exp_avg[name])
+            exp_avg_sq[name] = BETA2 * exp_avg_sq[name] + (1 - BETA2) * mx.square(g)
+            root = mx.sqrt(exp_avg_sq[name] / correction) + ADAM_EPS
             weights[name] = weights[name] - (rate * adam_lr_mul) * (exp_avg[name] / root)
-        for names, rate in self.stacks:
+        for names, rates in self.stacks:
             g = mx.stack([grads[name] for name in names])
             m = momentum * mx.stack([moved[name] for name in names]) + g
-            change = self.orthogonal(g + momentum * m) * (rate * lr_mul)  # Nesterov
+            change = self.orthogonal(g + momentum * m) * (rates * lr_mul)  # Nesterov
             for i, name in enumerate(names):
-                moved[name], weights[name] = m[i], weights[name] - change[i]
+                moved[name] = m[i]
+                weights[name] = weights[name] - change[i]
         return weights, exp_avg, exp_avg_sq, moved, norm
 
     def orthogonal(self, g: mx.array) -> mx.array:
         """Newton-Schulz of g [count, rows, columns] in the compute dtype; float32 in, float32 out."""
-        return newton_schulz(g.astype(self.dtype), self.config.muon_ns_steps).astype(mx.float32)
+        return newton_schulz(g.astype(self.dtype)).astype(mx.float32)
+
 
 # ======================================================================================================================
-# DEVICE AND STEP
+# DATA AND BYTES [shared]
+# Shards are the challenge's: 256 int32 (magic, version, number of tokens, zeros), then uint16 tokens. Training reads
+# sequences of train_seq_len tokens, cut from the shards, shard by shard, in an order that the seed and the epoch draw
+# (with SHUFFLE=0 one after the other). A place in the stream is a number of tokens, and ranks and microbatches take
+# shares of a step's tokens: what is read depends on neither.
+# ======================================================================================================================
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+GET_DATA = "get data with `python data/fineweb.py` or `python data/offline.py` (no network needed)"
+
+
+def check_data(c: Config) -> None:
+    length, batch = c.train_seq_len, c.train_batch_tokens
+    near = max(batch // length, 1) * length
+    multiple = f"a multiple of TRAIN_SEQ_LEN={length}"
+    require(batch % length == 0, "TRAIN_BATCH_TOKENS", multiple, batch, f"try {near}")
+    require(length % (c.eval_stride or 1) == 0, "EVAL_STRIDE", f"a divisor of TRAIN_SEQ_LEN={length}", c.eval_stride)
+    for name in ("microbatch_tokens", "val_max_tokens"):
+        require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
+
+
+def open_shard(path: Path, vocab_size: int) -> np.ndarray:
+    """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
+    head, repair = SHARD_HEADER_BYTES, "delete it and run the data tool again"
+    require(path.is_file(), path, "a shard", "no file (a broken link?)", repair)
+    size = path.stat().st_size
+    require(size >= head, path, f"a shard with a header of {head} bytes", f"{size} bytes", repair)
+    magic, version, tokens = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
+    known, right = f"magic {SHARD_MAGIC} version {SHARD_VERSION}", head + 2 * tokens
+    is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION)
+    require(is_shard, path, known, f"{magic} version {version}", GET_DATA)
+    require(tokens > 0, path, "tokens", "an empty shard", repair)
+    require(size == right, path, f"{right} bytes for {tokens} tokens", f"{size} (half copied?)", repair)
+    shard = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
+    check_ids(np.concatenate((shard[:65536], shard[-65536:])), vocab_size, path)
+    return shard
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, where: object) -> None:
+    known, top = f"token ids below VOCAB_SIZE={vocab_size}", int(ids.max())
+    require(top < vocab_size, where, known, top, "another tokenizer made this shard")
+
+
+def find_shards(data_path: str, split: str, vocab_size: int) -> list[Path]:
+    """The sorted shards of a split ("train" or "val"), each opened and checked. Raises InputError."""
+    paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
+    require(paths, data_path, f"fineweb_{split}_*.bin", "none", f"set DATA_PATH, or {GET_DATA}")
+    for path in paths:
+        open_shard(path, vocab_size)
+    return paths
+
+
+class TokenStream:
+    """The endless stream of training sequences; `total` is the number of tokens after which it begins anew."""
+
+    def __init__(self, paths: list[Path], c: Config):
+        self.paths, self.vocab_size, self.length = paths, c.vocab_size, c.train_seq_len
+        self.shuffle, self.seed = c.shuffle, c.seed
+        self.shards = [open_shard(path, c.vocab_size) for path in paths]
+        self.counts = [(len(shard) - 1) // self.length for shard in self.shards]  # sequences
+        self.starts = np.cumsum([0, *self.counts]).tolist()
+        require(self.starts[-1], paths[0].parent, f"a shard longer than TRAIN_SEQ_LEN={self.length}", "none")
+        self.total = self.starts[-1] * self.length
+        self.order = functools.lru_cache(maxsize=4)(self.permutation)
+
+    def permutation(self, epoch: int, shard: int) -> np.ndarray:
+        """The order in which the sequences of a shard are drawn in an epoch."""
+        if not self.shuffle:
+            return np.arange(self.counts[shard])
+        rng = np.random.RandomState([self.seed, epoch, shard])  # its stream is the same in every NumPy
+        return rng.permutation(self.counts[shard])
+
+    def sequence(self, number: int) -> np.ndarray:
+        """Sequence `number` of the stream and the token after it, uint16 [train_seq_len + 1]."""
+        epoch, place = divmod(number, self.starts[-1])
+        shard = int(np.searchsorted(self.starts, place, side="right")) - 1
+        start = int(self.order(epoch, shard)[place - self.starts[shard]]) * self.length
+        tokens = self.shards[shard][start : start + self.length + 1]
+        check_ids(tokens, self.vocab_size, self.paths[shard])
+        return tokens
+
+    def microbatches(self, start: int, batch: int, rank: int, world: int, largest: int) -> Iterator[tuple]:
+        """Yields (inputs, targets), int64 [sequences, train_seq_len], of this rank's share of the `batch` tokens at
+        token `start`, in microbatches of at most `largest` tokens whose sizes differ by at most one sequence."""
+        low, high = split_evenly(batch // self.length, world)[rank]
+        for a, b in microbatch_bounds(high - low, self.length, largest):
+            first = start // self.length + low
+            tokens = np.stack([self.sequence(first + i) for i in range(a, b)]).astype(np.int64)
+            yield tokens[:, :-1], tokens[:, 1:]
+
+
+def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
+    """Bounds of `parts` contiguous shares of range(count) whose sizes differ by at most one."""
+    return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
+def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[int, int]]:
+    """Bounds of the microbatches, in sequences, of a share of `sequences`; each has at most `largest` tokens."""
+    return split_evenly(sequences, -(-sequences // max(1, largest // length)))
+
+
+def load_validation(c: Config) -> tuple[np.ndarray, bool]:
+    """Validation tokens, uint16 [n * train_seq_len + 1], and whether VAL_MAX_TOKENS left some out."""
+    paths, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
+    shards = [open_shard(path, c.vocab_size) for path in paths]
+    for path, shard in zip(paths, shards):
+        check_ids(shard, c.vocab_size, path)
+    tokens = np.concatenate(shards)
+    usable = (len(tokens) - 1) // length * length
+    longer = f"a validation set longer than TRAIN_SEQ_LEN={length}"
+    require(usable, c.data_path, longer, f"{len(tokens)} tokens", "lower TRAIN_SEQ_LEN")
+    kept = min(usable, c.val_max_tokens // length * length or usable)
+    return tokens[: kept + 1], kept < usable
+
+
+def dataset_sha256(c: Config) -> str:
+    """Hash of the names, sizes and first MiB of every shard and of the tokenizer: tells datasets apart in a second."""
+    digest = hashlib.sha256(Path(c.tokenizer_path).read_bytes())
+    for split in ("train", "val"):
+        for path in sorted(Path(c.data_path).glob(f"fineweb_{split}_*.bin")):
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
+    return digest.hexdigest()
+
+
+def load_tokenizer(path: str, vocab_size: int, data_path: str = "") -> spm.SentencePieceProcessor:
+    """The SentencePiece model at `path`. Raises InputError if it is none, has another number of pieces, cannot write a
+    space, or is not the one that the manifest of `data_path` names."""
+    require(Path(path).is_file(), path, "a SentencePiece model", "no file", f"set TOKENIZER_PATH, or {GET_DATA}")
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_file=path)
+        size = int(tokenizer.vocab_size())
+    except (RuntimeError, OSError, ValueError, TypeError):
+        raise InputError(f"{path}: expected a SentencePiece model, found something else; set TOKENIZER_PATH") from None
+    mend = f"set VOCAB_SIZE={size} with the shards that it made, or the right TOKENIZER_PATH"
+    require(size == vocab_size, path, f"a tokenizer of VOCAB_SIZE={vocab_size} pieces", size, mend)
+    marked = "\u2581" in tokenizer.decode(tokenizer.encode("\ue000 \ue000"))  # a letter that no piece begins with
+    mend = "train it anew with `python data/tokenize_docs.py`"
+    require(not marked, path, "a tokenizer with a piece for the space", "none: a space would be three bytes", mend)
+    plain = [i for i in range(size) if not (tokenizer.is_control(i) or tokenizer.is_byte(i) or tokenizer.is_unknown(i))]
+    texts = ((tokenizer.decode([i]).strip(), tokenizer.id_to_piece(i).replace("\u2581", " ").strip()) for i in plain)
+    decoded, piece = next((pair for pair in texts if pair[0] != pair[1]), ("", ""))
+    require(decoded == piece, path, f'a tokenizer that decodes the piece "{piece}" as itself', f'"{decoded}"', mend)
+    if stated := manifest_tokenizer(data_path):
+        found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        expected = f"the tokenizer that made the shards in {data_path}, sha256 {stated[:12]}"
+        require(found == stated, path, expected, found[:12], "set the right TOKENIZER_PATH (manifest.json names it)")
+    return tokenizer
+
+
+def manifest_tokenizer(data_path: str) -> str:
+    """SHA-256 of the tokenizer of a dataset as its manifest.json states it, or ""."""
+    try:
+        manifest = json.loads((Path(data_path) / "manifest.json").read_text(encoding="utf-8"))
+        return str(manifest["tokenizer"]["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def count_bytes(tokens: np.ndarray, tokenizer: spm.SentencePieceProcessor) -> int:
+    """UTF-8 bytes of the text that tokens[1:] stand for: of each document what the tokenizer decodes. Unknown pieces
+    stand for text that is lost, and count nothing; a letter that was cut at the end counts its bytes."""
+    control, byte = (np.array([is_kind(i) for i in range(tokenizer.vocab_size())])
+                     for is_kind in (tokenizer.is_control, tokenizer.is_byte))  # fmt: skip
+    end = len(tokens)
+    while end > 1 and byte[tokens[end - 1]]:
+        end -= 1
+    whole, unknown = tokens[:end].astype(np.int64), tokenizer.unk_id()
+    documents = np.split(whole, np.flatnonzero(control[whole]))
+    total = sum(len(tokenizer.decode(document.tolist()).encode()) for document in documents)
+    total -= len(tokenizer.decode(whole[:1].tolist()).encode())
+    return total + len(tokens) - end - int((whole[1:] == unknown).sum()) * len(tokenizer.decode([unknown]).encode())
+
+
+class Score:
+    """The validation tokens and what turns a loss on them into bits per byte."""
+
+    def __init__(self, c: Config):
+        self.tokens, self.partial = load_validation(c)
+        tokenizer = load_tokenizer(c.tokenizer_path, c.vocab_size, c.data_path)
+        self.bytes = count_bytes(self.tokens, tokenizer)
+        self.unknown = int((self.tokens[1:] == tokenizer.unk_id()).sum())
+        self.label = f" partial:first_{len(self.tokens) - 1}_tokens" if self.partial else ""
+        require(self.bytes, c.data_path, "validation tokens that stand for text", "none: not a byte to score by")
+
+    def bpb(self, loss: float) -> float:
+        """Bits per byte of a loss in nats per token."""
+        return loss * (len(self.tokens) - 1) / (math.log(2) * self.bytes)
+
+    def notices(self) -> list[str]:
+        text = f"notice: {self.unknown} validation tokens are <unk>: their text is lost, and they count as no bytes"
+        return [text] if self.unknown else []
+
+
+def make_smoke_data(c: Config) -> None:
+    """Writes about 1 MB of made-up English and a tokenizer for it, so that the smoke preset needs nothing."""
+    folder, path, documents = Path(c.data_path), Path(c.tokenizer_path), smoke_documents()
+    if path.exists() and list(folder.glob("fineweb_train_*.bin")):
+        return
+    try:
+        if not path.exists():  # never replaces one
+            model = io.BytesIO()
+            spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_writer=model, model_type="bpe",
+                                           vocab_size=c.vocab_size, byte_fallback=True, minloglevel=2)  # fmt: skip
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, model.getvalue())
+        tokenizer = load_tokenizer(c.tokenizer_path, c.vocab_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, texts in (("val", documents[:100]), ("train", documents[100:])):
+            ids = np.array([i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]], dtype="<u2")
+            header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(ids)).ljust(SHARD_HEADER_BYTES, b"\0")
+            write_atomically(folder / f"fineweb_{split}_000000.bin", header + ids.tobytes())
+    except RuntimeError:
+        require(False, "VOCAB_SIZE", "a few hundred pieces for the smoke text", c.vocab_size)
+    except OSError as error:
+        where = error.filename or folder
+        require(False, where, "a folder to write to", error.strerror, "set DATA_PATH and TOKENIZER_PATH")
+
+
+def smoke_documents() -> list[str]:
+    """2,000 documents of random sentences and sums, always the same."""
+    rng = np.random.RandomState(0)
+    words = """the a small deep shared early late quiet plain long identical loop block gate depth pass core stack
+        token layer curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens
+        measures""".split()
+    order = {word: rng.choice(words, 4) for word in words}  # each word has four that may follow
+
+    def sentence() -> str:
+        n, said = int(rng.randint(2, 60)), [words[rng.randint(len(words))]]
+        while len(said) < 4 + n % 6:
+            said.append(str(order[said[-1]][rng.randint(4)]))
+        return f"{n} plus {n} is {2 * n}." if n % 3 == 0 else " ".join(said).capitalize() + "."
+
+    return [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(2000)]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes to a temporary name beside `path`, then renames: a reader sees the old file or the new one, never half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ======================================================================================================================
+# ENGINE
 # Everything that touches the machine: which device, which processes, compilation, one training step, losses, logits.
 # The rest of the script speaks to the `Engine` in NumPy arrays and plain numbers. What runs on a GPU here can be
-# confirmed on a Mac only: bfloat16, the attention kernel, mx.compile on Metal, the memory limits, several Macs.
+# confirmed on a Mac only: bfloat16, the attention kernel, mx.compile on Metal, several Macs.
 # ======================================================================================================================
+class Curvature(NamedTuple):
+    """How the loss bends, a token, float32; what EXPORT needs of a model beside its weights."""
+
+    hessians: dict[str, np.ndarray]  # of every block matrix, [in, in]: sum of x x^T over its inputs x, weighted
+    squares: dict[str, np.ndarray]  # of every parameter, its shape: the empirical Fisher information
+    tokens: int  # looked at
+
+
+@mx.custom_function
+def with_probe(total: mx.array, x: mx.array, y: mx.array) -> mx.array:
+    """Passes y = W x on. Gradient of `total`, zeros [in, in]: the sum over tokens of x x^T, each times the square of
+    the loss's gradient at y."""
+    return y
+
+
+@with_probe.vjp
+def with_probe_vjp(primals: tuple, grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    x = primals[1].reshape(-1, primals[1].shape[-1]).astype(mx.float32)
+    squares = mx.square(grad.astype(mx.float32)).sum(axis=-1).reshape(-1, 1)
+    return x.T @ (x * squares), mx.zeros_like(primals[1]), grad
+
+
 class Engine:
     """A model and its optimizer on the devices of this machine; `rank` of `world` processes (started by mlx.launch)."""
 
     def __init__(self, c: Config):
         self.config, self.notices = c, []
         have = {"gpu": mx.metal.is_available(), "cpu": True}
-        kind = c.device or next(name for name, there in have.items() if there)
-        names = ", ".join(name for name, there in have.items() if there)
-        require(have.get(kind), "DEVICE", f"one of {names} for MLX on this machine", f'"{kind}"')
+        names = [name for name, there in have.items() if there]
+        kind = c.device or names[0]
+        require(kind in names, "DEVICE", f"one of {', '.join(names)} for MLX on this machine", f'"{kind}"')
         mx.set_default_device(mx.gpu if kind == "gpu" else mx.cpu)
         self.group = mx.distributed.init()
         self.rank, self.world = self.group.rank(), self.group.size()
@@ -1012,10 +1210,6 @@ class Engine:
         self.dtype = getattr(mx, c.dtype or ("bfloat16" if kind == "gpu" else "float32"))
         self.on_gpu, self.largest = kind == "gpu", c.microbatch_tokens or 8192
         self.compiled = c.compile and self.on_gpu  # the CPU's fused kernels are slower than its plain ones
-        if self.on_gpu and c.mlx_wired_gb:
-            mx.set_wired_limit(int(c.mlx_wired_gb * 1e9))
-        if c.mlx_cache_gb:
-            mx.set_cache_limit(int(c.mlx_cache_gb * 1e9))
         if not self.on_gpu:
             keep_freed_memory()
             if sys.platform == "linux" and not OPENBLAS:
@@ -1048,62 +1242,41 @@ class Engine:
     def tensor(self, array: np.ndarray) -> mx.array:
         return mx.array(array.astype(np.int32))
 
-    def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float, noise: bool = False):
+    def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float) -> tuple:
         """One optimizer step on the tokens from `start` on; returns loss and gradient norm, both computed."""
-        total, grads, params = mx.zeros(()), {}, self.disturb(start) if noise else self.params
-        for ids, targets in stream.microbatches(start, self.config, self.rank, self.world, self.largest):
-            loss, more = self.function("gradients", loops)(params, self.tensor(ids), self.tensor(targets))
+        total, grads, batch = mx.zeros(()), {}, self.config.train_batch_tokens
+        for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
+            loss, more = self.function("gradients", loops)(self.params, self.tensor(ids), self.tensor(targets))
             total = total + loss
             grads = {name: grads[name] + g if grads else g for name, g in more.items()}
-            if self.config.eager_eval:
-                mx.eval(total, grads)  # or the graphs of all microbatches are held at once
+            mx.eval(total, grads)  # or the graphs of all microbatches are held at once
         if self.world > 1:
             total, grads = self.sum_over_ranks(total, grads)
         self.params, norm = self.optimizer.update(self.params, grads, lr_mul, momentum)
         mx.eval(total, norm, self.params, self.optimizer.buffers())
         return total, norm
 
-    def disturb(self, start: int) -> dict[str, mx.array]:
-        """QUANT_NOISE: the weights with the core's matrices moved by up to half a step of the export at random
-        (`uniform`), or to the export's nearest values (`round`: the gradient passes straight through)."""
-        found, c, key = dict(self.params), self.config, mx.random.key((start + self.config.seed) % 2**63)
-        sigma = 0.0 if c.quantizer == "absmax" else sigma_of(c, code_size(c.pack_code))
-        for name, p in self.params.items():
-            scheme = scheme_of(c, name, tuple(p.shape))
-            if param_group(name) == "matrix" and "core" in quant_groups(c, name) and scheme != "f16":
-                top = largest_symbol(scheme)
-                span = sigma * mx.std(p, axis=1) if sigma else mx.abs(p).max(axis=1)
-                octaves = 8 * mx.log2(mx.maximum(span, 1e-30) / top)
-                steps = mx.power(2.0, (mx.round(octaves) if sigma else mx.ceil(octaves)) / 8)[:, None]
-                if c.quant_noise == "round":
-                    found[name] = mx.clip(mx.round(p / steps), -top, top) * steps
-                else:
-                    key, now = mx.random.split(key)
-                    found[name] = p + (mx.random.uniform(shape=p.shape, key=now) - 0.5) * steps
-        return found
+    def curvature(self, stream: TokenStream, start: int, loops: int, seconds: float = math.inf) -> Curvature:
+        """The curvature on CALIB_TOKENS training tokens from `start` on, all passes of the core together; less of them
+        where it takes more than `seconds`. Hessians weigh each input with the squares of the loss's gradient at the
+        output (GuidedQuant, arXiv 2505.07004); squares are of the gradient of each sequence."""
+        linears = {
+            name: part for name, part in self.model.named_modules() if isinstance(part, Linear) and name[0] == "b"
+        }
+        batch, began, seen = calibration_tokens(self.config, self.world), time.perf_counter(), 0
 
-    def curvature(self, stream: TokenStream, start: int, loops: int, seconds=math.inf) -> tuple[dict, dict, int]:
-        """How the loss bends, on CALIB_TOKENS training tokens from `start` on, all passes of the core together; both a
-        token, float32. Hessians [in, in], of every matrix: mean of x x^T over its inputs x, each times the squares of
-        the loss's gradient at its output (GuidedQuant, arXiv 2505.07004). And the empirical Fisher information of every
-        weight: squares of each sequence's gradient. And the number of tokens: less than asked for if it takes more than
-        `seconds`."""
-        batch = calibration_batch(self.config, self.world)
-        linears = {f"{name}.weight": part for name, part in self.model.named_modules() if isinstance(part, Linear)}
-
-        def loss(params: dict[str, mx.array], probes: dict[str, mx.array], ids: mx.array, targets: mx.array):
+        def loss(params: dict[str, mx.array], sums: dict[str, mx.array], ids: mx.array, targets: mx.array):
             self.model.update(tree_unflatten(list(params.items())))
             for name, linear in linears.items():
-                linear.probe = probes[name]
+                linear.probe = functools.partial(with_probe, sums[f"{name}.weight"])
             return self.model.token_losses(ids, targets, loops).sum()
 
         gradients = mx.grad(loss, argnums=(0, 1))
-        probes = {name: mx.zeros((linear.weight.shape[1],) * 2) for name, linear in linears.items()}
-        squares, hessians = {name: mx.zeros(p.shape) for name, p in self.params.items()}, dict(probes)
-        began, seen = time.perf_counter(), 0
+        sums = {f"{name}.weight": mx.zeros((part.weight.shape[1],) * 2) for name, part in linears.items()}
+        squares, hessians = {name: mx.zeros(p.shape) for name, p in self.params.items()}, dict(sums)
         try:
             for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.config.train_seq_len):
-                grads, probed = gradients(self.params, probes, self.tensor(ids), self.tensor(targets))
+                grads, probed = gradients(self.params, sums, self.tensor(ids), self.tensor(targets))
                 squares = {name: total + mx.square(grads[name]) for name, total in squares.items()}
                 hessians = {name: total + probed[name] for name, total in hessians.items()}
                 mx.eval(squares, hessians)
@@ -1113,13 +1286,15 @@ class Engine:
         finally:
             for linear in linears.values():
                 linear.probe = None
-        for part in (hessians, squares) if self.world > 1 else ():
-            for name, total in part.items():
-                part[name] = mx.distributed.all_sum(total, group=self.group, stream=mx.cpu)
         tokens = int(self.sum(seen))
-        hessians, squares = ({name: np.array(total) / tokens for name, total in part.items()}
-                             for part in (hessians, squares))  # fmt: skip
-        return hessians, squares, tokens
+        return Curvature(self.mean_over_ranks(hessians, tokens), self.mean_over_ranks(squares, tokens), tokens)
+
+    def mean_over_ranks(self, totals: dict[str, mx.array], tokens: int) -> dict[str, np.ndarray]:
+        """Sums of all processes over the number of tokens."""
+        if self.world > 1:
+            for name, total in totals.items():
+                totals[name] = mx.distributed.all_sum(total, group=self.group, stream=mx.cpu)
+        return {name: np.array(total) / tokens for name, total in totals.items()}
 
     def sum_over_ranks(self, total: mx.array, grads: dict[str, mx.array]) -> tuple[mx.array, dict[str, mx.array]]:
         """Loss and gradients of all processes, in one message."""
@@ -1151,19 +1326,27 @@ class Engine:
     def set_weights(self, weights: dict[str, np.ndarray]) -> None:
         self.params = {name: mx.array(weights[name]) for name, _ in tree_flatten(self.model.parameters())}
 
-    def gather(self, values: list[float]) -> np.ndarray:
-        """The values of every process, float64 [world, n]; they travel as bits, since MLX sums float32 at most."""
-        bits = mx.array(np.array([values], dtype=np.float64).view(np.uint32))
-        return np.array(mx.distributed.all_gather(bits, group=self.group, stream=mx.cpu)).view(np.float64)
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """The arrays of every process, [world, n]; they travel as bits, since MLX sums float32 at most."""
+        bits = mx.array(values[None].view(np.uint32))
+        return np.array(mx.distributed.all_gather(bits, group=self.group, stream=mx.cpu)).view(values.dtype)
 
     def agree(self, seconds: float, stop: bool) -> tuple[float, bool]:
         """Rank 0's clock for everyone, and a stop that anyone asked for."""
-        values = self.gather([seconds, float(stop)])
+        values = self.gather(np.array([seconds, float(stop)]))
         return values[0, 0].item(), values[:, 1].any().item()
+
+    def exchange(self, text: str) -> list[str]:
+        """The texts of all processes, in the order of their ranks."""
+        data = text.encode()
+        sizes = self.gather(np.array([float(len(data))])).astype(int).ravel()
+        longest = -(-int(sizes.max()) // 8) * 8
+        rows = self.gather(np.frombuffer(data.ljust(longest), np.float64))
+        return [row.tobytes()[:size].decode() for row, size in zip(rows, sizes)]
 
     def sum(self, value: float) -> float:
         """Sum over the processes."""
-        return self.gather([value]).sum().item()
+        return self.gather(np.array([value])).sum().item()
 
     def sync(self) -> None:
         """Waits until the device has done all its work."""
@@ -1176,6 +1359,7 @@ class Engine:
     def close(self, code: int) -> None:
         """Nothing to do here."""
 
+
 def keep_freed_memory() -> None:
     """Tells glibc to keep large freed blocks: activations are freed every step and would be cleared page by page."""
     if platform.libc_ver()[0] == "glibc":
@@ -1183,135 +1367,603 @@ def keep_freed_memory() -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
-# ======================================================================================================================
-# ARTIFACT [shared]
-# One file: magic, version, length of the header, header (JSON, deflated: model, passes trained, an entry a tensor),
-# payload, SHA-256 of all before. A matrix is integers of QUANT_BITS and a step a row; vectors are float16, a few
-# numbers float32. Integers and steps are ANS-coded with a histogram a tensor. QUANTIZER=fisher has steps of row times
-# column ("grid"), integers on a trellis, and the decoder knows from the steps, and from spreads of the rows where they
-# pay, how wide each is spread. Reading runs no code.
-# ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 5, struct.Struct("<4sII")
-LARGEST_HEADER, LARGEST_EXPONENT, FLOATS = 1 << 22, 800, {"f16": "<f2", "f32": "<f4"}
-SIGMA, EMBED_SIGMA, SIGMA_RANGE = 12.85, 20 / 12.85, (3.0, 62.0)  # PR #1394: 12.85 for matrices, 20 for the embedding
-GRID_HEAD, LARGEST_SYMBOL = struct.Struct("<hB3I"), 2**15 - 1  # scale, shape, bytes of the parts of `encode_grid`
-GRID_LIMITS, SPREADS, SHAPES = (240, 160, 40), (-24, 44), 5  # quarter octaves; shapes of `spread_model`
-LOSS, WIDTH_RANGE = 0.005, (1e-9, 1.0)  # nats a token; see `sigma_of`
-# A trellis starts anew every 256 rows; its code is Ungerboeck's of 64 states (1982, octal 103 and 024; halved here).
-# NEXT_STATE[state, parity]; a state's lowest bit: levels k - sign(k) / 2; CAME_FROM[state, parity]: the state before.
-TRELLIS, TRELLIS_GAIN, STATES = 256, 0.7, np.arange(64)[:, None]
-NEXT_STATE = (STATES >> 1 ^ 0o41 * (STATES & 1) ^ 0o12 * np.arange(2)).astype(np.uint8)
-CAME_FROM = np.argsort(NEXT_STATE, axis=0)
-# 2 ** (i / 8), written out: a row's step is one of these times a power of two, equal on every platform.
-EIGHTHS = np.float32([1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142135, 1.5422108, 1.6817929, 1.8340081])
 
-class Coded(NamedTuple):
-    scheme: str  # int3 ... int8, grid, f16, f32
+# ======================================================================================================================
+# TRAIN [shared]
+# The loop reads the loss of a step only after it has launched the next, so that a GPU never waits for Python. The clock
+# counts training alone: compilation comes before it, validation and checkpoints stop it. Whatever a process could see
+# differently from the others (clock, disk, environment) is decided by the first or agreed on by all.
+# ======================================================================================================================
+class Agreed(InputError):
+    """An InputError that every process raises at the same place, so that only the first prints it."""
+
+
+def together(engine: Engine, work: Callable[[], object], first_only: bool = False) -> object:
+    """`work()` on every process; what one of them refuses, all refuse. With `first_only` the first alone does it, and
+    all get its result (JSON)."""
+    result, refusal = None, ""
+    if engine.rank == 0 or not first_only:
+        try:
+            result = work()
+        except InputError as error:
+            refusal = str(error)
+    said = engine.exchange(json.dumps([result if first_only else None, refusal]))
+    for line in said:
+        if refusal := json.loads(line)[1]:
+            raise Agreed(refusal)
+    return json.loads(said[0])[0] if first_only else result
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGHUP and Ctrl-C into a flag that the loop reads. A second Ctrl-C ends the process at once; the
+    other two may come twice for one event, from a job system and torchrun, or from a terminal and its shell. Under
+    nohup a closed terminal is nothing to stop for."""
+
+    def __init__(self):
+        self.number = 0
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number in (signal.SIGTERM, signal.SIGINT, *([] if nohup else [signal.SIGHUP])):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame) -> None:
+        self.number = self.number or number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass
+class TrainState:
+    """Where a run is; kept in its checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0  # of training
+    loops: int = 0  # passes in use; 0 before the first step
+    scored: int = 0  # step of the last validation
+
+
+class Launched(NamedTuple):
+    """A step that the device may still be working on."""
+
+    step: int
+    loops: int
+    flops: float
+    lr_mul: float
+    results: tuple  # loss and gradient norm, on the device
+    seconds: float
+
+
+def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int, stop: StopSignal | None = None) -> float | None:
+    """Mean cross-entropy in nats over tokens[1:]; None where a signal ended it. With EVAL_STRIDE windows overlap and
+    every window but the first scores its last EVAL_STRIDE tokens only: each token is scored once, with more context."""
+    length, stride, total = c.train_seq_len, c.eval_stride or c.train_seq_len, 0.0
+    starts = np.arange(0, len(tokens) - length, stride)
+    low, high = split_evenly(len(starts), engine.world)[engine.rank]  # may be none: then only the sum is taken part in
+    rows = max(1, min(engine.largest, c.train_batch_tokens // engine.world) // length)  # as in training: no new shape
+    for a in range(low, high, rows):
+        if stop and stop.number:
+            break
+        batch = starts[np.minimum(np.arange(a, a + rows), high - 1)]  # filled up with the last window
+        windows = tokens[batch[:, None] + np.arange(length + 1)].astype(np.int64)
+        losses = engine.token_losses(windows[:, :-1], windows[:, 1:], loops).astype(np.float64)
+        total += sum(row[0 if s == 0 else length - stride :].sum() for s, row in zip(batch[: high - a], losses))
+    stopped = engine.sum(float(bool(stop and stop.number)))
+    total = engine.sum(total)
+    return None if stopped else total / (len(tokens) - 1)
+
+
+class Trainer:
+    """The training loop of one run, from the state it is given to the end of a budget or a signal."""
+
+    def __init__(self, c: Config, engine: Engine, log: RunLog, stream: TokenStream, score: Score, state: TrainState,
+                 stop: StopSignal):  # fmt: skip
+        self.config, self.engine, self.log, self.stream, self.score, self.state = c, engine, log, stream, score, state
+        self.stop = stop
+        self.launched: Launched | None = None
+        self.saved = state.step  # step of the last checkpoint
+        self.restart_clock(state.seconds)
+
+    def restart_clock(self, seconds: float) -> None:
+        """The clock of training goes on from `seconds`; whatever came since it was read does not count."""
+        self.started = time.perf_counter() - seconds
+        self.logged = (self.state.step, seconds)  # rates are taken from here on
+        self.before = seconds  # when the last step was launched
+
+    def clock(self) -> tuple[float, bool]:
+        """(seconds of training, whether a signal came), the same on every process."""
+        return self.engine.agree(time.perf_counter() - self.started, bool(self.stop.number))
+
+    def run(self) -> bool:
+        """Trains until a budget is used up (True) or a signal comes (False)."""
+        c, state = self.config, self.state
+        while True:
+            seconds, stopped = self.clock()
+            at = progress_of(c, state.step, seconds, state.flops)
+            loops = loops_at(c, at)
+            flops = 3 * flops_per_token(c, loops) * c.train_batch_tokens
+            done = self.is_done(at, seconds, flops)
+            ends = done or stopped
+            switches = not ends and state.loops not in (0, loops)
+            whole = True
+            if ends or switches or self.scores_now() or self.saves_now():
+                whole = self.pause(loops, ends, switches)
+            if ends:
+                return done
+            if whole:
+                self.launch(at, loops, flops)
+
+    def is_done(self, at: float, seconds: float, flops: float) -> bool:
+        """Whether a budget is used up, or would be by one more step."""
+        c, state = self.config, self.state
+        average = seconds / max(state.step, 1)
+        pace = max(average, seconds - self.before)  # a switch makes steps longer at once
+        self.before, cap = seconds, seconds_to_train(c)
+        late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap
+        return bool(at >= 1 or late or (c.max_train_flops and state.flops + flops > c.max_train_flops))
+
+    def scores_now(self) -> bool:
+        every, step = self.config.val_loss_every, self.state.step
+        return bool(every and step % every == 0 and step > self.state.scored)
+
+    def saves_now(self) -> bool:
+        every, step = self.config.checkpoint_every, self.state.step
+        return bool(every and step % every == 0 and step > self.saved)
+
+    def pause(self, loops: int, ends: bool, switches: bool) -> bool:
+        """Stops the clock for what is not training: validation, a checkpoint, a line about a switch. False where a
+        signal cut the validation short."""
+        c, state, log, whole = self.config, self.state, self.log, True
+        self.read_launched()
+        self.engine.sync()
+        seconds, _ = self.clock()
+        state.seconds = seconds
+        if not ends and self.scores_now():
+            loss = evaluate(c, self.engine, self.score.tokens, state.loops, self.stop)
+            whole = loss is not None
+            if whole:
+                state.scored = state.step
+                write_score(c, log, state, self.score, loss, state.loops)
+        if ends or self.saves_now():
+            state.loops = state.loops or loops  # none are in use before the first step
+            if save_checkpoint(c, self.engine, log, state):
+                self.saved = state.step
+        if switches and whole:
+            line = f"step:{state.step}/{c.iterations} loops:{state.loops}->{loops} train_time:{1000 * seconds:.0f}ms"
+            log.line(line)
+        self.restart_clock(seconds)
+        return whole
+
+    def launch(self, at: float, loops: int, flops: float) -> None:
+        """Starts the next step, then reads and logs the one before."""
+        c, state = self.config, self.state
+        epoch = state.tokens // self.stream.total
+        if state.step and epoch > (state.tokens - c.train_batch_tokens) // self.stream.total:
+            again = f"epoch:{epoch + 1} the {self.stream.total} training tokens are read again"
+            self.log.line(f"step:{state.step}/{c.iterations} {again}")
+        lr_mul = lr_mul_at(c, state.step, at)
+        results = self.engine.step(self.stream, state.tokens, loops, lr_mul, momentum_at(c, state.step))
+        state.step += 1
+        state.tokens += c.train_batch_tokens
+        state.flops += flops
+        state.loops = loops
+        self.read_launched()
+        seconds = time.perf_counter() - self.started
+        self.launched = Launched(state.step, loops, state.flops, lr_mul, results, seconds)
+
+    def read_launched(self) -> None:
+        """Waits for the step launched last, checks it and logs it."""
+        if self.launched is None:
+            return
+        c, one, self.launched = self.config, self.launched, None
+        loss, norm = (result.item() for result in one.results)
+        finite, found = math.isfinite(loss) and math.isfinite(norm), f"loss {loss} and norm {norm}"
+        mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1 or LR_WARMUP_STEPS=20"
+        if not finite:  # the same on every process
+            raise Agreed(f"step {one.step}: expected a finite loss and gradient norm, found {found}; {mend}")
+        seconds = time.perf_counter() - self.started if self.engine.runs_ahead else one.seconds
+        at = progress_of(c, one.step, seconds, one.flops)
+        rate = (one.step - self.logged[0]) * c.train_batch_tokens / max(seconds - self.logged[1], 1e-9)
+        left = "{}m{:02d}s".format(*divmod(int(seconds * (1 - at) / max(at, 1e-9)), 60))
+        self.log.progress(at, f"step {one.step} loss {loss:.4f} loops {one.loops} {rate:,.0f} tok/s, {left} left")
+        if one.step <= 10 or (c.train_log_every and one.step % c.train_log_every == 0):
+            self.write_step(one, loss, norm, seconds, rate, left)
+            self.logged = (one.step, seconds)
+
+    def write_step(self, one: Launched, loss: float, norm: float, seconds: float, rate: float, left: str) -> None:
+        """A line in the challenge's keys, and the same in metrics.jsonl."""
+        c, ms = self.config, 1000 * seconds
+        peak = (self.engine.peak_flops or 0) * self.engine.world
+        mfu = f" mfu:{rate * 3 * flops_per_token(c, one.loops) / peak:.3f}" if peak else ""
+        self.log.line(
+            f"step:{one.step}/{c.iterations} train_loss:{loss:.4f} loops:{one.loops} lr_mul:{one.lr_mul:.3f} "
+            f"grad_norm:{norm:.2f} train_time:{ms:.0f}ms step_avg:{ms / one.step:.2f}ms "
+            f"tok_s:{rate:.0f}{mfu} left:{left}"
+        )
+        tokens = one.step * c.train_batch_tokens
+        self.log.metrics(step=one.step, train_loss=loss, loops=one.loops, lr_mul=one.lr_mul, grad_norm=norm,
+                         train_time_ms=ms, tokens=tokens, flops=one.flops, tok_s=rate)  # fmt: skip
+
+
+def train(c: Config, engine: Engine, notices: list[str]) -> int:
+    """A whole run: checks, compilation, training, export, score from disk. Returns the exit code."""
+    stop = StopSignal()  # a signal that comes from here on ends the run with a checkpoint
+    notices = notices + together(engine, lambda: prepare(c), first_only=True)
+    score = together(engine, lambda: Score(c))
+    stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
+    sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
+    together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
+    weights, optimizer_state, state = together(engine, lambda: starting_point(c))
+    c, log = open_log(c, engine)
+    engine.build(weights)
+    if optimizer_state:
+        engine.optimizer.load_state(optimizer_state, state.step)
+        log.forget_after(state.step)
+        log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run and are done again")
+    write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
+    with log.noting_crashes():
+        trainer = Trainer(c, engine, log, stream, score, state, stop)
+        for _, loops in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops):
+            if not engine.agree(0.0, bool(stop.number))[1]:
+                began = time.perf_counter()
+                engine.warm_up(stream, loops)
+                log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
+        trainer.restart_clock(state.seconds)
+        if trainer.run() and (code := finish(c, engine, log, state, score, stream, stop)) is not None:
+            return code
+        return stopped(c, engine, log, score, trainer)
+
+
+def prepare(c: Config) -> list[str]:
+    """What the first process does before a run: makes the smoke text, checks what would fail late. Returns notices."""
+    if c.preset == "smoke":
+        make_smoke_data(c)
+    return check_before_start(c)
+
+
+def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
+    """(weights, optimizer state, state) of a new run, or of a resumed one."""
+    if c.resume:
+        return load_checkpoint(c, Path(c.log_dir) / c.run_id / CHECKPOINT)
+    if c.init_from:
+        weights, model, _ = load_model_file(c.init_from)
+        return transfer_weights(c, weights, model), {}, TrainState()
+    return initial_weights(c), {}, TrainState()
+
+
+def stopped(c: Config, engine: Engine, log: RunLog, score: Score, trainer: Trainer) -> int:
+    """The end of a run that a signal stopped; its checkpoint is written, if it can be. Returns the exit code."""
+    write_result(c, engine, log, trainer.state, score, {"complete": False})
+    step, saved = trainer.state.step, trainer.saved
+    again = "" if saved == step else f", from step {saved}"
+    log.line(f"stopped by a signal after step {step}; {log.advice()}{again if log.checkpoint.is_file() else ''}")
+    return 128 + (trainer.stop.number or signal.SIGTERM)
+
+
+def write_score(c: Config, log: RunLog, state: TrainState, score: Score, loss: float, loops: int) -> None:
+    step, ms, bpb = state.step, 1000 * state.seconds, score.bpb(loss)
+    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
+             f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
+    log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state.tokens,
+                flops=state.flops, partial=score.partial)  # fmt: skip
+
+
+def about(c: Config, loops: int) -> dict:
+    """What a file of weights says of itself."""
+    return {"model": {name: getattr(c, name) for name in MODEL_FIELDS}, "loops": loops}
+
+
+def identity(c: Config) -> dict:
+    """What a run must share with the checkpoint that it goes on from."""
+    return {"config_sha256": config_sha256(c), "seed": c.seed, "data": dataset_sha256(c)}
+
+
+def save_checkpoint(c: Config, engine: Engine, log: RunLog, state: TrainState) -> bool:
+    """Weights, optimizer state, place in the data and clock: enough to go on as if nothing had happened. Where it
+    cannot be written (False), training goes on."""
+    if engine.rank:
+        return True
+    tensors = {f"weights.{name}": value for name, value in engine.weights().items()} | engine.optimizer.state()
+    note = about(c, state.loops) | {"state": dataclasses.asdict(state) | identity(c)}
+    try:
+        save_tensors(log.checkpoint, tensors, note)
+    except OSError as error:
+        log.line(f"notice: no checkpoint at step {state.step}: {error.strerror or error}; going on")
+        return False
+    return True
+
+
+def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], TrainState]:
+    """(weights, optimizer state, training state) for RESUME=1. Raises InputError if it is of another configuration."""
+    none = "without RESUME set another RUN_ID, or delete the folder"
+    require(path.is_file(), path, "a checkpoint to go on from", "none", none)
+    weights, model, _ = load_model_file(str(path))
+    mend = "resume with the run's own settings (its train.log states them), or use INIT_FROM in a new run"
+    for name in MODEL_FIELDS:
+        require(model[name] == getattr(c, name), path, f"{name.upper()}={getattr(c, name)}", model[name], mend)
+    tensors, note = load_tensors(path)
+    found = note["state"] if isinstance(note.get("state"), dict) else {}
+    fields = [field.name for field in dataclasses.fields(TrainState)]
+    whole = {*fields, *identity(c)} <= found.keys()
+    require(whole, path, "a checkpoint with training state", "weights only", "use INIT_FROM")
+    for name, value in identity(c).items():
+        require(found[name] == value, path, f"the {name} that it was trained with", f"{found[name]}, not {value}", mend)
+    kept = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
+    same = {name: value.shape for name, value in kept.items()} == optimizer_buffers(c)
+    require(same, path, "the optimizer state of its layout", "another", mend)
+    return weights, kept, TrainState(**{name: found[name] for name in fields})
+
+
+def model_config(c: Config, model: dict) -> Config:
+    """`c` with the model settings of a file. Raises InputError if they are not those of a model."""
+    fields = {name: model.get(name) for name in MODEL_FIELDS}
+    for name, value in fields.items():
+        kind = type(getattr(Config, name))
+        require(type(value) is kind, name, f"a {kind.__name__}", repr(value))
+    found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="")
+    check_config(found)
+    return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
+
+
+def save_tensors(path: Path, tensors: dict[str, np.ndarray], note: dict) -> None:
+    """A safetensors file with a JSON note, written atomically."""
+    write_atomically(path, pack_tensors(tensors, metadata={"recurrent_gpt": json.dumps(note)}))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The opposite of `save_tensors`. Raises InputError."""
+    data, expected = path.read_bytes(), "expected a checkpoint of this project, found a damaged or foreign file"
+    try:
+        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        note = json.loads(head["__metadata__"]["recurrent_gpt"])
+        return parse_tensors(data), note | {"loops": int(note["loops"]), "model": dict(note["model"])}
+    except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
+        raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None
+
+
+def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
+    """(weights, model settings, passes) of an artifact, a checkpoint or a model.safetensors. Raises InputError."""
+    require(Path(path).is_file(), path, "an artifact or a checkpoint", "no file")
+    with open(path, "rb") as file:
+        is_artifact = file.read(4) == ARTIFACT_MAGIC or path.endswith(".rgpt")
+    if is_artifact:
+        found = read_artifact(Path(path))
+        return found.weights, found.model, found.loops
+    tensors, note = load_tensors(Path(path))
+    weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
+    try:
+        c = model_config(Config(), note["model"])
+        same = {name: value.shape for name, value in weights.items()} == param_shapes(c)
+        require(same, "tensors", f"those of LAYOUT={c.layout}", "others")
+        require(0 <= note["loops"] <= parse_layout(c.layout).loops, "loops", "passes of its layout", note["loops"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}; the file is damaged") from None
+    return weights, note["model"], note["loops"] or parse_layout(c.layout).loops
+
+
+# ======================================================================================================================
+# EXPORT [shared]
+# From weights and curvature to bytes and back. Every tensor is a table of integers with a step for each row and column;
+# the integers are entropy-coded (ANS) with a distribution whose width the decoder knows from the steps. `absmax`: int6,
+# a row's steps span its largest weight. `trellis`: steps as wide as the loss allows (Fisher information), columns
+# rounded one by one with the errors made up for (GPTQ, arXiv 2210.17323), integers on a trellis (Ungerboeck 1982).
+# One file: magic, version, length of the header, header (JSON, deflated), the code of all tensors, SHA-256 of all
+# before. Reading runs no code of the file.
+# ======================================================================================================================
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 6, struct.Struct("<4sII")
+LARGEST_HEADER = 1 << 20  # bytes, unpacked
+LARGEST_SYMBOL, LARGEST_EXPONENT = 2**15 - 1, 480  # of the integers, and of the steps in quarter octaves
+INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors, as float16
+DEFAULT_LOSS = 0.005  # nats a token, where QUANT_LOSS is 0
+# 2 ** (exponent / 4) is one of these times a power of two, equal on every platform.
+QUARTERS = np.float32([1.0, 1.1892071, 1.4142135, 1.6817929])
+LARGEST_NUMBER = 1e30  # of weights and gradients
+WEIGHTS_A_BYTE = 256  # at most in a file: a reader looks before it makes anything of that size
+LEAST_BITS = {"absmax": 4.5, "trellis": 0.7}  # a weight, all included: less was never seen ...
+LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
+FEW_BITS = 2.0  # a weight; below, fewer parameters are likely better (records/exports/widths_128)
+
+
+class Table(NamedTuple):
+    """A tensor [n, m] as it is coded: element (i, j) is 2 ** ((rows[i] + columns[j]) / 4) times the level of its
+    integer, which is the integer itself or, on a trellis, half a level nearer to 0."""
+
+    rows: np.ndarray  # int16 [n]
+    columns: np.ndarray  # int16 [m]
+    middles: np.ndarray  # int16 [n]: what a vector's integers lie around; 0 for the rows of a matrix
+    symbols: np.ndarray  # int16 [n, m]
+
+
+class Factor(NamedTuple):
+    """What GPTQ needs of a Hessian over its mean diagonal."""
+
+    order: np.ndarray  # of the columns: the largest inputs come first
+    upper: np.ndarray  # float32 [m, m]: upper Cholesky factor of the damped inverse
+
+
+class Export(NamedTuple):
+    """An artifact's bytes and what is said of them."""
+
     data: bytes
-    check: int  # CRC-32 of name, shape and what is decoded: a damaged model of the coder cannot give wrong weights
-    weights: int  # coded as integers
-    entropy_bits: float  # order 0, of the integers
+    size: int
+    bytes_by_group: dict[str, int]
+    bits_per_weight: float  # of the coded matrices, with their steps
+    entropy_bits_per_weight: float  # order 0, of the integers of each matrix
+    loss_aimed: float  # trellis: nats a token that rounding would add if the Fisher information were all
+    rounds: int  # how often it was coded
+    plain_rounded: int  # matrices whose Hessian could not be used
 
-def scheme_of(c: Config, name: str, shape: tuple[int, ...]) -> str:
-    if param_group(name) == "scalar":
-        return "f32" if math.prod(shape) <= 64 else "f16"
-    groups = quant_groups(c, name)
-    bits = next(bits for group, bits in parse_quant_bits(c.quant_bits).items() if group in groups or group == "*")
-    return "f16" if bits == 16 else "grid" if c.quantizer == "fisher" else f"int{bits}"
 
-def quant_groups(c: Config, name: str) -> list[str]:
-    """Groups of a tensor in QUANT_BITS and in the report; the first tells where its bytes are listed."""
-    if not name.startswith("blocks."):
-        return ["embed" if param_group(name) == "embed" else "rest"]
-    block, layout = int(name.split(".")[1]), parse_layout(c.layout)
-    part = "prelude" if block < layout.prelude else "core" if block < layout.prelude + layout.core else "coda"
-    kind = {"lora": ["lora"], "scalar": ["rest"]}.get(param_group(name), [])
-    return [*kind, part, *(sub for sub in ("attn", "mlp") if f".{sub}." in name)]
+class Artifact(NamedTuple):
+    """An artifact as read."""
 
-def largest_symbol(scheme: str) -> int:
-    return LARGEST_SYMBOL if scheme == "grid" else 2 ** (int(scheme[3:]) - 1) - 1
+    model: dict  # MODEL_FIELDS
+    loops: int  # passes trained
+    quantizer: str
+    weights: dict[str, np.ndarray]  # float32
+    bits: dict[str, float]  # of each tensor in the file
 
-def row_exponents(rows: np.ndarray, top: int, sigma: float) -> np.ndarray:
-    """int16 [n]: the step of a row is 2 ** (exponent / 8), so that `top` steps span its largest weight (`sigma` 0: no
-    clipping) or about `sigma` of its standard deviations."""
-    span = sigma * rows.std(axis=1) if sigma else np.abs(rows).max(axis=1)
-    octaves = 8 * np.log2(np.maximum(span.astype(np.float64), 1e-30) / top)
-    rounded = np.rint(octaves) if sigma else np.ceil(octaves)
-    found = np.clip(rounded, -LARGEST_EXPONENT, LARGEST_EXPONENT).astype(np.int16)
-    return np.where(span > 0, found, found[span > 0].min() if (span > 0).any() else 0).astype(np.int16)
 
-def step_sizes(exponents: np.ndarray) -> np.ndarray:
-    return np.ldexp(EIGHTHS[exponents % 8], (exponents // 8).astype(np.int32))
+def check_export(c: Config) -> None:
+    trellis = calibrates(c)
+    for name in ("target_bytes", "quant_loss"):
+        value = getattr(c, name)
+        require(trellis or not value, name.upper(), "0 with QUANTIZER=absmax", value, "set QUANTIZER=trellis")
+    mend = "set TARGET_BYTES=0, or leave the other out"
+    require(not (c.quant_loss and c.target_bytes), "TARGET_BYTES", "no QUANT_LOSS beside it", c.quant_loss, mend)
+    cap = f"at most BYTES_CAP={c.bytes_cap}"
+    require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
+    enough = not trellis or c.mode != "train" or c.calib_tokens >= c.train_seq_len
+    require(enough, "CALIB_TOKENS", f"at least TRAIN_SEQ_LEN={c.train_seq_len}", c.calib_tokens)
 
-def gptq_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(order of the columns, upper Cholesky factor [m, m] of the inverse) of a Hessian over its mean diagonal: what
-    GPTQ needs of it. The columns of the largest inputs come first; 0.01 is added to the diagonal (arXiv 2210.17323,
-    act-order and damping), or more where rounded products of inputs that are nearly alike are no Hessian."""
+
+def calibrates(c: Config) -> bool:
+    """Whether the export needs the curvature."""
+    return c.quantizer == "trellis"
+
+
+def export_seconds(c: Config) -> float:
+    """Seconds of MAX_WALLCLOCK_SECONDS that are kept for what looks at training tokens after training."""
+    return c.calib_seconds if calibrates(c) else 0.0
+
+
+def calibration_tokens(c: Config, world: int) -> int:
+    """CALIB_TOKENS in whole sequences, at least one a process."""
+    return max(c.calib_tokens // c.train_seq_len, world) * c.train_seq_len
+
+
+def need_constriction():
+    """The entropy coder, or an InputError that says how to get it."""
+    there = importlib.util.find_spec("constriction") is not None
+    require(there, "constriction", "the package, which codes the artifact", "none", "pip install constriction")
+    import constriction
+
+    return constriction
+
+
+def check_before_start(c: Config) -> list[str]:
+    """Refuses what would fail after training; returns notices."""
+    need_constriction()
+    code, cap = code_size(c.count_code), c.target_bytes or c.bytes_cap
+    least, likely = (count_params(c) * bits[c.quantizer] / 8 for bits in (LEAST_BITS, LIKELY_BITS))
+    name = "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
+    lacking = " and ".join(["QUANTIZER=trellis"] * (not calibrates(c)) + ["TARGET_BYTES"] * (not c.target_bytes))
+    advice = "lower MODEL_DIM, MLP_MULT or the number of blocks" + f", or set {lacking}" * bool(lacking)
+    expected = f"code + artifact within {cap} bytes"
+    require(code + least <= cap, name, expected, f"{code} + at least {least:.0f}", advice)
+    if code + likely <= cap or c.target_bytes:
+        return []
+    return [f"notice: the artifact may exceed the cap: {code} + about {likely:.0f} of {cap} bytes; {advice}"]
+
+
+def is_vector(name: str) -> bool:
+    return param_group(name) in ("scalar", "gate")
+
+
+def on_trellis(c: Config, name: str) -> bool:
+    return c.quantizer == "trellis" and not (c.embed_float16 and param_group(name) == "embed")
+
+
+def powers(exponents: np.ndarray) -> np.ndarray:
+    """float32 2 ** (exponents / 4)."""
+    return np.ldexp(QUARTERS[exponents % 4], (exponents // 4).astype(np.int32))
+
+
+def spanning_steps(c: Config, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps of the rows [n] and columns [m] (all 1), of which so many span the largest number of a row."""
+    tops = {"matrix": INT6, "lora": INT8, "embed": FINE if c.embed_float16 else INT8}
+    largest = np.abs(values).max(axis=1).astype(np.float64)
+    rows = np.ceil(4 * np.log2(np.maximum(largest, 1e-30) / tops.get(param_group(name), FINE)))
+    rows[largest == 0] = rows.max()  # whatever is nearest to the others
+    return rows.astype(np.int16), np.zeros(values.shape[1], np.int16)
+
+
+def width_of(quant_loss: float, weights: int) -> float:
+    """Steps are this over the root of the curvature. A step s wide costs curvature * s ** 2 / 24 on average, on a
+    trellis TRELLIS_GAIN of that, so all weights together TRELLIS_GAIN * weights * width ** 2 / 24."""
+    return math.sqrt(24 * quant_loss / (TRELLIS_GAIN * max(weights, 1)))
+
+
+def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float, factor: Factor | None) -> tuple:
+    """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
+    which spends every bit where it buys most (reverse water-filling). Curvature of a row: its mean Fisher information,
+    `squares` [n, m]. Of a column: what its input adds to those after it, where GPTQ makes up for errors (the factor's
+    diagonal, as in WaterSIC), else its mean Fisher information, too; columns of vectors are alike."""
+    of_rows, of_columns = (squares.mean(axis=axis, dtype=np.float64) for axis in (1, 0))
+    mean = max(of_rows.mean(), 1e-30)
+    of_rows, of_columns = of_rows + 1e-3 * mean, of_columns / mean + 1e-3
+    if factor is not None:
+        of_columns[factor.order] = np.diag(factor.upper).astype(np.float64) ** -2
+    columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))
+    largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
+    finest = np.ceil(4 * np.log2(np.maximum(2 * largest / (LARGEST_SYMBOL - 4), 1e-30)))
+    squared = float(np.square(values, dtype=np.float64).mean())
+    widest = 2 * math.log2(max(squared, 1e-24)) + 16  # all zeros from there on
+    rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest)
+    return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), columns.astype(np.int16)
+
+
+def gptq_factor(hessian: np.ndarray) -> Factor | None:
+    """0.01 is added to the diagonal, or more where rounded products of inputs that are nearly alike are no Hessian;
+    None where that does not help."""
     diagonal = np.diag(hessian).astype(np.float64)
     order, mean = np.argsort(-diagonal, kind="stable"), max(diagonal.mean(), 1e-30)
     damped = (hessian + hessian.T)[np.ix_(order, order)] / (2 * mean)
     for more in (0.01, 0.1, 1.0, 10.0):
         damped[np.diag_indices_from(damped)] += more
-        try:
+        with contextlib.suppress(np.linalg.LinAlgError):
             inverse = np.linalg.inv(damped)
-            return order, np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
-        except np.linalg.LinAlgError:
-            continue
-    return order, np.eye(len(order), dtype=np.float32)  # plain rounding
+            return Factor(order, np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32))
+    return None
 
-def loss_steps(rows: np.ndarray, squares: np.ndarray, width: float, factor=None) -> tuple[np.ndarray, np.ndarray]:
-    """int16 [n] and [m]: the step of weight (i, j) is 2 ** ((a[i] + b[j]) / 4), about `width` over the root of the
-    curvature of the loss along it. That spends every bit where it buys most (reverse water-filling). Curvature: of a
-    row its mean in `squares`, the Fisher information; of a column what its input adds to those after it, where GPTQ
-    makes up for errors (the factor's diagonal, as in WaterSIC), else its mean in `squares`, too."""
-    of_rows, of_columns = squares.mean(axis=1, dtype=np.float64), squares.mean(axis=0, dtype=np.float64)
-    mean = max(of_rows.mean(), 1e-30)
-    of_rows, of_columns = of_rows + 1e-3 * mean, of_columns / mean + 1e-3
-    if factor is not None:
-        of_columns[factor[0]] = np.diag(factor[1]).astype(np.float64) ** -2
-    widest = 4 * math.log2(max(float(rows.std()), 1e-12)) + 16  # all zeros from there on
-    columns = np.clip(np.rint(-2 * np.log2(of_columns)), -GRID_LIMITS[1], GRID_LIMITS[1])
-    largest = (np.abs(rows) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
-    finest = np.ceil(4 * np.log2(np.maximum(2 * largest / LARGEST_SYMBOL, 1e-30)))
-    steps = np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)
-    steps = np.clip(np.maximum(np.rint(steps), finest), -GRID_LIMITS[0], GRID_LIMITS[0])
-    return steps.astype(np.int16), columns.astype(np.int16)
 
-def trellis_path(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Trellis-coded quantization of x [count, n], in steps: integers within +-top and the levels they stand for. In
-    each TRELLIS numbers, every integer's parity moves the state, and the state says whether the next stands for k or
-    for k - sign(k) / 2; Viterbi's algorithm finds the nearest path. At the same error that saves 0.18 bits a number
-    (Marcellin and Fischer 1990; the two quantizers as in H.266)."""
+# A trellis starts anew every TRELLIS rows. Its code is Ungerboeck's of 64 states (1982, octal 103 and 024; halved
+# here). NEXT_STATE[state, parity of the integer]; CAME_FROM[state, parity of the state before]. In a state whose lowest
+# bit is set an integer k stands for the level k - sign(k) / 2. The gain: tests/fit_spread.py.
+TRELLIS, TRELLIS_GAIN, STATES = 256, 0.7, np.arange(64)[:, None]
+NEXT_STATE = (STATES >> 1 ^ 0o41 * (STATES & 1) ^ 0o12 * np.arange(2)).astype(np.uint8)
+CAME_FROM = np.argsort(NEXT_STATE, axis=0)
+# In steps: a weight below the first stays 0, and a row below the second; the nearest path could move them by many times
+# their size.
+ZERO_WEIGHT, ZERO_ROW = 0.125, 0.25
+
+
+def trellis_path(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trellis-coded quantization of x [count, n], in steps: integers and the levels they stand for, the nearest path
+    through each TRELLIS numbers (Viterbi). Every integer's parity moves the state, and the state says which levels are
+    next. At the same error that saves 0.18 bits a number (Marcellin and Fischer 1990)."""
     (count, n), length = x.shape, min(TRELLIS, x.shape[1])
     padded = np.zeros((count, -(-n // length) * length), np.float32)
-    padded[:, :n] = np.minimum(np.abs(x), top - 2)
+    padded[:, :n] = np.minimum(np.abs(x), LARGEST_SYMBOL - 2)
     size = np.ascontiguousarray(padded.reshape(-1, length).T)  # [length, chains]
-    even = np.where(size < 0.75, 0, 2 * np.rint((size - 1.5) / 2) + 2)  # of those at k - 1 / 2, and at 0
+    # The nearest integers of each kind: even and odd of those at k, then of those at k - 1/2 (and at 0).
+    even = np.where(size < 0.75, 0, 2 * np.rint((size - 1.5) / 2) + 2)
     odd = 2 * np.rint((size - 0.5) / 2) + 1
     numbers = np.stack([2 * np.rint(size / 2), 2 * np.floor(size / 2) + 1, even, odd], axis=1)
     levels = numbers.copy()
     levels[:, 2:] -= 0.5 * (numbers[:, 2:] > 0)
     errors, chains = np.square(levels - size[:, None]), np.arange(size.shape[1])
-    errors[:, 1::2] += np.where(size < 0.125, np.float32(1e9), 0)[:, None]  # a weight far below its step stays 0
+    errors[:, 1::2] += np.where(size < ZERO_WEIGHT, np.float32(1e9), 0)[:, None]
     cost = np.full((len(STATES), len(chains)), np.inf, np.float32)
-    cost[0], second, reached = 0, np.empty((length, *cost.shape), bool), np.empty((*CAME_FROM.shape, len(chains)), "f4")
+    cost[0] = 0
+    second = np.empty((length, *cost.shape), bool)  # whether a state was reached by the second way
+    reached = np.empty((*CAME_FROM.shape, len(chains)), np.float32)
     for i in range(length):
         np.take(cost, CAME_FROM, axis=0, out=reached, mode="clip")
         halves = reached.reshape(2, -1, 2, len(chains))  # states of the lower half come from even ones, others from odd
         halves += errors[i].reshape(2, 1, 2, -1)
         np.less(reached[:, 1], reached[:, 0], out=second[i])
         np.minimum(reached[:, 0], reached[:, 1], out=cost)
-    state, taken = cost.argmin(axis=0), np.empty((length, len(chains)), np.intp)
+    state, taken = cost.argmin(axis=0), np.empty((length, 1, len(chains)), np.intp)
     for i in reversed(range(length)):
         way = second[i, state, chains].astype(np.intp)
         state = CAME_FROM[state, way]
         taken[i] = 2 * (state & 1) + way
-    def along(part: np.ndarray) -> np.ndarray:
-        found = np.take_along_axis(part, taken[:, None], 1)[:, 0]
-        return np.copysign(found.T.reshape(count, -1)[:, :n], x)
-    return along(numbers), along(levels)
+    found = (np.take_along_axis(part, taken, 1)[:, 0].T.reshape(count, -1)[:, :n] for part in (numbers, levels))
+    return tuple(np.copysign(part, x) for part in found)
 
-def trellis_rows(symbols: np.ndarray):
+
+def trellis_rows(symbols: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Walks down the trellises of symbols [n, m], one a column and TRELLIS rows: yields i and, for rows i, i + TRELLIS
     and so on, 1 where an integer stands for k - sign(k) / 2. A decoder fills in those rows before it asks for more."""
     state = np.zeros((-(-len(symbols) // TRELLIS), symbols.shape[1]), np.uint8)
@@ -1320,534 +1972,598 @@ def trellis_rows(symbols: np.ndarray):
         yield i, here & 1
         here[:] = NEXT_STATE[here, symbols[i::TRELLIS] & 1]
 
-def shifted_levels(symbols: np.ndarray) -> np.ndarray:
+
+def half_levels(symbols: np.ndarray) -> np.ndarray:
     """uint8 [n, m]: 1 where an integer of a trellis stands for k - sign(k) / 2."""
     found = np.empty(symbols.shape, np.uint8)
-    for i, shifted in trellis_rows(symbols):
-        found[i::TRELLIS] = shifted
+    for i, half in trellis_rows(symbols):
+        found[i::TRELLIS] = half
     return found
 
-def quantize(rows: np.ndarray, steps: np.ndarray, top: int, factors=None, columns=None) -> np.ndarray:
-    """rows [count, n, m] of as many matrices in steps [count, n] -> symbols int16 [count, n, m] within +-top; in steps
-    times `columns` [count, m] where given, and then of a trellis. With GPTQ factors the columns are rounded one by one,
-    and those to come make up for the error in the layer's output; 128 at a time are kept up to date."""
-    def nearest(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return trellis_path(x, top) if columns is not None else (np.clip(np.rint(x), -top, top),) * 2
-    scaled = (rows / steps[..., None]).astype(np.float32)
-    widths = np.ones((len(rows), rows.shape[2]), np.float32) if columns is None else columns
-    ordered, symbols = np.empty(rows.shape, np.int16), np.empty(rows.shape, np.int16)
-    if columns is not None:  # a row far below its steps is 0: a trellis could move it by many times its size
-        scaled *= (np.abs(scaled) >= 0.25 * widths[:, None]).any(axis=2, keepdims=True)
-    if factors is None:
-        for i in range(len(rows)):
-            for j in range(0, rows.shape[2], 64):  # a few columns at a time: a trellis needs memory
-                part = scaled[i, :, j : j + 64] / widths[i, j : j + 64]
-                symbols[i, :, j : j + 64] = nearest(np.ascontiguousarray(part.T))[0].T
-        return symbols
-    order, upper = (np.stack([factor[i] for factor in factors]) for i in (0, 1))
-    left, widths = np.take_along_axis(scaled, order[:, None], 2), np.take_along_axis(widths, order, 1)
-    for start in range(0, rows.shape[2], 128):
-        end = min(start + 128, rows.shape[2])
-        block = np.ascontiguousarray(left[:, :, start:end].transpose(2, 0, 1))
+
+def round_to_trellis(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, factors: list | None) -> np.ndarray:
+    """values [count, n, m] of as many tensors, steps of their rows [count, n] and columns [count, m] -> symbols int16.
+    With GPTQ's factors the columns are rounded one by one, and those to come make up for the error in the layer's
+    output; 128 at a time are kept up to date."""
+    left, widths = (values / powers(rows)[..., None]).astype(np.float32), powers(columns)
+    left *= (np.abs(left) >= ZERO_ROW * widths[:, None]).any(axis=2, keepdims=True)
+    at_once, order = (1, np.stack([factor.order for factor in factors])) if factors else (64, None)
+    if factors:
+        upper = np.stack([factor.upper for factor in factors])
+        left, widths = np.take_along_axis(left, order[:, None], 2), np.take_along_axis(widths, order, 1)
+    symbols = np.empty(left.shape, np.int16)
+    for start in range(0, left.shape[2], 128):
+        block = np.ascontiguousarray(left[:, :, start : start + 128].transpose(2, 0, 1))
         errors = np.empty_like(block)
-        for i in range(end - start):
-            at, width = start + i, widths[:, start + i, None]
-            ordered[:, :, at], levels = nearest(block[i] / width)
-            errors[i] = (block[i] - levels * width) / upper[:, at, at, None]
-            block[i + 1 :] -= upper[:, at, at + 1 : end].T[..., None] * errors[i]
-        left[:, :, end:] -= errors.transpose(1, 2, 0) @ upper[:, start:end, end:]
-    np.put_along_axis(symbols, order[:, None], ordered, 2)
+        for i in range(0, len(block), at_once):
+            at, part = start + i, block[i : i + at_once]
+            scale = widths[:, at : at + len(part)].T[..., None]
+            found, levels = trellis_path((part / scale).reshape(-1, part.shape[2]))
+            symbols[:, :, at : at + len(part)] = found.reshape(part.shape).transpose(1, 2, 0)
+            if factors:
+                errors[i] = (part[0] - levels * scale[0]) / upper[:, at, at, None]
+                block[i + 1 :] -= upper[:, at, at + 1 : start + len(block)].T[..., None] * errors[i]
+        if factors:
+            left[:, :, start + 128 :] -= errors.transpose(1, 2, 0) @ upper[:, start : start + 128, start + 128 :]
+    if factors:
+        np.put_along_axis(symbols, order[:, None], symbols.copy(), 2)
     return symbols
 
-def encode_symbols(symbols: np.ndarray, codec: str) -> bytes:
-    """int16 symbols -> bytes: for `ans` lowest symbol, alphabet size, 16-bit frequencies, 32-bit words."""
-    low = int(symbols.min())
-    shifted, size = symbols.ravel().astype(np.int32) - low, max(2, int(symbols.max()) - low + 1)
-    head = struct.pack("<hH", low, size)
-    if codec == "lzma":
-        return head + lzma.compress(shifted.astype("<u2" if size > 256 else np.uint8).tobytes(), preset=6)
-    coder, counts = need_constriction().stream.stack.AnsCoder(), np.bincount(shifted, minlength=size)
-    frequencies = np.clip(np.rint(counts / counts.sum() * 65535), 1, 65535).astype("<u2")
-    coder.encode_reverse(shifted, ans_model(frequencies))
-    return head + frequencies.tobytes() + coder.get_compressed().astype("<u4").tobytes()
 
-def decode_symbols(data: bytes, count: int, codec: str, largest: int = LARGEST_SYMBOL) -> np.ndarray:
-    """The opposite of `encode_symbols`: int16 [count] within +-largest. Raises what `read_artifact` catches."""
-    low, size = struct.unpack_from("<hH", data)
-    if codec == "lzma":
-        kind = np.dtype("<u2" if size > 256 else np.uint8)
-        most = (count + 1) * kind.itemsize
-        unpack = lzma.LZMADecompressor(memlimit=1 << 26)  # a stream may ask for a dictionary of gigabytes
-        symbols = np.frombuffer(unpack.decompress(data[4:], max_length=most), dtype=kind)
-    else:
-        frequencies = np.frombuffer(data, dtype="<u2", count=size, offset=4)
-        words = np.frombuffer(data, dtype="<u4", offset=4 + 2 * size).astype(np.uint32)
-        symbols = need_constriction().stream.stack.AnsCoder(words).decode(ans_model(frequencies), count)
-    if len(symbols) != count:
-        raise ValueError(f"{len(symbols)} symbols instead of {count}")
-    symbols = symbols.astype(np.int32) + low
-    if np.abs(symbols).max(initial=0) > largest:
-        raise ValueError(f"symbols beyond {largest}")
-    return symbols.astype("<i2")
+def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors: dict[str, Factor | None],
+                squares: dict[str, np.ndarray]) -> dict[str, Table]:  # fmt: skip
+    """Rounds every tensor; matrices of one shape that GPTQ rounds do so together."""
+    values, steps, symbols, stacks = {}, {}, {}, {}
+    for name, weight in weights.items():
+        values[name] = value = weight.reshape(-1, weight.shape[-1]).astype(np.float32)
+        if on_trellis(c, name):
+            steps[name] = loss_steps(name, value, squares[name].reshape(value.shape), width, factors.get(name))
+            alone = name if factors.get(name) is None else ""
+            stacks.setdefault((value.shape, alone), []).append(name)
+        else:
+            steps[name] = spanning_steps(c, name, value)
+            symbols[name] = np.rint(value / powers(steps[name][0])[:, None]).astype(np.int16)
+    for (_, alone), names in stacks.items():
+        parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
+        symbols |= zip(names, round_to_trellis(*parts, None if alone else [factors[name] for name in names]))
+    middles = {name: np.median(part, axis=1) * is_vector(name) for name, part in symbols.items()}
+    return {name: Table(*steps[name], middles[name].astype(np.int16), symbols[name]) for name in weights}
 
-@functools.cache  # 69 spreads of 5 shapes of 2 quantizers
-def spread_model(spread: int, shape: int, shifted: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of integers -k to k with standard deviation 2 ** (spread / 4): frequencies (their sum is about 2 ** 22), and the
-    bits of 0 to k. A mixture of a normal distribution and `shape` quarters of Laplace's, cut about where trellises cut
-    it. Only sums, products, quotients and roundings: equal on every platform."""
-    def exp(x: np.ndarray) -> np.ndarray:  # of x <= 0
-        whole = np.floor(x * 1.4426950408889634)
-        rest, total = (x * 1.4426950408889634 - whole) * 0.6931471805599453, np.ones_like(x)
-        for n in range(14, 0, -1):
-            total = total * rest / n + 1.0
-        return np.ldexp(total, np.maximum(whole, -1000).astype(np.int32))
-    size = float(step_sizes(np.array(2 * spread)))
-    edges = np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + (0.09 if shifted else 0.39)
-    edges += 0.0 if shifted else min(0.06 / size, 0.2)
-    edges[0] = max(0.317 - 0.045 / size, 0.195) if shifted else 0.376 + min(0.021 / (size * size), 0.2)
+
+def values_of(table: Table, trellis: bool) -> np.ndarray:
+    """float32 [n, m]: what a table stands for."""
+    levels = table.symbols.astype(np.float32)
+    if trellis:
+        levels -= np.float32(0.5) * np.sign(levels) * half_levels(table.symbols)
+    return levels * powers(table.rows)[:, None] * powers(table.columns)
+
+
+# The coder's models: of integers -k to k with standard deviation 2 ** (spread / 4), a mixture of a normal distribution
+# and `shape` quarters of Laplace's, cut about where a trellis cuts in even states and in odd ones.
+SPREADS, SHAPES = (-24, 60), 5
+# Of even states and of odd ones: the cut above 0, and those above k less k, each a + b / deviation. tests/fit_spread.py
+CUTS = ((0.37, 0.05), (0.39, 0.05)), ((0.31, -0.04), (0.1, 0.01))
+
+
+def exp(x: np.ndarray) -> np.ndarray:
+    """e ** x for x <= 0 by sums, products and quotients alone, which are equal on every platform; 0 below e ** -350."""
+    part, total = np.maximum(x, -350) / 1024, np.ones_like(x)
+    for n in range(12, 0, -1):
+        total = 1 + part * total / n
+    for _ in range(10):
+        total = total * total
+    return total
+
+
+@functools.cache
+def spread_model(spread: int, shape: int, odd: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies of the integers -k to k, and the bits of 0 to k."""
+    size = float(powers(np.array(spread)))
+    first, later = (a + b / max(size, 0.35) for a, b in CUTS[odd])
+    edges = np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + later
+    edges[0] = first
     edges /= size
-    t = 1.0 / (1.0 + 0.3275911 * edges * 0.7071067811865476)  # the error function by Abramowitz and Stegun, 7.1.26
-    tail = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t
-    above = ((1 - shape / 4) * tail * exp(-0.5 * edges * edges) + shape / 4 * exp(-1.4142135623730951 * edges)) / 2
-    parts = np.concatenate([[1.0 - 2.0 * above[0]], np.maximum(above[:-1] - above[1:], 0.0)])
-    half = np.maximum(np.rint(parts * 2.0**22), 1.0)
+    t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * edges)  # the normal tail: Abramowitz and Stegun, 7.1.26
+    tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    above = ((1 - shape / 4) * tail * exp(-edges * edges / 2) + shape / 4 * exp(-math.sqrt(2) * edges)) / 2
+    parts = np.concatenate([[1 - 2 * above[0]], np.maximum(above[:-1] - above[1:], 0)])
+    half = np.maximum(np.rint(parts * 2**22), 1)
     frequencies = np.concatenate([half[:0:-1], half])
     return frequencies, np.log2(frequencies.sum() / half)
 
-@functools.cache
-def spread_coder(model: int, shape: int) -> tuple[int, object]:
-    """Index of the integer 0 and the coder's model, for a model of `by_model`."""
-    frequencies = spread_model(model >> 1, shape, model & 1)[0]
-    return len(frequencies) // 2, ans_model(frequencies)
 
-def by_model(rows: np.ndarray, columns: np.ndarray, scale: int, shifted: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
-    """The order in which symbols are coded, and (model, start, end) of each run of one model: spread * 2 + shifted. A
-    spread: quarter octaves from a weight's step to the tensor's spread, 2 ** (scale / 4)."""
-    spreads = np.clip(scale - rows[:, None].astype(np.int32) - columns, *SPREADS)
-    models = (2 * spreads + shifted).astype(np.int16).ravel()
+@functools.cache
+def spread_coder(spread: int, shape: int, odd: int) -> tuple[int, object]:
+    """Index of the integer 0, and constriction's model. Raises ValueError for a model that no writer states."""
+    if not (SPREADS[0] <= spread <= SPREADS[1] and 0 <= shape < SHAPES):
+        raise ValueError(f"spread {spread}, shape {shape}")
+    frequencies = spread_model(spread, shape, odd)[0]
+    probabilities = frequencies / frequencies.sum()
+    return len(frequencies) // 2, need_constriction().stream.model.Categorical(probabilities, perfect=False)
+
+
+class Writer:
+    """Keeps integers and their models until `finish`: what is coded last is read first (ANS)."""
+
+    def __init__(self):
+        self.parts = []
+
+    def code(self, symbols: np.ndarray, spread: int, shape: int, odd: int = 0) -> np.ndarray:
+        self.parts.append((symbols.astype(np.int32), spread, shape, odd))
+        return symbols
+
+    def finish(self, ans: object) -> int:
+        """Codes all of it; returns the bits."""
+        before = ans.num_valid_bits()
+        for symbols, *kind in reversed(self.parts):
+            middle, model = spread_coder(*kind)
+            ans.encode_reverse(symbols + middle, model)
+        return ans.num_valid_bits() - before
+
+
+class Reader:
+    """Reads what a Writer was given; of the integers in a call it heeds only how many they are."""
+
+    def __init__(self, ans: object):
+        self.ans = ans
+
+    def code(self, symbols: np.ndarray, spread: int, shape: int, odd: int = 0) -> np.ndarray:
+        middle, model = spread_coder(spread, shape, odd)
+        return self.ans.decode(model, len(symbols)) - middle
+
+
+FACTS, OF_FACTS = 11, (24, 4)  # how many; spread and shape of their model
+
+
+def code_table(coder: Writer | Reader, facts: np.ndarray, table: Table, trellis: bool) -> None:
+    """Writes a table, or fills one with what is read: the same walk both ways. Facts: scale and shape of the symbols'
+    spreads; centre, spread and shape of the steps of rows, of those of columns, and of the middles."""
+    scale, shape, *models = coder.code(facts, *OF_FACTS).tolist()
+    for i, part in enumerate((table.rows, table.columns, table.middles)):
+        centre, *model = models[3 * i : 3 * i + 3]
+        part[:] = coder.code(part - np.int32(centre), *model) + centre
+    spreads = spreads_of(table.rows, table.columns, scale, trellis)
+    for i, odd in trellis_rows(table.symbols):
+        rows, around = table.symbols[i::TRELLIS], table.middles[i::TRELLIS, None].astype(np.int32)
+        order, runs = runs_of(spreads[i::TRELLIS], odd * trellis)
+        part, found = (rows - around).ravel()[order], np.empty(rows.size, np.int32)
+        for spread, kind, start, end in runs:
+            found[order[start:end]] = coder.code(part[start:end], spread, shape, kind)
+        rows[:] = found.reshape(rows.shape) + around
+
+
+def facts_of(table: Table, trellis: bool) -> np.ndarray:
+    """What `code_table` must know first: the models of the shortest code."""
+    steps = table.rows[:, None].astype(np.int64) + table.columns
+    symbols = table.symbols - table.middles[:, None].astype(np.int32)
+    found = [*shortest_model(symbols, steps * trellis, half_levels(table.symbols) * trellis)]
+    for part in (table.rows, table.columns, table.middles):
+        centre = int(np.clip(np.median(part), -LARGEST_EXPONENT, LARGEST_EXPONENT))
+        scale, shape = shortest_model(part - np.int32(centre), np.zeros(part.shape, int), np.zeros(part.shape, int))
+        found += [centre, min(max(scale, SPREADS[0]), SPREADS[1]), shape]
+    return np.array(found)
+
+
+def spreads_of(rows: np.ndarray, columns: np.ndarray, scale: int, trellis: bool) -> np.ndarray:
+    """[n, m]: how wide each integer is spread. The steps of a trellis know nothing of the weights, whose spread is
+    2 ** (scale / 4); steps that span the weights leave integers of one spread."""
+    return np.clip(scale - (rows[:, None].astype(np.int32) + columns) * trellis, *SPREADS)
+
+
+def runs_of(spreads: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
+    """The order in which some symbols are coded, and (spread, odd, start, end) of each run of one model."""
+    models = (2 * spreads + odd).astype(np.int16).ravel()
     order = np.argsort(models, kind="stable")
     starts = [0, *(np.flatnonzero(np.diff(models[order])) + 1).tolist()]
-    return order, list(zip(models[order[starts]].tolist(), starts, [*starts[1:], len(models)]))
+    runs = zip(models[order[starts]].tolist(), starts, [*starts[1:], len(models)])
+    return order, [(model >> 1, model & 1, start, end) for model, start, end in runs]
 
-def encode_grid(rows: np.ndarray, columns: np.ndarray, symbols: np.ndarray, codec: str) -> bytes:
-    """Steps and symbols of a tensor -> bytes: scale and shape of the symbols' model, lengths of the three parts that
-    follow, steps of rows, steps of columns, how much wider than the tensor each row is spread (quarter octaves; empty
-    where that does not pay), symbols. The model is the one of the shortest code."""
-    parts = [encode_symbols(part, codec) for part in (rows, columns)]
-    if codec == "lzma":  # needs no model
-        return GRID_HEAD.pack(0, 0, *map(len, parts), 0) + b"".join(parts) + encode_symbols(symbols, codec)
-    shifted, exponents, limit = shifted_levels(symbols), rows[:, None] + columns.astype(np.int64), 2**16
-    squares = np.maximum(np.square(symbols * np.exp2(exponents / 4)).mean(axis=1), 1e-24)
-    near = round(2 * math.log2(squares.mean()))
-    wider = np.clip(np.rint(2 * np.log2(squares)) - near, -GRID_LIMITS[2], GRID_LIMITS[2]).astype(np.int16)
-    def shortest(exponents: np.ndarray) -> tuple[float, int, int]:  # bits, scale, shape
-        pairs = ((2 * exponents + shifted) * limit + np.abs(symbols.astype(np.int64))).ravel()
-        pairs, counts = np.unique(pairs, return_counts=True)
-        kinds, starts = np.unique(pairs // limit, return_index=True)
-        found = list(zip(kinds.tolist(), *(np.split(x, starts[1:]) for x in (pairs % limit, counts))))
-        def bits(scale: int, shape: int) -> float:
-            total = 0.0
-            for kind, some, often in found:
-                model = spread_model(min(max(scale - (kind >> 1), SPREADS[0]), SPREADS[1]), shape, kind & 1)[1]
-                total += often @ model[some] if some[-1] < len(model) else math.inf
-            return total
-        scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
-        return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))
-    parts.append(encode_symbols(wider, codec))
-    plain, own = shortest(exponents), shortest(exponents - wider[:, None])
-    pays = own[0] + 8 * len(parts[2]) < plain[0]
-    (_, scale, shape), wider, parts[2] = (own, wider, parts[2]) if pays else (plain, 0, b"")
-    head = GRID_HEAD.pack(scale, shape, *map(len, parts)) + b"".join(parts)
-    coder, parts, spreads = need_constriction().stream.stack.AnsCoder(), [], rows - wider
-    for i, here in trellis_rows(symbols):
-        order, runs = by_model(spreads[i::TRELLIS], columns, scale, here)
-        ordered = symbols[i::TRELLIS].ravel()[order].astype(np.int32)
-        parts += [(model, ordered[start:end]) for model, start, end in runs]
-    for model, part in reversed(parts):
-        middle, coding = spread_coder(model, shape)
-        coder.encode_reverse(part + middle, coding)
-    return head + coder.get_compressed().astype("<u4").tobytes()
 
-def decode_grid(data: bytes, n: int, m: int, codec: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The opposite of `encode_grid`: steps of n rows and m columns, symbols [n, m], int16. Raises what
-    `read_artifact` catches on damage."""
-    scale, shape, *lengths = GRID_HEAD.unpack_from(data)
-    if shape >= SHAPES or not all(lengths[:2]):
-        raise ValueError(f"shape {shape}, parts of {lengths} bytes")
-    places = np.cumsum([GRID_HEAD.size, *lengths]).tolist()
-    start, parts = places[-1], zip(places, places[1:], (n, m, n), GRID_LIMITS)
-    rows, columns, wider = (decode_symbols(data[low:high], count, codec, limit) if high > low else np.int16(0)
-                            for low, high, count, limit in parts)  # fmt: skip
-    if codec == "lzma":
-        return rows, columns, decode_symbols(data[start:], n * m, codec, LARGEST_SYMBOL).reshape(n, m)
-    words = np.frombuffer(data, dtype="<u4", offset=start).astype(np.uint32)
-    coder, symbols, spreads = need_constriction().stream.stack.AnsCoder(words), np.zeros((n, m), "<i2"), rows - wider
-    for i, here in trellis_rows(symbols):
-        order, runs = by_model(spreads[i::TRELLIS], columns, scale, here)
-        part = np.empty(here.size, dtype="<i2")
-        for model, low, high in runs:
-            middle, coding = spread_coder(model, shape)
-            part[order[low:high]] = coder.decode(coding, high - low) - middle
-        symbols[i::TRELLIS] = part.reshape(here.shape)
-    return rows, columns, symbols
+def shortest_model(symbols: np.ndarray, offsets: np.ndarray, odd: np.ndarray) -> tuple[int, int]:
+    """(scale, shape) of the shortest code of symbols whose spreads are scale - offsets; all of one shape."""
+    sizes = np.abs(symbols.astype(np.int64))
+    keys, counts = np.unique(((2 * offsets + odd) << 16) + sizes, return_counts=True)
+    kinds, starts = np.unique(keys >> 16, return_index=True)
+    groups = list(zip(kinds.tolist(), np.split(keys & 0xFFFF, starts[1:]), np.split(counts, starts[1:])))
 
-def ans_model(frequencies: np.ndarray):
-    """The coder's model of a histogram; sums and quotients of whole numbers, so equal on every platform."""
-    if len(frequencies) < 2 or int(frequencies.min()) < 1:
-        raise ValueError("a histogram without all its frequencies")
-    wide = frequencies.astype(np.float64)
-    return need_constriction().stream.model.Categorical(wide / wide.sum(), perfect=False)
+    def bits(scale: int, shape: int) -> float:
+        total = 0.0
+        for kind, some, often in groups:
+            model = spread_model(min(max(scale - (kind >> 1), SPREADS[0]), SPREADS[1]), shape, kind & 1)[1]
+            total += often @ model[some] if some[-1] < len(model) else math.inf
+        return total
 
-def need_constriction():
-    """The entropy coder, or an InputError that says how to get it."""
-    there, mend = importlib.util.find_spec("constriction") is not None, "`pip install constriction`, or CODEC=lzma"
-    require(there, "CODEC=ans", "the package constriction", "none", mend)
-    import constriction
+    near = round(2 * math.log2(max(np.square(sizes * np.exp2(offsets / 4)).mean(), 1e-24)))
+    scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
+    return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))[1:]
 
-    return constriction
 
-def crc_of_place(name: str, shape: tuple[int, ...]) -> int:
-    """Begins the CRC-32 of a tensor, so that two tensors whose entries and bytes were swapped are seen."""
-    return zlib.crc32(f"{name} {shape}".encode())
+def checksum(tables: dict[str, Table]) -> int:
+    """CRC-32 of all integers: a coder whose models differed on another machine would not give other weights."""
+    found = 0
+    for table in tables.values():
+        for part in table:
+            found = zlib.crc32(part.astype("<i2").tobytes(), found)
+    return found
 
-def encode_tensors(c: Config, weights: dict[str, np.ndarray], sigma: float, factors: dict, squares: dict,
-                   draft: bool = False) -> dict[str, Coded]:  # fmt: skip
-    """The tensors of an artifact, coded; matrices of one shape are rounded together. `sigma`: the clipping, or for
-    fisher the width of `loss_steps`. A draft is rounded without GPTQ: less exact and up to a fifth smaller, but made in
-    a fraction of the time."""
-    coded: dict[str, Coded] = {}
-    stacks: dict[tuple, dict[str, tuple]] = {}
-    for name, value in weights.items():
-        scheme, embedding = scheme_of(c, name, value.shape), param_group(name) == "embed"
-        if scheme in FLOATS:
-            data = np.clip(value, -65504, 65504).astype(FLOATS[scheme]).tobytes()
-            coded[name] = Coded(scheme, data, zlib.crc32(data, crc_of_place(name, value.shape)), 0, 0.0)
-            continue
-        rows, factor = value.reshape(-1, value.shape[-1]), factors.get(name)
-        if scheme == "grid":
-            factor = None if embedding else factor  # its Hessian would know of the output only
-            exponents = loss_steps(rows, squares[name].reshape(rows.shape), sigma, factor)
-        else:
-            wide = 0.0 if c.quantizer == "absmax" else sigma * (EMBED_SIGMA if embedding else 1.0)
-            exponents = (row_exponents(rows, largest_symbol(scheme), wide),)
-        factor = None if draft else factor
-        stacks.setdefault((scheme, rows.shape, factor is None), {})[name] = rows, exponents, factor
-    for (scheme, _, alone), stack in stacks.items():
-        rows, exponents, chosen = zip(*stack.values())
-        fine = 2 if scheme == "grid" else 1
-        steps = [np.stack([step_sizes(fine * parts[i]) for parts in exponents]) for i in range(fine)]
-        found = quantize(np.stack(rows), steps[0], largest_symbol(scheme), None if alone else chosen, *steps[1:])
-        for name, parts, symbols in zip(stack, exponents, found):
-            if scheme == "grid":
-                data = encode_grid(*parts, symbols, c.codec)
-            else:
-                coded_steps = encode_symbols(parts[0], c.codec)
-                data = struct.pack("<I", len(coded_steps)) + coded_steps + encode_symbols(symbols, c.codec)
-            check = crc_of_place(name, weights[name].shape)
-            for part in (*parts, symbols):
-                check = zlib.crc32(part.astype("<i2").tobytes(), check)
-            counts = np.unique(symbols, return_counts=True)[1]
-            entropy = float((counts * np.log2(counts.sum() / counts)).sum())
-            coded[name] = Coded(scheme, data, check, symbols.size, entropy)
-    return {name: coded[name] for name in weights}
 
-def decode_tensor(data: bytes, name: str, scheme: str, shape: tuple[int, ...], codec: str, check: int) -> np.ndarray:
-    """One tensor of an artifact as float32. Raises what `read_artifact` catches on damage."""
-    found = crc_of_place(name, shape)
-    if scheme in FLOATS:
-        value = np.frombuffer(data, dtype=FLOATS[scheme]).astype(np.float32).reshape(shape)
-        found = zlib.crc32(data, found)
-    elif scheme == "grid":
-        parts = decode_grid(data, math.prod(shape[:-1]), shape[-1], codec)
-        for part in parts:
-            found = zlib.crc32(part.tobytes(), found)
-        rows, columns = (step_sizes(2 * part) for part in parts[:2])
-        levels = parts[2] - np.float32(0.5) * np.sign(parts[2]) * shifted_levels(parts[2])
-        value = (levels * rows[:, None] * columns).reshape(shape)
-    else:
-        rows, start = math.prod(shape[:-1]), 4 + struct.unpack_from("<I", data)[0]
-        exponents = decode_symbols(data[4:start], rows, codec, LARGEST_EXPONENT)
-        symbols = decode_symbols(data[start:], math.prod(shape), codec, largest_symbol(scheme))
-        found = zlib.crc32(symbols.tobytes(), zlib.crc32(exponents.tobytes(), found))
-        value = (symbols.reshape(rows, -1) * step_sizes(exponents)[:, None]).reshape(shape)
-    if found != check or not np.isfinite(value).all():
-        raise ValueError(f"CRC-32 {found} instead of {check}, or numbers that are not finite, in {name}")
-    return value
-
-def assemble(c: Config, loops: int, coded: dict[str, Coded], shapes: dict[str, tuple[int, ...]]) -> bytes:
-    """The bytes of the artifact."""
-    entries = [[name, list(shapes[name]), part.scheme, len(part.data), part.check] for name, part in coded.items()]
-    header = {"model": {field: getattr(c, field) for field in MODEL_FIELDS}, "loops": loops, "codec": c.codec,
-              "tensors": entries}  # fmt: skip
+def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, dict[str, float]]:
+    """The bytes of the artifact, and the bits of every tensor in it."""
+    ans, bits = need_constriction().stream.stack.AnsCoder(), {}
+    for name, table in reversed(tables.items()):
+        writer, trellis = Writer(), on_trellis(c, name)
+        code_table(writer, facts_of(table, trellis), table, trellis)
+        bits[name] = writer.finish(ans)
+    header = {"model": {field: getattr(c, field) for field in MODEL_FIELDS}, "loops": loops, "quantizer": c.quantizer,
+              "embed_float16": c.embed_float16, "crc": checksum(tables)}  # fmt: skip
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head
-    body += b"".join(part.data for part in coded.values())
-    return body + hashlib.sha256(body).digest()
+    body += ans.get_compressed().astype("<u4").tobytes()
+    return body + hashlib.sha256(body).digest(), bits
 
-def write_artifact(path: Path, c: Config, loops: int, weights: dict[str, np.ndarray], hessians=None,
-                   code_bytes: int = 0, squares=None) -> dict[str, float]:  # fmt: skip
-    """Writes the artifact atomically. With TARGET_BYTES it is coded anew with other steps until it fits, drafts first,
-    and the largest that fits is kept, a draft only where nothing else fits. `hessians`: for gptq and fisher, `squares`:
-    the Fisher information. Returns its bytes, those of each group, the bits a quantized weight (with steps and
-    histograms), the order-0 entropy of the integers, the clipping or the loss aimed at, how often it was coded, drafts
-    left out, and whether a draft was kept. Raises InputError for what is not finite."""
-    for name, part in [*weights.items(), *(hessians or {}).items(), *(squares or {}).items()]:
-        require(np.isfinite(part).all(), name, "finite weights and gradients", "others")
-    shapes, sigma, goal = param_shapes(c), sigma_of(c, code_bytes), 0.999 * c.target_bytes
-    factors = {name: gptq_factor(hessian) for name, hessian in (hessians or {}).items()}
-    limit = 0.9995 * c.target_bytes  # room for the settings that records/submit.py writes into the script
-    best, seen = None, {}  # sizes of all so far, those of drafts as the real ones should be
-    for draft in (True, False) if factors and c.target_bytes else (False,):
-        tried = set()
-        while True:
-            coded = encode_tensors(c, {name: weights[name] for name in shapes}, sigma, factors, squares or {}, draft)
-            data = assemble(c, loops, coded, shapes)
-            total = len(data) + code_bytes
-            larger = total / seen[sigma] if sigma in seen else 1.0
-            seen = {width: larger * size for width, size in seen.items()} | {sigma: total}
-            tried.add(sigma)
-            fits = total <= limit
-            rank = (fits, not draft, total if fits else -total)
-            best = (rank, sigma, data, coded) if best is None or rank > best[0] else best
-            if not draft and len(tried) == 3:  # drafts that mislead would keep the search between them
-                seen = {width: seen[width] for width in tried}
-            if not c.target_bytes or 0.998 * c.target_bytes <= total <= limit or len(tried) == 8:
-                break
-            limits = WIDTH_RANGE if c.quantizer == "fisher" else SIGMA_RANGE
-            sigma = next_sigma(seen, goal, sum(part.weights for part in coded.values()), limits)
-            if sigma in tried:
-                break
-        rank, sigma, data, coded = best
-    write_atomically(path, data)
-    quantized = sum(part.weights for part in coded.values())
-    groups: dict[str, int] = {}
-    for name, part in coded.items():
-        group = quant_groups(c, name)[0]
-        groups[group] = groups.get(group, 0) + len(part.data)
-    groups["header"] = len(data) - sum(groups.values())
-    bits = 8 * sum(len(part.data) for part in coded.values() if part.weights) / max(quantized, 1)
-    entropy, fisher = sum(part.entropy_bits for part in coded.values()) / max(quantized, 1), c.quantizer == "fisher"
-    return {"bytes_artifact": len(data), "bits_per_weight": bits, "entropy_bits_per_weight": entropy,
-            "bytes_by_group": groups, "sigma": 0.0 if fisher or c.quantizer == "absmax" else sigma,
-            "loss": TRELLIS_GAIN * quantized * sigma**2 / 24 if fisher else 0.0, "rounds": len(tried),
-            "draft": bool(factors) and not rank[1]}  # fmt: skip
 
-def next_sigma(seen: dict[float, int], goal: float, weights: int, limits: tuple[float, float]) -> float:
-    """The clipping (or width) to try next, from the sizes of those tried: a doubling saves a bit a weight at most."""
-    fine = max((s for s, size in seen.items() if size > goal), default=0.0)  # a wider step makes it smaller
-    coarse = min((s for s, size in seen.items() if size <= goal), default=0.0)
-    if fine and coarse:  # where most weights are zeros the sizes are no line: halve now and then
-        part = (seen[fine] - goal) / max(seen[fine] - seen[coarse], 1) if len(seen) % 3 else 0.5
-        return fine * (coarse / fine) ** part
-    near, saved = fine or coarse, weights / 8
-    for other in sorted(set(seen) - {near}, key=lambda s: abs(math.log(s / near)))[:1]:
-        saved = min(max((seen[near] - seen[other]) / math.log2(other / near), saved / 16), saved)
-    doublings = min(max((seen[near] - goal) / max(saved, 1), -6.0), 6.0)
-    return min(max(near * 2.0**doublings, limits[0]), limits[1])
+def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvature: Curvature | None = None,
+                 code_bytes: int = 0) -> Export:  # fmt: skip
+    """The artifact of `weights`. With TARGET_BYTES it is coded anew with other steps until it fits with little left
+    over; the largest that fits is kept, else the smallest. Raises InputError for what is not finite."""
+    hessians, squares = (curvature.hessians, curvature.squares) if curvature else ({}, {})
+    for name, part in [*weights.items(), *hessians.items(), *squares.items()]:
+        largest = np.abs(part).max()
+        require(largest < LARGEST_NUMBER, name, f"weights and gradients below {LARGEST_NUMBER:g}", largest)
+    factors = {name: gptq_factor(hessian) for name, hessian in hessians.items()}
+    width, count = width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), count_params(c)
+    sizes, best = {}, None  # of the artifacts of every width tried
+    while width not in sizes and len(sizes) < 8:
+        tables = make_tables(c, {name: weights[name] for name in param_shapes(c)}, width, factors, squares)
+        data, bits = assemble(c, loops, tables)
+        sizes[width], total = len(data), len(data) + code_bytes
+        rank = (total <= c.target_bytes, total if total <= c.target_bytes else -total)
+        if best is None or rank > best[0]:
+            best = rank, data, bits, tables, TRELLIS_GAIN * count * width**2 / 24 * calibrates(c)
+        if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes:
+            break
+        width = next_width(sizes, 0.999 * c.target_bytes - code_bytes, count)
+    _, data, bits, tables, aimed = best
+    dense = f"at most {WEIGHTS_A_BYTE} weights a byte"
+    require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")
+    matrices = [name for name in tables if not is_vector(name)]
+    coded = sum(tables[name].symbols.size for name in matrices)
+    entropy = sum(entropy_bits(tables[name].symbols) for name in matrices) / coded
+    per_weight = sum(bits[name] for name in matrices) / coded
+    plain = sum(factor is None for factor in factors.values())
+    return Export(data, len(data), bytes_by_group(c, bits, len(data)), per_weight, entropy, aimed, len(sizes), plain)
 
-def read_artifact(path: Path) -> tuple[dict, int, dict[str, np.ndarray]]:
-    """Returns (model settings, passes trained, float32 weights). Raises InputError on anything unexpected."""
+
+def entropy_bits(symbols: np.ndarray) -> float:
+    counts = np.unique(symbols, return_counts=True)[1]
+    return float((counts * np.log2(counts.sum() / counts)).sum())
+
+
+def bytes_by_group(c: Config, bits: dict[str, float], size: int) -> dict[str, int]:
+    """Bytes of the parts of the model; what is neither is the header, with the facts of all tensors."""
+    groups = dict.fromkeys(("embed", "prelude", "core", "coda", "lora", "vectors"), 0.0)
+    layout = parse_layout(c.layout)
+    for name, some in bits.items():
+        group = "vectors" if is_vector(name) else param_group(name)
+        if group == "matrix":
+            block = int(name.split(".")[1])
+            group = "prelude" if block < layout.prelude else "core" if block < layout.prelude + layout.core else "coda"
+        groups[group] += some / 8
+    found = {group: round(some) for group, some in groups.items() if some}
+    return found | {"header": size - sum(found.values())}
+
+
+def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
+    """The width to try next, from the bytes of those tried. About log2(1 + x / width) bits a weight are left, which is
+    a line in `octaves`; it falls by 0.7 to 0.9 a doubling of the width, of trained and of Gaussian weights."""
+
+    def octaves(size: float) -> float:
+        return math.log2(2 ** (8 * max(size, 1) / count) - 1)
+
+    near, *others = sorted(sizes, key=lambda width: abs(sizes[width] - goal))
+    fall = 0.8
+    if others:
+        fall = (octaves(sizes[near]) - octaves(sizes[others[0]])) / math.log2(others[0] / near)
+    return near * 2 ** min(max((octaves(sizes[near]) - octaves(goal)) / min(max(fall, 0.5), 2.0), -6.0), 6.0)
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Raises InputError on anything unexpected."""
     data, mend = path.read_bytes(), "the file is damaged or not an artifact of this project"
     require(len(data) >= ARTIFACT_HEAD.size + 32, path, "an artifact", f"{len(data)} bytes", mend)
     magic, version, head_bytes = ARTIFACT_HEAD.unpack_from(data)
     require(magic == ARTIFACT_MAGIC, path, f"magic {ARTIFACT_MAGIC!r}", repr(magic), mend)
-    require(version == ARTIFACT_VERSION, path, f"version {ARTIFACT_VERSION}", version, mend)
+    older = "read it with the scripts of its own commit"
+    require(version == ARTIFACT_VERSION, path, f"version {ARTIFACT_VERSION}", version, older)
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, path, "its SHA-256 at the end", "another (cut short or changed)", mend)
-    payload, codec = data[ARTIFACT_HEAD.size + head_bytes : -32], ""
+    need_constriction()
+    start = ARTIFACT_HEAD.size + head_bytes
     try:
-        header = read_header(data[ARTIFACT_HEAD.size : ARTIFACT_HEAD.size + head_bytes])
-        c = model_config(Config(), header["model"])
-        loops, codec, entries, shapes = int(header["loops"]), header["codec"], header["tensors"], param_shapes(c)
-        if count_params(c) > 32 * len(data):  # before anything of that size is made
-            raise ValueError(f"{len(data)} bytes for {count_params(c)} parameters")
-        if codec not in CHOICES["codec"] or not 1 <= loops <= parse_layout(c.layout).loops:
-            raise ValueError(f"codec {codec}, {loops} passes")
-        if [(name, tuple(shape)) for name, shape, *_ in entries] != list(shapes.items()):
-            raise ValueError("tensors that are not those of its model")
-        weights, offset = {}, 0
-        for (_, _, scheme, size, check), (name, shape) in zip(entries, shapes.items()):
-            part = payload[offset : offset + size]
-            allowed = [scheme_of(c, name, shape)] if param_group(name) == "scalar" else SCHEMES
-            if scheme not in allowed or not 0 < size == len(part):
-                raise ValueError(f"a wrong scheme or size for {name}")
-            weights[name] = decode_tensor(part, name, scheme, shape, codec, check)
-            offset += size
-        if offset != len(payload):
-            raise ValueError(f"{len(payload) - offset} bytes too many")
+        return read_body(data[ARTIFACT_HEAD.size : start], data[start:-32], len(data))
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
-            struct.error, lzma.LZMAError, zlib.error) as error:  # fmt: skip
-        if codec == "ans":
-            need_constriction()  # its lack is no damage
+            struct.error, zlib.error) as error:  # fmt: skip
         raise InputError(f"{path}: unreadable ({str(error)[:120]}); {mend}") from None
-    return header["model"], loops, weights
 
-def read_header(data: bytes) -> dict:
-    """The JSON of an artifact's header. Raises ValueError or zlib.error on damage, or where it would be huge."""
+
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused, without a warning
+def read_body(head: bytes, code: bytes, size: int) -> Artifact:
+    """Header and code of an artifact of `size` bytes -> what they say. Raises what `read_artifact` catches."""
     unpack = zlib.decompressobj()
-    text = unpack.decompress(data, LARGEST_HEADER)
-    if not unpack.eof or unpack.unused_data:
-        raise ValueError("a header without its end")
-    return json.loads(text)
+    text = unpack.decompress(head, LARGEST_HEADER)
+    if not unpack.eof or unpack.unused_data or len(code) % 4:
+        raise ValueError("a header without its end, or half a word")
+    header = json.loads(text)
+    c, loops = model_config(Config(), header["model"]), int(header["loops"])
+    c = dataclasses.replace(c, quantizer=header["quantizer"], embed_float16=bool(header["embed_float16"]))
+    if count_params(c) > WEIGHTS_A_BYTE * size:
+        raise ValueError(f"{size} bytes for {count_params(c)} parameters")
+    if c.quantizer not in CHOICES["quantizer"] or not 1 <= loops <= parse_layout(c.layout).loops:
+        raise ValueError(f"quantizer {c.quantizer}, {loops} passes")
+    ans, tables, bits, weights = need_constriction().stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
+    for name, shape in param_shapes(c).items():
+        n, m, before = math.prod(shape[:-1]), shape[-1], ans.num_valid_bits()
+        tables[name] = Table(*(np.zeros(size, np.int16) for size in (n, m, n, (n, m))))
+        code_table(Reader(ans), np.zeros(FACTS), tables[name], on_trellis(c, name))
+        bits[name] = before - ans.num_valid_bits()
+    if not ans.is_empty() or checksum(tables) != header["crc"]:
+        raise ValueError("bytes that are left over, or another CRC-32")
+    for name, shape in param_shapes(c).items():
+        weights[name] = values_of(tables[name], on_trellis(c, name)).reshape(shape)
+        if not np.isfinite(weights[name]).all():
+            raise ValueError(f"numbers that are not finite in {name}")
+    return Artifact(header["model"], loops, c.quantizer, weights, bits)
 
-SCHEMES = ("int3", "int4", "int5", "int6", "int7", "int8", "grid", "f16")
 
-@functools.lru_cache(maxsize=8)
-def sigma_of(c: Config, code_bytes: int) -> float:
-    """The clipping to begin with: QUANT_SIGMA, or what should meet TARGET_BYTES. For fisher the width of `loss_steps`:
-    a step s wide costs curvature * s ** 2 / 24 on average, a trellis TRELLIS_GAIN of that, so all n weights together
-    TRELLIS_GAIN * n * width ** 2 / 24."""
-    if c.quantizer == "fisher":
-        n = sum(math.prod(shape) for name, shape in param_shapes(c).items() if scheme_of(c, name, shape) == "grid")
-        return math.sqrt(24 * (c.quant_loss or LOSS) / (TRELLIS_GAIN * max(n, 1)))
-    if not c.target_bytes:
-        return c.quant_sigma or SIGMA
-    low, high = SIGMA_RANGE
-    for _ in range(40):
-        middle = math.sqrt(low * high)
-        fits = estimated_bytes(c, middle) + code_bytes <= 0.999 * c.target_bytes
-        low, high = (low, middle) if fits else (middle, high)
-    return high
+def calibrate(c: Config, engine: Engine, stream: TokenStream, state: TrainState, loops: int) -> Curvature | None:
+    """The curvature on the tokens after those of training, in what is left of the wall clock; None where the quantizer
+    needs none."""
+    if not calibrates(c):
+        return None
+    left = math.inf
+    if c.mode == "train" and c.max_wallclock_seconds:
+        left = 0.9 * (c.max_wallclock_seconds - state.seconds)  # a tenth for what comes after the last tokens
+    return engine.curvature(stream, state.tokens, loops, left)
 
-def estimated_bytes(c: Config, sigma: float, grid_bits: float = 0.7) -> int:
-    """Bytes of the artifact for Gaussian weights: entropy of the symbols, steps, vectors and some for the header. Of
-    fisher nobody knows the bits a weight before training: `grid_bits`."""
-    shapes = param_shapes(c)
-    bits = 8.0 * 150 * len(shapes)  # header entry and histograms
-    for name, shape in shapes.items():
-        scheme, count = scheme_of(c, name, shape), math.prod(shape)
-        if scheme in FLOATS:
-            bits += count * (16 if scheme == "f16" else 32)
-            continue
-        if scheme == "grid":
-            bits += count * grid_bits
-            continue
-        wide = sigma * (EMBED_SIGMA if param_group(name) == "embed" else 1.0)
-        wide = math.sqrt(2 * math.log(max(shape[-1], 3))) if c.quantizer == "absmax" else wide
-        bits += count * max(0.05, gaussian_entropy(wide / largest_symbol(scheme))) + 3 * count / shape[-1]
-    return int(bits / 8)
 
-@functools.lru_cache(maxsize=256)  # few tensors differ in it
-def gaussian_entropy(step: float) -> float:
-    """Bits of a Gaussian number that is rounded to steps of so many standard deviations."""
-    step = min(max(step, 1e-6), 60.0)
-    edges = (np.arange(-200, 201) + 0.5) * step
-    below = np.array([math.erf(edge / math.sqrt(2)) / 2 for edge in edges])
-    parts = np.maximum(np.diff(below), 1e-300)
-    return max(-float((parts * np.log2(parts)).sum()), math.log2(math.sqrt(2 * math.pi * math.e) / step))
+def write_export(c: Config, engine: Engine, log: RunLog, state: TrainState, curvature: Curvature | None) -> Export:
+    """The first process writes the artifact and the model; all get what is said of them (without the bytes)."""
 
-def model_config(c: Config, model: dict) -> Config:
-    """`c` with the model settings of a file. Raises InputError if they are not those of a model."""
-    fields = {name: model.get(name) for name in MODEL_FIELDS}
-    for name, value in fields.items():
-        kind = type(getattr(Config, name))
-        if (type(value) is not kind and (kind, type(value)) != (float, int)) or value in (math.inf, -math.inf):
-            raise InputError(f"{name}: expected a finite {kind.__name__}, found {value!r}")
-    found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="")
-    check_config(found)
-    require(found.train_seq_len * found.model_dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", "more")
-    return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
+    def write() -> list:
+        weights = engine.weights()
+        made = export_model(c, weights, state.loops, curvature, code_size(c.count_code))
+        log.write_file(log.artifact, made.data)
+        named = {f"weights.{name}": value for name, value in weights.items()}
+        note = {"recurrent_gpt": json.dumps(about(c, state.loops))}
+        log.write_file(log.folder / "model.safetensors", pack_tensors(named, metadata=note), needed=False)
+        return ["", *made[1:]]
 
-def save_tensors(path: Path, tensors: dict[str, np.ndarray], about: dict) -> None:
-    """A safetensors file with a JSON note, written to a temporary name and renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"recurrent_gpt": json.dumps(about)})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return Export(*together(engine, write, first_only=True))
 
-def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """The opposite of `save_tensors`. Raises InputError."""
-    data, expected = path.read_bytes(), "expected a checkpoint of this project, found a damaged or foreign file"
-    try:
-        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about = json.loads(head["__metadata__"]["recurrent_gpt"])
-        return parse_tensors(data), about | {"loops": int(about["loops"]), "model": dict(about["model"])}
-    except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
-        raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None
 
-def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
-    """(weights, model settings, passes) of an artifact, a checkpoint or a model.safetensors. Raises InputError."""
-    require(Path(path).is_file(), path, "an artifact or a checkpoint", "no file")
-    with open(path, "rb") as file:
-        is_artifact = file.read(4) == ARTIFACT_MAGIC or path.endswith(".rgpt")
-    if is_artifact:
-        model, loops, weights = read_artifact(Path(path))
-        return weights, model, loops
-    tensors, about = load_tensors(Path(path))
-    weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
-    try:
-        c = model_config(Config(), about["model"])
-        same = {name: value.shape for name, value in weights.items()} == param_shapes(c)
-        require(same, "tensors", f"those of LAYOUT={c.layout}", "others")
-        require(1 <= about["loops"] <= parse_layout(c.layout).loops, "loops", "passes of its layout", about["loops"])
-    except InputError as error:
-        raise InputError(f"{path}: {error}; the file is damaged") from None
-    return weights, about["model"], about["loops"]
+def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: int,
+                    stop: StopSignal | None = None) -> float | None:  # fmt: skip
+    """Puts the weights of the artifact at `path` on the device; returns their loss, None where a signal ended it."""
+    engine.set_weights(together(engine, lambda: read_artifact(path)).weights)
+    return evaluate(c, engine, score.tokens, loops, stop)
+
+
+def finish(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, stream: TokenStream,
+           stop: StopSignal | None = None) -> int | None:  # fmt: skip
+    """Scores the weights, exports them, scores what is on disk and closes the log. Returns the exit code; None where a
+    signal came first."""
+    loops = c.eval_loops or state.loops
+    raw = evaluate(c, engine, score.tokens, loops, stop)
+    if raw is None:
+        return None
+    write_score(c, log, state, score, raw, loops)
+    result = {"val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "bytes_code": code_size(c.count_code)}
+    if not math.isfinite(raw):
+        return report_failure(c, engine, log, state, score, result)
+    began = time.perf_counter()
+    curvature = calibrate(c, engine, stream, state, loops)
+    calibrated = time.perf_counter()
+    made = write_export(c, engine, log, state, curvature)
+    exported = time.perf_counter()
+    loss = score_from_disk(c, engine, log.artifact, score, loops, stop)
+    if loss is None:
+        return None
+    milliseconds = round(1000 * (time.perf_counter() - exported))
+    bpb, total = score.bpb(loss), result["bytes_code"] + made.size
+    log.line(f"final_int6_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{milliseconds}ms{score.label}")
+    log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}{score.label}")
+    result |= {
+        "eval_time_ms": milliseconds,
+        "calib_time_ms": round(1000 * (calibrated - began)) if curvature else None,
+        "val_loss": loss,
+        "val_bpb": bpb,
+        "bytes_artifact": made.size,
+        "bytes_total": total,
+        "fits": total <= (c.target_bytes or c.bytes_cap),
+        "bits_per_weight": made.bits_per_weight,
+        "entropy_bits_per_weight": made.entropy_bits_per_weight,
+        "complete": not score.partial,
+    }
+    if not math.isfinite(loss):
+        return report_failure(c, engine, log, state, score, result)
+    written = write_result(c, engine, log, state, score, result)
+    report(c, engine, log, state, score, written, made, exported - began)
+    for notice in export_notices(c, engine, made, curvature, c.target_bytes - total):
+        log.line(notice)
+    return 0 if result["fits"] else 1
+
+
+def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature | None, spare: int) -> list[str]:
+    """What a reader of the closing block should know of the export; `spare`: bytes of TARGET_BYTES that are left."""
+    found = []
+    if curvature and curvature.tokens < (asked := calibration_tokens(c, engine.world)):
+        text = f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS"
+        found.append(text)
+    if made.plain_rounded:
+        found.append(f"{made.plain_rounded} matrices were rounded without GPTQ, since their Hessians were none")
+    if c.target_bytes and spare > 0.002 * c.target_bytes:
+        found.append(f"{spare} bytes of TARGET_BYTES are left: more parameters")
+    elif c.target_bytes and spare < 0:
+        found.append(f"TARGET_BYTES missed by {-spare} bytes: fewer parameters")
+    elif c.target_bytes and made.bits_per_weight < FEW_BITS:
+        found.append("fewer than two bits a weight: a model with fewer parameters is likely better at this size")
+    return [f"notice: {text}" for text in found]
+
+
 # ======================================================================================================================
 # RUN LOG [shared]
 # One folder a run: train.log (source, settings, versions, steps), metrics.jsonl (an object a logged step), result.json,
-# checkpoint.safetensors, model.safetensors, model.int6.rgpt. Rank 0 writes; live progress goes to a terminal only.
+# checkpoint.safetensors, model.safetensors, model.int6.rgpt. The first process writes; live progress goes to a terminal
+# only. A console that goes away or a full disk costs lines, never the run.
 # ======================================================================================================================
 RESULT_KEYS = """run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
     train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw val_bpb_raw
     val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight entropy_bits_per_weight
-    quantizer codec device world_size versions commit config_sha256 dataset dataset_sha256 complete""".split()
+    quantizer count_code device world_size versions commit script_sha256 config_sha256 dataset dataset_sha256
+    complete""".split()
+
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+def run_name(c: Config) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset}_{FRAMEWORK}_s{c.seed}"
+
+
+def say(text: str) -> None:
+    """A line on the console, above any progress bar. A console that is gone or full is replaced by none."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at the end fails again
+        sys.stdout = open(os.devnull, "w")
+
+
+def step_of(row: bytes) -> float:
+    """The step of a row of metrics.jsonl; a killed run or a full disk leaves half a row, which is of none."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, LookupError, TypeError):
+        return math.inf
+
+
+def finite_json(values: dict) -> str:
+    """JSON in which numbers that are not finite are null."""
+    bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    return json.dumps(values | dict.fromkeys(bad))
+
 
 class RunLog:
     """The files of one run. Its folder is claimed here: a name in use is refused, unless the run is resumed."""
+
     def __init__(self, c: Config, rank: int):
-        self.rank, self.bar = rank, None
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset}_{FRAMEWORK}_s{c.seed}"
-        self.folder = Path(c.log_dir) / (c.run_id or name)
-        self.checkpoint = self.folder / "checkpoint.safetensors"
-        there, mend = self.checkpoint.is_file(), "set another RUN_ID, or delete the folder"
-        require(there or not c.resume, self.checkpoint, "a checkpoint to go on from", "none", f"without RESUME {mend}")
-        if rank:
-            return
+        self.rank, self.bar, self.lost = rank, None, False
+        self.folder = Path(c.log_dir) / c.run_id
+        self.checkpoint = self.folder / CHECKPOINT
+        self.artifact = self.folder / "model.int6.rgpt"
+        if rank == 0:
+            self.claim(c)
+
+    def claim(self, c: Config) -> None:
         try:
             home = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
             free, need = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
             require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
-            self.file = open(self.folder / "train.log", "a", encoding="utf-8")
+            self.file = open(self.folder / "train.log", "a", encoding="utf-8", errors="backslashreplace", newline="\n")
         except FileExistsError:
-            require(False, "RUN_ID", "a new name", self.folder, f"{mend}{', or RESUME=1 to go on' if there else ''}")
+            mend = "set another RUN_ID, or delete the folder" + ", or RESUME=1 to go on" * self.checkpoint.is_file()
+            require(False, "RUN_ID", "a new name", self.folder, mend)
         except OSError as error:
             require(False, "LOG_DIR", "a folder to write to", f"{self.folder}: {error.strerror}", "set LOG_DIR")
         for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
+
+    def advice(self) -> str:
+        """How to go on with this run after it has ended early."""
+        there = self.checkpoint.is_file()
+        return f"go on with RUN_ID={self.folder.name} RESUME=1" if there else "there is no checkpoint to go on from"
+
     def line(self, text: str, console: bool = True) -> None:
-        """One line to train.log and, above any progress bar, to the console."""
+        """One line to train.log and to the console."""
         if self.rank == 0:
-            self.file.write(text + "\n")
-            self.file.flush()
+            self.append(self.folder / "train.log", text)
             if console:
-                tqdm.write(text)
+                say(text)
+
+    def append(self, path: Path, text: str) -> None:
+        try:
+            if path.name == "train.log":
+                self.file.write(text + "\n")
+                self.file.flush()
+            else:
+                with open(path, "a", encoding="utf-8", newline="\n") as file:
+                    file.write(text + "\n")
+        except OSError as error:
+            if not self.lost:
+                say(f"notice: {path}: {error.strerror or error}; lines are lost, the run goes on")
+            self.lost = True
+
     def metrics(self, **values: object) -> None:
         if self.rank == 0:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            self.append(self.folder / "metrics.jsonl", finite_json(values))
+
+    def write_file(self, path: Path, content: bytes, needed: bool = True) -> None:
+        """Writes a file of the run; one that is not needed may fail with a notice. Raises InputError."""
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            mend = f"free some space, then {self.advice()}"
+            require(not needed, path, "a file that can be written", error.strerror or error, mend)
+            self.line(f"notice: {path}: {error.strerror or error}; going on without it")
+
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that a resumed run will do again."""
         path = self.folder / "metrics.jsonl"
-        if self.rank == 0 and path.exists():
-            rows = [row for row in path.read_text().splitlines() if row.endswith("}")]  # a killed run leaves half a row
-            write_atomically(path, "".join(row + "\n" for row in rows if json.loads(row)["step"] <= step).encode())
+        if self.rank == 0 and path.is_file():
+            rows = path.read_bytes().splitlines(keepends=True)
+            self.write_file(path, b"".join(row for row in rows if step_of(row) <= step), needed=False)
+
     def progress(self, part: float, text: str) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and sys.stderr.isatty():
             form = "{percentage:3.0f}% |{bar}| {postfix}"
-            self.bar = self.bar or tqdm(total=100, disable=None, leave=False, bar_format=form)
+            self.bar = self.bar or tqdm(total=100, leave=False, bar_format=form)
             self.bar.n = round(100 * part, 1)
             self.bar.set_postfix_str(text)
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+
+    @contextlib.contextmanager
+    def noting_crashes(self) -> Iterator[None]:
+        """Writes into train.log, or a file of its own for another process, why the run ended; closes the bar."""
+        try:
+            yield
+        except InputError as error:
+            self.line(f"stopped: {error}", console=False)
+            raise
+        except Exception:
+            path = self.folder / ("train.log" if self.rank == 0 else f"crash_rank{self.rank}.log")
+            self.append(path, traceback.format_exc())
+            raise
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+            if self.rank == 0:
+                with contextlib.suppress(OSError):  # a full disk
+                    self.file.close()
+
+
+def open_log(c: Config, engine: Engine) -> tuple[Config, RunLog]:
+    """The log of this run, with the name that the first process gives it; returns `c` with that name, too."""
+    c = dataclasses.replace(c, run_id=together(engine, lambda: c.run_id or run_name(c), first_only=True))
+    return c, together(engine, lambda: RunLog(c, engine.rank))
+
 
 def versions() -> dict[str, str]:
     found = {d.metadata["Name"]: d.version for d in distributions()} | {"python": platform.python_version()}
     names = ("python", "torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction")
     return {name: found[name] for name in names if name in found}
+
 
 def source_commit() -> str | None:
     """Commit of the repository that this script lies in, with "+" where tracked files differ from it."""
@@ -1857,405 +2573,280 @@ def source_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
 
+
+@functools.cache  # of the code that runs, whatever becomes of the file meanwhile
+def script_source() -> str:
+    """This script's text: SOURCE where a packed file has unpacked it."""
+    return globals().get("SOURCE") or Path(__file__).read_bytes().decode()
+
+
+@functools.cache
+def packed(source: str) -> bytes:
+    """A script that unpacks `source` in memory and runs it; about a third of its bytes."""
+    data = base64.b85encode(lzma.compress(source.encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)).decode()
+    return f"""import base64, lzma
+SOURCE = lzma.decompress(base64.b85decode("{data}")).decode()
+exec(compile(SOURCE, __file__, "exec"))
+""".encode()
+
+
+def code_size(count_code: str = "1") -> int:
+    """Bytes of code that count, by COUNT_CODE."""
+    if count_code == "0":
+        return 0
+    return len(packed(script_source())) if count_code == "packed" else len(script_source().encode())
+
+
+def source_sha256() -> str:
+    return hashlib.sha256(script_source().encode()).hexdigest()
+
+
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text() if info.exists() else "")
     return f"{found.group(1) if found else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
 def peak_process_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
-# ======================================================================================================================
-# TRAIN AND EVALUATE [shared]
-# The loop reads the loss of a step only after it has launched the next, so that a GPU never waits for Python. The clock
-# counts training alone: compilation comes before it, validation and checkpoints stop it.
-# ======================================================================================================================
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second one ends the process at once."""
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-    def note(self, number, frame) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-class Score:
-    """The validation tokens and what turns a loss on them into bits per byte."""
-    def __init__(self, c: Config):
-        self.tokens, self.partial = load_validation(c)
-        tokenizer = load_tokenizer(c.tokenizer_path, c.vocab_size)
-        self.bytes = count_bytes(self.tokens, byte_tables(tokenizer, c.vocab_size))
-        self.label = f" partial:first_{len(self.tokens) - 1}_tokens" if self.partial else ""
-    def bpb(self, loss: float) -> float:
-        return loss * (len(self.tokens) - 1) / (math.log(2) * self.bytes)
-
-def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int) -> float:
-    """Mean cross-entropy in nats over tokens[1:]. With EVAL_STRIDE the windows overlap and every window but the first
-    scores its last EVAL_STRIDE tokens only: each token is scored once, with more context."""
-    length, stride, total = c.train_seq_len, c.eval_stride or c.train_seq_len, 0.0
-    starts = np.arange(0, len(tokens) - length, stride)
-    low, high = split_evenly(len(starts), engine.world)[engine.rank]  # may be none: then only the sum is taken part in
-    rows = max(1, min(engine.largest, c.train_batch_tokens // engine.world) // length)  # as in training: no new shape
-    for a in range(low, high, rows):
-        batch = starts[np.minimum(np.arange(a, a + rows), high - 1)]  # filled up with the last window
-        windows = tokens[batch[:, None] + np.arange(length + 1)].astype(np.int64)
-        losses = engine.token_losses(windows[:, :-1], windows[:, 1:], loops).astype(np.float64)
-        total += sum(row[0 if s == 0 else length - stride :].sum() for s, row in zip(batch[: high - a], losses))
-    return engine.sum(total) / (len(tokens) - 1)
-
-def check_before_start(c: Config) -> list[str]:
-    """Checks what would otherwise fail late; returns notices. Raises InputError."""
-    if c.codec == "ans":
-        need_constriction()
-    code, cap = code_size(c.pack_code), c.target_bytes or c.bytes_cap
-    sigma = SIGMA_RANGE[1] / 2 if c.target_bytes else sigma_of(c, code)  # half of the widest still leaves 3 levels
-    name = "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
-    lacking = [] if c.quantizer == "fisher" else ["QUANTIZER=fisher"]
-    lacking += [] if c.target_bytes else ["TARGET_BYTES"]
-    advice = "lower MODEL_DIM, MLP_MULT or the number of blocks" + (f", or set {' and '.join(lacking)}" * bool(lacking))
-    few, many = (0.7, 0.7) if c.target_bytes else (2.0, 4.0)  # bits a weight of fisher
-    least, estimate = estimated_bytes(c, sigma, few), estimated_bytes(c, sigma, many)
-    found = f"{code} + about {least}"
-    require(0.85 * least + code <= cap, name, f"code + artifact within {cap} bytes", found, advice)
-    notices, found = [], f"{code} + about {estimate}"
-    if estimate + code > cap:
-        notices.append(f"notice: the artifact may exceed the cap: {found} of {cap} bytes; {advice}")
-    asked = [f"{group}:{bits}" for group, bits in parse_quant_bits(c.quant_bits).items() if bits < 16]
-    if c.quantizer == "fisher" and c.quant_bits != Config.quant_bits and asked != ["*:6"]:
-        notices.append(f"notice: QUANTIZER=fisher finds the bits itself; {','.join(asked)} of QUANT_BITS has no effect")
-    return notices
-
-def train(c: Config, engine: Engine, notices: list[str]) -> int:
-    """A whole run: checks, compilation, training, artifact, score from disk. Returns the exit code."""
-    if c.preset == "smoke" and engine.rank == 0:
-        make_smoke_data(c)
-    engine.agree(0.0, False)  # the others wait for the data
-    score = Score(c)
-    stream = TokenStream(find_shards(c.data_path, "train", c.vocab_size), c.vocab_size)
-    sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
-    require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences)
-    notices = [*notices, *engine.notices]
-    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": 0, "scored": 0, "seed": c.seed,
-             "data": dataset_sha256(c), "config_sha256": config_sha256(c)}  # fmt: skip
-    weights = transfer_weights(c, *load_model_file(c.init_from)[:2]) if c.init_from else initial_weights(c)
-    log = RunLog(c, engine.rank)
-    if c.resume:
-        weights, optimizer_state, state = load_checkpoint(c, log.checkpoint)
-    engine.build(weights)
-    if c.resume:
-        engine.optimizer.load_state(optimizer_state, state["step"])
-        log.forget_after(state["step"])
-        log.line(f"resume: from step:{state['step']}; later steps above are of the interrupted run and are done again")
-    write_head(c, engine, log, notices, score, stream)
-    stop = StopSignal()
-    for _, loops in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops):
-        began = time.perf_counter()
-        engine.warm_up(stream, loops)
-        log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
-    try:
-        finished = train_loop(c, engine, log, stream, score, state, stop)
-    except InputError as error:
-        log.line(f"stopped: {error}", console=False)
-        raise
-    finally:
-        log.close()
-    if finished:
-        return finish(c, engine, log, state, score, stream)
-    write_result(c, engine, log, state, score, {"complete": False})
-    log.line(f"stopped by a signal after step {state['step']}; go on with RUN_ID={log.folder.name} RESUME=1")
-    return 128 + (stop.number or signal.SIGTERM)
-
-def train_loop(c: Config, engine: Engine, log: RunLog, stream: TokenStream, score: Score, state: dict,
-               stop: StopSignal) -> bool:  # fmt: skip
-    """Trains until a budget is used up (True) or a signal comes (False); keeps `state` current."""
-    launched, logged, saved = None, (state["step"], state["seconds"]), state["step"]
-    started = time.perf_counter() - state["seconds"]  # moved forward by whatever is not training
-    batch, before = c.train_batch_tokens, state["seconds"]
-    def read_launched() -> None:
-        """Waits for the step launched last, checks it and logs it."""
-        nonlocal launched, logged
-        if launched is None:
-            return
-        (step, loops, flops, lr_mul, handles, seconds), launched = launched, None
-        loss, norm = (handle.item() for handle in handles)
-        require(math.isfinite(loss) and math.isfinite(norm), f"step {step}", "a finite loss and gradient norm",
-                f"loss {loss} and norm {norm}", "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1")  # fmt: skip
-        seconds = time.perf_counter() - started if engine.runs_ahead else seconds
-        at = progress_of(c, step, seconds, flops)
-        ms, rate = 1000 * seconds, (step - logged[0]) * batch / max(seconds - logged[1], 1e-9)
-        left = "{}m{:02d}s".format(*divmod(int(seconds * (1 - at) / max(at, 1e-9)), 60))
-        log.progress(at, f"step {step} loss {loss:.4f} loops {loops} {rate:,.0f} tok/s, {left} left")
-        if step <= 10 or (c.train_log_every and step % c.train_log_every == 0):
-            peak = (engine.peak_flops or 0) * engine.world
-            mfu = f" mfu:{rate * 3 * flops_per_token(c, loops) / peak:.3f}" if peak else ""
-            log.line(f"step:{step}/{c.iterations} train_loss:{loss:.4f} loops:{loops} lr_mul:{lr_mul:.3f} grad_norm:"
-                     f"{norm:.2f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms tok_s:{rate:.0f}{mfu} left:{left}")
-            log.metrics(step=step, train_loss=loss, loops=loops, lr_mul=lr_mul, grad_norm=norm, train_time_ms=ms,
-                        tokens=step * batch, flops=flops, tok_s=rate)  # fmt: skip
-            logged = (step, seconds)
-    while True:
-        seconds, stopped = engine.agree(time.perf_counter() - started, bool(stop.number))
-        step, average = state["step"], seconds / max(state["step"], 1)
-        at = progress_of(c, step, seconds, state["flops"])
-        loops = loops_at(c, at)
-        step_flops = 3 * flops_per_token(c, loops) * batch
-        pace, before = max(average, seconds - before), seconds  # a switch makes steps longer at once
-        cap = seconds_to_train(c)
-        late = cap and seconds + pace * (1 + engine.runs_ahead) > cap
-        done = at >= 1 or late or (c.max_train_flops and state["flops"] + step_flops > c.max_train_flops)
-        ends = done or stopped
-        switch = not ends and state["loops"] not in (0, loops)
-        scores = not ends and c.val_loss_every and step % c.val_loss_every == 0 and step > state["scored"]
-        saves = ends or (c.checkpoint_every and step % c.checkpoint_every == 0 and step > saved)
-        if switch or scores or saves:
-            read_launched()
-            engine.sync()
-            seconds, _ = engine.agree(time.perf_counter() - started, False)
-            state["seconds"] = seconds
-            if scores:
-                state["scored"] = step
-                write_score(c, log, state, score, evaluate(c, engine, score.tokens, state["loops"]), state["loops"])
-            if saves and step and engine.rank == 0:
-                save_checkpoint(c, engine, log.checkpoint, state)
-                saved = step
-            if switch:
-                was = state["loops"]
-                log.line(f"step:{step}/{c.iterations} loops:{was}->{loops} train_time:{1000 * seconds:.0f}ms")
-            started, logged, before = time.perf_counter() - seconds, (step, seconds), seconds
-        if ends:
-            state["loops"] = state["loops"] or loops
-            return bool(done)
-        epoch = state["tokens"] // stream.total
-        if step and epoch > (state["tokens"] - batch) // stream.total:
-            log.line(f"step:{step}/{c.iterations} epoch:{epoch + 1} the {stream.total} training tokens are read again")
-        lr_mul = lr_mul_at(c, at)
-        noise = c.quant_noise != "none" and at >= c.quant_noise_from
-        handles = engine.step(stream, state["tokens"], loops, lr_mul, momentum_at(c, step), noise)
-        tokens, flops = state["tokens"] + batch, state["flops"] + step_flops
-        state |= {"step": step + 1, "tokens": tokens, "flops": flops, "loops": loops}
-        read_launched()
-        launched = (step + 1, loops, flops, lr_mul, handles, time.perf_counter() - started)
-
-def write_score(c: Config, log: RunLog, state: dict, score: Score, loss: float, loops: int) -> None:
-    step, ms, bpb = state["step"], 1000 * state["seconds"], score.bpb(loss)
-    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
-             f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
-    log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state["tokens"],
-                flops=state["flops"], partial=score.partial)  # fmt: skip
-
-def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict]:
-    """(weights, optimizer state, training state) for RESUME=1. Raises InputError if it is of another configuration."""
-    weights, model, _ = load_model_file(str(path))
-    mend = "resume with the run's own settings (its train.log states them), or use INIT_FROM in a new run"
-    for name in MODEL_FIELDS:
-        require(model[name] == getattr(c, name), path, f"{name.upper()}={getattr(c, name)}", model[name], mend)
-    tensors, found = load_tensors(path)
-    state = found["state"] if isinstance(found.get("state"), dict) else {}
-    mine = {"config_sha256": config_sha256(c), "seed": c.seed, "data": dataset_sha256(c)}
-    fields = {"step", "tokens", "flops", "seconds", "loops", "scored", "seed", "data", "config_sha256"}
-    require(fields <= state.keys(), path, "a checkpoint with training state", "weights only", "use INIT_FROM")
-    for name, value in mine.items():
-        require(state[name] == value, path, f"the {name} that it was trained with", f"{state[name]}, not {value}", mend)
-    kept = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
-    needed = {f"{kind}.{name}": shape for name, shape in param_shapes(c).items() for kind in state_kinds(name)}
-    require({k: v.shape for k, v in kept.items()} == needed, path, "the optimizer state of its layout", "another", mend)
-    return weights, kept, state
-
-def about(c: Config, loops: int) -> dict:
-    """What a file of weights says of itself."""
-    model = {name: getattr(c, name) for name in MODEL_FIELDS}
-    return {"model": model, "loops": loops}
-
-def save_checkpoint(c: Config, engine: Engine, path: Path, state: dict) -> None:
-    """Weights, optimizer state, place in the data and clock: enough to go on as if nothing had happened."""
-    tensors = {f"weights.{name}": value for name, value in engine.weights().items()} | engine.optimizer.state()
-    save_tensors(path, tensors, about(c, state["loops"]) | {"state": state})
 
 def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score: Score, stream: TokenStream) -> None:
     """The first lines of train.log: source, settings, versions, what will be trained on what."""
     layout, dtype, val_tokens = parse_layout(c.layout), str(engine.dtype).split(".")[-1], len(score.tokens) - 1
     log.line(script_source() + "\n" + "=" * 120, console=False)
     log.line("config: " + json.dumps(dataclasses.asdict(c)), console=False)
+    log.line(f"run: {log.folder}  script: {FRAMEWORK}  sha256: {source_sha256()}  commit: {source_commit()}")
+    for group, names in GROUPS.items():
+        log.line(f"{group}: " + " ".join(f"{name}={getattr(c, name)}" for name in names.split()), console=False)
+    order = "shuffled" if c.shuffle else "contiguous"
     log.line(f"""\
-run: {log.folder}  script: {FRAMEWORK}  preset: {c.preset}  commit: {source_commit()}
 versions: {json.dumps(versions())}
 device: {engine.device_name}  processes: {engine.world}  dtype: {dtype}  compiled: {engine.compiled}
-data: {c.data_path}  train tokens: {stream.total} in {len(stream.paths)} shards  val tokens: {val_tokens}  \
+data: {c.data_path}  train tokens: {stream.total} in {len(stream.paths)} shards, {order}  val tokens: {val_tokens}  \
 val bytes: {score.bytes}{score.label}
 model: {c.layout} ({layout.blocks} blocks, {layout.depth} applied)  parameters: {count_params(c)} stored, \
 {effective_params(c)} applied  loops: {c.loop_schedule or layout.loops}  skips: {c.skips}""")
     for notice in notices:
         log.line(notice)
 
-def write_result(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, more: dict) -> dict:
-    """result.json: always the same keys, null where something does not apply."""
+
+def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, more: dict) -> dict:
+    """result.json: always the same keys, null where something does not apply or is not finite. Without a score a run
+    ends as well without it."""
     result = dict.fromkeys(RESULT_KEYS) | {
-        "run_id": log.folder.name, "framework": FRAMEWORK, "layout": c.layout, "loops": state["loops"], "seed": c.seed,
-        "eval_loops": c.eval_loops or state["loops"], "eval_stride": c.eval_stride or c.train_seq_len, "codec": c.codec,
-        "params_stored": count_params(c), "params_effective": effective_params(c), "steps": state["step"],
-        "tokens": state["tokens"], "train_flops": state["flops"], "train_time_ms": round(1000 * state["seconds"]),
-        "tok_s": round(state["tokens"] / max(state["seconds"], 1e-9)), "peak_mem_bytes": engine.peak_memory(),
-        "val_tokens": len(score.tokens) - 1, "bytes_cap": c.bytes_cap, "commit": source_commit(),
-        "quantizer": quantizer_name(c), "device": engine.device_name,
-        "world_size": engine.world, "versions": versions(), "config_sha256": config_sha256(c),
-        "dataset": Path(c.data_path).name, "dataset_sha256": dataset_sha256(c), **more}  # fmt: skip
+        "run_id": log.folder.name,
+        "framework": FRAMEWORK,
+        "layout": c.layout,
+        "loops": state.loops,
+        "eval_loops": c.eval_loops or state.loops,
+        "eval_stride": c.eval_stride or c.train_seq_len,
+        "params_stored": count_params(c),
+        "params_effective": effective_params(c),
+        "seed": c.seed,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "train_flops": state.flops,
+        "train_time_ms": round(1000 * state.seconds),
+        "tok_s": round(state.tokens / max(state.seconds, 1e-9)),
+        "peak_mem_bytes": engine.peak_memory(),
+        "val_tokens": len(score.tokens) - 1,
+        "bytes_cap": c.bytes_cap,
+        "quantizer": c.quantizer + " embed_float16" * c.embed_float16,
+        "count_code": c.count_code,
+        "device": engine.device_name,
+        "world_size": engine.world,
+        "versions": versions(),
+        "commit": source_commit(),
+        "script_sha256": source_sha256(),
+        "config_sha256": config_sha256(c),
+        "dataset": Path(c.data_path).name,
+        "dataset_sha256": dataset_sha256(c),
+    }
+    result = json.loads(finite_json(result | more))
     assert list(result) == RESULT_KEYS
     if engine.rank == 0:
-        write_atomically(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        content = (json.dumps(result, indent=1) + "\n").encode()
+        log.write_file(log.folder / "result.json", content, needed=result["val_bpb"] is not None)
     return result
 
-def export(c: Config, engine: Engine, notices: list[str], weights: dict[str, np.ndarray], loops: int) -> int:
-    """MODE=export: a new artifact of trained weights, with the export's settings of now, scored as after training."""
-    score, stream = Score(c), TokenStream(find_shards(c.data_path, "train", c.vocab_size), c.vocab_size)
-    log = RunLog(c, engine.rank)
-    engine.build(weights, training=False)
-    write_head(c, engine, log, [*notices, *engine.notices], score, stream)
-    state = {"step": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "loops": loops}
-    return finish(c, engine, log, state, score, stream)
 
-def quantizer_name(c: Config) -> str:
-    """The quantizer and its bits; of fisher, which finds them itself, only those groups that stay float16."""
-    halves = [f"{group}:16" for group, bits in parse_quant_bits(c.quant_bits).items() if bits == 16]
-    return " ".join([c.quantizer, *halves] if c.quantizer == "fisher" else [c.quantizer, c.quant_bits])
+def report_failure(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, result: dict) -> int:
+    """The end of a run whose score is no number. Returns the exit code."""
+    write_result(c, engine, log, state, score, result | {"complete": False})
+    loss = result.get("val_loss", result["val_loss_raw"])
+    mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1"
+    raise Agreed(f"the score after step {state.step}: expected a finite loss, found {loss}; {mend}")
 
-@functools.cache  # of the code that runs, whatever becomes of the file meanwhile
-def script_source() -> str:
-    source = "".join(linecache.getlines(__file__))  # where `packed` puts it
-    require(source, __file__, "the script's own text", "none")
-    return source
-def code_size(pack_code: bool = False) -> int:
-    return len(packed(script_source()) if pack_code else script_source().encode())
 
-@functools.cache
-def packed(source: str) -> bytes:
-    """A script that unpacks `source` in memory and runs it, line numbers and --help included."""
-    data = base64.b85encode(lzma.compress(source.encode(), lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)).decode()
-    return f'''import base64, linecache, lzma
-source = lzma.decompress(base64.b85decode("{data}")).decode()
-linecache.cache[__file__] = len(source), None, source.splitlines(True), __file__
-exec(compile(source, __file__, "exec"))
-'''.encode()
-
-def finish(c: Config, engine: Engine, log: RunLog, state: dict, score: Score, stream: TokenStream) -> int:
-    """Scores the weights, writes the artifact, reads it back from disk, scores that, and closes the log."""
-    loops, path, sizes = c.eval_loops or state["loops"], log.folder / "model.int6.rgpt", {}
-    raw = evaluate(c, engine, score.tokens, loops)
-    write_score(c, log, state, score, raw, loops)
-    began, code = time.perf_counter(), code_size(c.pack_code)
-    calibrates, left = c.quantizer in CALIBRATED, math.inf
-    if calibrates and c.mode == "train" and c.max_wallclock_seconds:
-        left = 0.9 * (c.max_wallclock_seconds - state["seconds"])  # a tenth for what comes after the last tokens
-    hessians, squares, tokens = engine.curvature(stream, state["tokens"], loops, left) if calibrates else (None,) * 3
-    calib_ms = round(1000 * (time.perf_counter() - began)) if calibrates else None
-    if engine.rank == 0:
-        weights = engine.weights()
-        named = {f"weights.{name}": value for name, value in weights.items()}
-        save_tensors(log.folder / "model.safetensors", named, about(c, state["loops"]))
-        sizes = write_artifact(path, c, state["loops"], weights, hessians, code, squares)
-        if c.pack_code:
-            write_atomically(log.folder / Path(__file__).name, packed(script_source()))
-    engine.agree(0.0, False)  # the others wait for the file
-    export_ms, began = round(1000 * (time.perf_counter() - began)), time.perf_counter()
-    engine.set_weights(read_artifact(path)[2])
-    loss = evaluate(c, engine, score.tokens, loops)
-    ms, bpb = round(1000 * (time.perf_counter() - began)), score.bpb(loss)
-    log.line(f"final_int6_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{ms}ms{score.label}")
-    log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}{score.label}")
-    if engine.rank:
-        return 0
-    artifact, groups = sizes["bytes_artifact"], sizes.pop("bytes_by_group")
-    sigma, rise, rounds, draft = (sizes.pop(key) for key in ("sigma", "loss", "rounds", "draft"))
-    clip, total = f", {sigma:.3f} sigma" if sigma else f", {rise:.5f} nats aimed at" if rise else "", code + artifact
-    r = write_result(c, engine, log, state, score, sizes | {
-        "eval_time_ms": ms, "val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "val_loss": loss, "val_bpb": bpb,
-        "bytes_code": code, "bytes_total": total, "fits": total <= c.bytes_cap, "complete": not score.partial,
-        "quantizer": f"{quantizer_name(c)}{clip}", "calib_time_ms": calib_ms})
+def report(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, r: dict, made: Export,
+           export_seconds: float) -> None:  # fmt: skip
+    """The closing block; `r` is what result.json says."""
+    code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
     over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
-    side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # fisher's coder knows more than a histogram
+    side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # the coder knows more than a histogram
+    aimed = f", {made.loss_aimed:.5f} nats aimed at" if calibrates(c) else ""
     kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
-    calibration = f", {calib_ms / 1000:.1f} s of them calibration{kept}" if calibrates else ""
+    calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if calibrates(c) else ""
     log.line(f"""---
-score:    {bpb:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {loops} passes){score.label}
-size:     {total} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} (code {code}{" packed" * c.pack_code} \
-+ artifact {artifact}, {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, {side} it)
-bytes:    {", ".join(f"{group} {size}" for group, size in groups.items())}
-export:   {r["quantizer"]}, {export_ms / 1000:.1f} s{calibration}, {rounds} round{"s" if rounds > 1 else ""}
-training: {state["step"]} steps, {state["tokens"]} tokens, {state["flops"]:.3g} FLOPs, {state["seconds"]:.1f} s, \
+score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {r["eval_loops"]} passes)\
+{score.label}
+size:     {r["bytes_total"]} bytes of {c.bytes_cap}: {"PASS" if r["bytes_total"] <= c.bytes_cap else "FAIL"} ({code} + \
+artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, \
+{side} it)
+bytes:    {", ".join(f"{group} {size}" for group, size in made.bytes_by_group.items())}
+export:   {r["quantizer"]}{aimed}, {export_seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
+training: {state.step} steps, {state.tokens} tokens, {state.flops:.3g} FLOPs, {state.seconds:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
-files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors {path.name} \
-{Path(__file__).name * c.pack_code}""".rstrip())
-    asked = calibration_batch(c, engine.world).train_batch_tokens
-    if calibrates and tokens < asked:
-        log.line(f"notice: the calibration's time was up after {tokens} of {asked} tokens: more CALIB_SECONDS")
-    spare, bits = c.target_bytes - total, "" if c.quantizer == "fisher" else "QUANT_BITS or "
-    if c.target_bytes and spare > 0.002 * c.target_bytes:
-        log.line(f"notice: {spare} bytes of TARGET_BYTES are left: more {bits}parameters")
-    elif c.target_bytes and spare < 0:
-        log.line(f"notice: TARGET_BYTES missed by {-spare} bytes: fewer {bits}parameters")
-    elif c.target_bytes and c.quantizer == "fisher" and r["bits_per_weight"] < 2:  # records/exports/widths_128
-        log.line("notice: fewer than two bits a weight: a model with fewer parameters is likely better at this size")
-    if draft:
-        log.line(f"notice: nothing with GPTQ met TARGET_BYTES, so this is rounded without: fewer {bits}parameters")
-    return 0 if r["fits"] and (not c.target_bytes or total <= c.target_bytes) else 1
+files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors \
+{log.artifact.name}""")
+
+
 # ======================================================================================================================
-# SAMPLE [shared]
-# Naive: every token runs the whole model on the last train_seq_len tokens.
+# MAIN [shared]
+# Sampling is naive: every token runs the whole model on the last train_seq_len tokens.
 # ======================================================================================================================
-def pick_token(logits: np.ndarray, temperature: float, top_k: int, rng: np.random.Generator) -> int:
+TOP_K = 50  # samples are drawn from the likeliest
+
+
+def check_run(c: Config) -> None:
+    name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run_id or "x")
+    require(name, "RUN_ID", 'letters, digits, ".", "_" and "-"', f'"{c.run_id}"')
+    if c.mode == "train":
+        file, mend = c.artifact or c.checkpoint, "to start from weights set INIT_FROM"
+        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", "MODE=train", mend)
+        require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
+        require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
+        return
+    given = bool(c.artifact) + bool(c.checkpoint)
+    found = "both" if given == 2 else "neither"
+    require(given == 1, f"MODE={c.mode}", "one of ARTIFACT=<file> and CHECKPOINT=<file>", found)
+    whole = c.checkpoint or c.mode != "export"
+    require(whole, "MODE=export", "CHECKPOINT=<file>", f"ARTIFACT={c.artifact}, whose weights are rounded already")
+
+
+def pick_token(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> int:
     """Draws a token id from logits [vocab]; the likeliest at temperature 0."""
     if temperature == 0:
         return int(logits.argmax())
-    kept = np.argsort(-logits, kind="stable")[: top_k or len(logits)]
+    kept = np.argsort(-logits, kind="stable")[:TOP_K]
     weights = np.exp((logits[kept] - logits[kept[0]]).astype(np.float64) / temperature)
     return int(rng.choice(kept, p=weights / weights.sum()))
 
+
 def sample(c: Config, engine: Engine, loops: int) -> str:
-    tokenizer, rng = load_tokenizer(c.tokenizer_path, c.vocab_size), np.random.default_rng(c.seed)
+    """The text that the model writes after PROMPT."""
+    tokenizer, rng = load_tokenizer(c.tokenizer_path, c.vocab_size, c.data_path), np.random.default_rng(c.seed)
     start = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else []
     ids = start + tokenizer.encode(c.prompt) or [0]
     for _ in range(c.sample_tokens):
         logits = engine.next_logits(np.array(ids[-c.train_seq_len :]), loops)
-        ids.append(pick_token(logits, c.temperature, c.top_k, rng))
+        require(np.isfinite(logits).all(), c.artifact or c.checkpoint, "a model with finite logits", "others")
+        ids.append(pick_token(logits, c.temperature, rng))
     return tokenizer.decode([i for i in ids if i not in start])
-# ======================================================================================================================
-# MAIN [shared]
-# ======================================================================================================================
+
+
+def score_file(c: Config, engine: Engine, loops: int) -> str:
+    """MODE=eval: the line that says the score."""
+    score = together(engine, lambda: Score(c))
+    warn(engine, score.notices())
+    loss, count = evaluate(c, engine, score.tokens, loops), len(score.tokens) - 1
+    if not math.isfinite(loss):  # the same on every process
+        raise Agreed(f"{c.artifact or c.checkpoint}: expected a model with a finite loss, found {loss}")
+    return f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
+
+
+def export_file(c: Config, engine: Engine, notices: list[str], loops: int) -> int:
+    """MODE=export: a new artifact of trained weights, with the export's settings of now, scored as after training."""
+    notices = notices + together(engine, lambda: check_before_start(c), first_only=True)
+    score = together(engine, lambda: Score(c))
+    stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
+    c, log = open_log(c, engine)
+    write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
+    with log.noting_crashes():
+        return finish(c, engine, log, TrainState(loops=loops), score, stream)
+
+
+def use_file(c: Config, engine: Engine, notices: list[str], weights: dict[str, np.ndarray], loops: int) -> int:
+    """The modes that need trained weights: eval, sample and export. Returns the exit code."""
+    engine.build(weights, training=False)
+    if c.mode == "export":
+        return export_file(c, engine, notices, loops)
+    loops = c.eval_loops or loops
+    warn(engine, [*notices, *engine.notices])
+    text = sample(c, engine, loops) if c.mode == "sample" else score_file(c, engine, loops)
+    if engine.rank == 0:
+        say(text)
+    return 0
+
+
+def warn(engine: Engine, notices: list[str]) -> None:
+    """Notices for standard error, where standard output is the answer alone."""
+    for notice in notices if engine.rank == 0 else ():
+        complain(notice)
+
+
+def help_text() -> str:
+    """What --help prints: the head of this script and its settings."""
+    source = script_source()
+    settings = source[source.index("class Config:\n") : source.index("\nPRESETS = ")]
+    return f"{__doc__}\nSettings (as --name=value or NAME=value):\n\n{settings}"
+
+
 def run(argv: list[str], environ: dict[str, str]) -> int:
+    """The whole program; returns the exit code."""
     if "--help" in argv or "-h" in argv:
-        print(__doc__ + "\nSettings (as --name=value or NAME=value):\n\n" + inspect.getsource(Config))
+        say(help_text())
         return 0
     c, notices = load_config(argv, environ, DEFAULT_PRESET)
-    if c.mode == "train":
-        notices += check_before_start(c)
-    else:
-        weights, model, trained_loops = load_model_file(c.artifact or c.checkpoint)
+    weights, loops = None, 0
+    if c.mode != "train":
+        weights, model, loops = load_model_file(c.artifact or c.checkpoint)
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
-        notices += check_before_start(c) if c.mode == "export" else []
-    engine, code = Engine(c), 0
-    if c.mode == "train":
-        code = train(c, engine, notices)
-    elif c.mode == "export":
-        code = export(c, engine, notices, weights, trained_loops)
-    else:
-        engine.build(weights, training=False)
-        loops = c.eval_loops or trained_loops
-        if c.mode == "sample":
-            text = sample(c, engine, loops)
-        else:
-            score = Score(c)
-            loss, count = evaluate(c, engine, score.tokens, loops), len(score.tokens) - 1
-            text = f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
+    engine = Engine(c)
+    try:
+        code = use_file(c, engine, notices, weights, loops) if weights else train(c, engine, notices)
+    except Agreed as error:
         if engine.rank == 0:
-            print("\n".join([*notices, *engine.notices, text]))
+            complain(f"error: {error}")
+        code = 1
+    except Exception as error:
+        if engine.world == 1:
+            raise
+        complain(f"error: process {engine.rank}: {str(error) or type(error).__name__}")
+        os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
     engine.close(code)
     return code
 
+
+def complain(text: str) -> None:
+    """One line on standard error, if there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def open_streams() -> None:
+    """A standard stream that was closed goes nowhere; one whose encoding lacks a letter shows its number."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "r+")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+
+
 def main() -> None:
+    open_streams()
     try:
         code = run(sys.argv[1:], dict(os.environ))
     except InputError as error:
-        print("error: " + str(error).replace("\n", " "), file=sys.stderr)
+        complain(f"error: {error}")
         code = 1
+    except KeyboardInterrupt:  # outside the training loop, which stops by itself
+        complain("stopped by Ctrl-C")
+        code = 128 + signal.SIGINT
     sys.exit(code)
+
 
 if __name__ == "__main__":
     main()

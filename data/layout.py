@@ -241,19 +241,13 @@ def check_tokenizer(path: Path) -> None:
         trainer.load_tokenizer(str(path), load_sentencepiece(path).vocab_size())
 
 
-def check_counting(folder: Path, model, name: str) -> None:
-    """Raises InputError unless the bytes of the validation set in `folder` can be counted and are not none.
-
-    model: the SentencePieceProcessor that made it; name: what to call its file.
-    """
+def check_text(folder: Path, model) -> None:
+    """Raises InputError if the validation set in `folder`, made by the SentencePieceProcessor `model`, has no bytes."""
     with judged_by_trainer() as trainer:
         shards = trainer.find_shards(str(folder), "val", model.vocab_size())
-        tables = trainer.byte_tables(model, model.vocab_size())
-        blocks = [np.fromfile(path, "<u2", offset=HEADER_BYTES) for path in shards]
-        trainer.check_counting(blocks[0], model, tables, name)
-    blocks = (block[at : at + 100_000] for block in blocks for at in range(0, len(block), 100_000))
-    if not any(trainer.count_bytes(block, tables) for block in blocks):
-        raise InputError("validation set: expected text, found documents that stand for no bytes; give others")
+        blocks = (np.fromfile(path, "<u2", offset=HEADER_BYTES) for path in shards)
+        if not any(trainer.count_bytes(block, model) for block in blocks):
+            raise InputError("validation set: expected text, found documents that stand for no bytes; give others")
 
 
 def check_dataset(data_path: Path, tokenizer_path: Path) -> tuple[int, int, int]:

@@ -227,7 +227,7 @@ def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, facts: di
     processor, started = sentencepiece.SentencePieceProcessor(model_proto=model), time.time()
     with layout.building(folder, replace=True) as new:
         splits = {"val": write_split(new, "val", texts["val"], processor, shard_tokens, threads)}
-        layout.check_counting(new, processor, facts.get("given_tokenizer") or kept.name)
+        layout.check_text(new, processor)
         splits["train"] = write_split(new, "train", texts["train"], processor, shard_tokens, threads)
         entry = layout.tokenizer_entry(kept, processor, hashlib.sha256(model).hexdigest())
         write_json(new / "manifest.json", {"name": folder.name, "tokenizer": entry, "splits": splits} | facts)

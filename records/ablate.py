@@ -46,7 +46,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import (
-    RECORDS,
+    ROOT,
     InputError,
     Parser,
     is_number,
@@ -65,7 +65,6 @@ from common import (
 from draw import COLORS, canvas, draw_validation, save_picture, tidy, zoom
 from logs import SOURCE_END, read_log
 
-ROOT = RECORDS.parent
 BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
 KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int)
 KEYS |= dict(budget=dict, base=dict, arms=dict, factors=dict)

@@ -34,6 +34,7 @@ from pathlib import Path
 from ablate import CONTIGUOUS, SCRIPTS, check_keys, checker, load_script, sha256
 from common import (
     RECORDS,
+    ROOT,
     InputError,
     Parser,
     atomic,
@@ -51,7 +52,6 @@ from common import (
 from draw import canvas, draw_line, save_picture, tidy
 from logs import read_log
 
-ROOT = RECORDS.parent
 LOGS, MATRICES = ROOT / "logs", RECORDS / "ablations"
 KEYS = dict(about=str, script=str, models=str, runs=list, seeds=list, base=dict, exports=dict, closed=str)
 MACHINE = "data_path tokenizer_path val_max_tokens device dtype microbatch_tokens".split()  # more that a base may set

@@ -137,11 +137,8 @@ def data(tmp_path_factory):
 def clean_environment(**more):
     """This process's environment without settings of the scripts, then `more`."""
     module = load_script("train_gpt")
-    settings = {field.name.upper() for field in dataclasses.fields(module.Config)} | {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-    }
+    settings = {field.name.upper() for field in dataclasses.fields(module.Config)}
+    settings |= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in settings} | {k: str(v) for k, v in more.items()}
 
 
@@ -153,11 +150,8 @@ class Outcome(NamedTuple):
 
 def run_in_process(module, *args, **env):
     """`main()` of a script with these flags and environment variables. An exception that is not bad input passes on."""
-    before, argv, environ = (
-        {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
-        sys.argv,
-        dict(os.environ),
-    )
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    argv, environ = sys.argv, dict(os.environ)
     out, err, code = io.StringIO(), io.StringIO(), 0
     cleaned = clean_environment(**env)
     os.environ.clear()

@@ -54,8 +54,8 @@ def data_flags() -> list[str]:
     data = os.environ.get("DATA_PATH", t.Config.data_path)
     tokenizer = os.environ.get("TOKENIZER_PATH", t.Config.tokenizer_path)
     if not list((ROOT / data).glob("fineweb_train_*.bin")):
-        demo = t.PRESETS["demo"]
-        data, tokenizer = demo["data_path"], demo["tokenizer_path"]
+        demo, _ = t.load_config(["--preset=demo"], {}, "demo")
+        data, tokenizer = demo.data_path, demo.tokenizer_path
         subprocess.run([sys.executable, "data/offline.py"], cwd=ROOT, check=True)
     return [f"--data_path={data}", f"--tokenizer_path={tokenizer}"]
 
@@ -79,12 +79,14 @@ def main() -> int:
         folder = ROOT / args.log_dir / name
         command = [sys.executable, "train_gpt.py", f"--preset={arm}", f"--run_id={name}", *common]
         if not (folder / "model.int6.rgpt").exists():
-            resume = ["--resume"] if (folder / "checkpoint.safetensors").exists() else []
+            resume = ["--resume"] * (folder / "checkpoint.safetensors").exists()
             if subprocess.run(command + resume, cwd=ROOT).returncode:
                 return 1
         rows.append((arm, json.loads((folder / "result.json").read_text())))
     print(f"\n{rows[0][1]['device']}, {rows[0][1]['dataset']}, {args.flops:.3g} training FLOPs an arm, one seed")
-    print(f"{'arm':10}{'val_bpb':>9}{'raw':>9}{'steps':>7}{'ms/step':>9}{'tok/s':>12}{'TFLOP/s':>9}{'GiB':>7}{'bytes':>12}")
+    print(
+        f"{'arm':10}{'val_bpb':>9}{'raw':>9}{'steps':>7}{'ms/step':>9}{'tok/s':>12}{'TFLOP/s':>9}{'GiB':>7}{'bytes':>12}"
+    )
     for arm, r in rows:
         ms, peak = r["train_time_ms"] / r["steps"], r["peak_mem_bytes"] / 2**30
         print(f"{arm:10}{r['val_bpb']:9.4f}{r['val_bpb_raw']:9.4f}{r['steps']:7}{ms:9.1f}{r['tok_s']:12,}"

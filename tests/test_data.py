@@ -1,6 +1,9 @@
 """Shards, the token stream, byte counting, and scoring: the same tokens whatever the machine, each counted once."""
 
+import dataclasses
+import hashlib
 import io
+import json
 import math
 import pydoc_data.topics
 import re
@@ -16,73 +19,163 @@ from conftest import assert_refused, random_weights, run_in_process, tree, write
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stream_of(module, data):
-    return module.TokenStream(module.find_shards(str(data.path), "train", 320), 320)
+SEQUENCES = [1110 // 32, 288 // 32, 1600 // 32]  # of the three shards; each target needs a token after it
+TOTAL = sum(SEQUENCES)
+ORDER = ([0, 25, 24, 20, 28, 19, 6, 17], [5, 24, 27, 13, 15, 11, 18, 25])  # the first shard's, of seed 1337
 
 
-def test_read_crosses_shards_and_wraps(script, data):
-    stream = stream_of(script, data)
-    assert stream.total == len(data.train) == 3001 and len(stream.shards) == 3
-    endless = np.concatenate([data.train] * 4).astype(np.int64)
-    for start, count in [
-        (0, 1),
-        (1100, 40),
-        (1110, 300),
-        (0, 3001),
-        (2990, 20),
-        (3000, 2),
-        (3001, 5),
-        (2999, 6010),
-        (5000, 7),
-    ]:
-        got = stream.read(start, count)
-        assert got.dtype == np.int64 and np.array_equal(got, endless[start : start + count]), (start, count)
+def stream_of(module, data, c):
+    return module.TokenStream(module.find_shards(str(data.path), "train", 320), c)
+
+
+def numbers_of(data, rows):
+    """Which sequence of the data each row [32] of inputs is, from 0, shard by shard."""
+    starts = np.concatenate([np.arange(n) * 32 + at for n, at in zip(SEQUENCES, (0, 1111, 1400))])
+    known = {data.train[at : at + 32].tobytes(): i for i, at in enumerate(starts)}
+    assert len(known) == TOTAL  # no two are alike, so that a sequence is known by its tokens
+    return [known[row.astype(np.uint16).tobytes()] for row in rows]
+
+
+def read(stream, start, batch=256, rank=0, world=1, largest=8192):
+    """(inputs, targets) [sequences, 32] of one share of a batch."""
+    parts = list(stream.microbatches(start, batch, rank, world, largest))
+    return tuple(np.concatenate([part[side] for part in parts]) for side in (0, 1))
+
+
+def order_of(module, data, c, epochs=1):
+    """The numbers of the sequences that are drawn, in order."""
+    return numbers_of(data, read(stream_of(module, data, c), 0, 32 * TOTAL * epochs)[0])
+
+
+def test_every_sequence_is_drawn_once_an_epoch_in_an_order_of_its_own(script, data, config):
+    c = config(script)
+    stream = stream_of(script, data, c)
+    assert stream.total == 32 * TOTAL and len(stream.shards) == 3
+    first, second = np.split(np.array(order_of(script, data, c, epochs=2)), 2)
+    assert sorted(first) == sorted(second) == list(range(TOTAL))
+    bounds = np.cumsum([0, *SEQUENCES])
+    for low, high in zip(bounds, bounds[1:]):  # shard after shard: a disk reads one file at a time
+        assert set(first[low:high]) == set(second[low:high]) == set(range(low, high))
+        assert list(first[low:high]) != list(range(low, high)) != list(second[low:high])
+        assert list(first[low:high]) != list(second[low:high])
+    neighbours = sum(b - a == 1 for a, b in zip(first, first[1:]))
+    assert neighbours < 10  # by chance, one a shard
+
+
+def test_the_order_is_made_by_the_seed_the_epoch_and_the_shard(script, data, config, tmp_path):
+    c = config(script)
+    first = order_of(script, data, c)
+    assert order_of(script, data, c) == first
+    assert order_of(script, data, dataclasses.replace(c, seed=c.seed + 1)) != first
+    same = config(script, train_batch_tokens=64, iterations=3, microbatch_tokens=32, preset="demo", run_id="b")
+    assert order_of(script, data, same) == first  # nothing else does
+    folder = write_dataset(tmp_path / "d", [GOOD] * 3, [GOOD])  # shards of one length
+    stream = script.TokenStream(script.find_shards(str(folder), "train", 320), c)
+    assert len({tuple(stream.permutation(epoch, shard)) for epoch in range(5) for shard in range(3)}) == 15
+
+
+def test_the_order_is_the_same_in_both_scripts_and_in_later_versions(both, data, config):
+    orders = [order_of(module, data, config(module, seed=1337), epochs=2) for module in both]
+    assert orders[0] == orders[1]
+    # Written down: a resumed run, and a repeated one, must read what the first one read.
+    assert orders[0][:8] == ORDER[0] and orders[0][TOTAL : TOTAL + 8] == ORDER[1]
+
+
+def test_contiguous_order_without_shuffling(script, data, config):
+    c = config(script, shuffle=False)
+    assert order_of(script, data, c, epochs=2) == 2 * list(range(TOTAL))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_targets_are_the_tokens_after_the_inputs(script, data, config, shuffle):
+    c = config(script, shuffle=shuffle)
+    inputs, targets = read(stream_of(script, data, c), 0, 32 * TOTAL)
+    assert inputs.dtype == targets.dtype == np.int64 and inputs.shape == targets.shape == (TOTAL, 32)
+    assert np.array_equal(inputs[:, 1:], targets[:, :-1])
+    text = data.train.astype(np.int64)
+    starts = np.concatenate([np.arange(n) * 32 + at for n, at in zip(SEQUENCES, (0, 1111, 1400))])
+    assert np.array_equal(targets[:, -1], text[starts[numbers_of(data, inputs)] + 32])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("largest", [32, 64, 96, 100, 8192])
 def test_same_tokens_for_every_world_and_microbatch(script, data, config, world, largest):
     c = config(script)  # 8 sequences of 32: unequal shares for three ranks
-    stream = stream_of(script, data)
-    endless = np.concatenate([data.train] * 3).astype(np.int64)
-    for step in (0, 1, 4, 11, 12):  # 4 crosses the first shard, 11 wraps, 12 comes after
-        start = step * 256
+    stream = stream_of(script, data, c)
+    endless = read(stream, 0, 14 * 256)
+    for step in (0, 1, 4, 11, 12):  # 4 crosses the first shard, 11 begins anew, 12 comes after
         inputs, targets = [], []
         for rank in range(world):
             sizes = []
-            for x, y in stream.microbatches(start, c, rank, world, largest):
+            for x, y in stream.microbatches(step * 256, 256, rank, world, largest):
                 assert x.shape == y.shape and x.shape[1] == 32 and x.size <= max(largest, 32)
                 sizes.append(len(x))
-                inputs.append(np.array(x))
-                targets.append(np.array(y))
+                inputs.append(x)
+                targets.append(y)
             assert sum(sizes) in (8 // world, -(-8 // world)) and max(sizes) - min(sizes) <= 1
-        assert np.array_equal(np.concatenate(inputs).ravel(), endless[start : start + 256])
-        assert np.array_equal(np.concatenate(targets).ravel(), endless[start + 1 : start + 257])
+        for found, expected in zip((inputs, targets), endless):
+            assert np.array_equal(np.concatenate(found), expected[8 * step : 8 * step + 8])
 
 
-def test_consecutive_steps_overlap_by_one_token(script, data, config):
-    """The target of a step's last position is the input of the next step's first: every token is a target once."""
-    c, stream = config(script), stream_of(script, data)
-    seen = [y for step in range(11) for _, y in stream.microbatches(256 * step, c, 0, 1, 64)]
-    assert np.array_equal(np.concatenate(seen).ravel(), data.train[1 : 11 * 256 + 1].astype(np.int64))
+def test_a_stream_that_begins_in_the_middle_reads_the_same(script, data, config):
+    """As after a resume: a place in the stream is a number of tokens, and nothing else is remembered."""
+    c = config(script)
+    whole = [read(stream_of(script, data, c), 256 * step) for step in range(14)]
+    late = stream_of(script, data, c)
+    for step in (13, 5, 11, 5):
+        for found, expected in zip(read(late, 256 * step), whole[step]):
+            assert np.array_equal(found, expected)
 
 
-def test_steps_see_the_same_tokens_in_training(script, data, tiny, tmp_path, monkeypatch):
-    """What the engine is fed in a real run, over a wrap, with a microbatch of three sequences."""
-    read, seen = script.TokenStream.read, []
+def noting_batches(monkeypatch, module):
+    """The list to which every microbatch that is read from now on is added."""
+    seen, microbatches = [], module.TokenStream.microbatches
 
-    def note(self, start, count):
-        seen.append((start, count))
-        return read(self, start, count)
+    def note(self, *args):
+        for inputs, targets in microbatches(self, *args):
+            seen.append(inputs)
+            yield inputs, targets
 
-    monkeypatch.setattr(script.TokenStream, "read", note)
-    outcome = run_in_process(
-        script, "--run_id=a", "--iterations=14", "--microbatch_tokens=96", "--loop_schedule=", **tiny
-    )
-    assert outcome.code == 0, outcome
-    expected = [(256 * step + 32 * a, 32 * (b - a) + 1) for step in range(14) for a, b in ((0, 2), (2, 5), (5, 8))]
-    assert seen[-len(expected) :] == expected  # before them come those of the warm-up
-    assert "epoch:2" in outcome.out  # 3001 tokens are read again
+    monkeypatch.setattr(module.TokenStream, "microbatches", note)
+    return seen
+
+
+def test_training_reads_the_stream_across_epochs_and_a_resume(script, data, config, tiny, tmp_path, monkeypatch):
+    """What the engine is fed in a real run, with a microbatch of three sequences; again from step 5 on after a stop."""
+    seen = noting_batches(monkeypatch, script)
+    flags = ("--run_id=a", "--iterations=14", "--microbatch_tokens=96", "--loop_schedule=", "--layout=1", "--shuffle=1")
+    outcome = run_in_process(script, *flags, "--checkpoint_every=5", **tiny)
+    assert outcome.code == 0 and "epoch:2" in outcome.out, outcome  # 94 sequences are 11.75 steps
+    batches = seen[3:]  # after those of the warm-up
+    assert [len(batch) for batch in batches] == 14 * [2, 3, 3]
+    expected = order_of(script, data, config(script), epochs=2)[: 14 * 8]
+    assert numbers_of(data, np.concatenate(batches)) == expected
+
+    def stop_at_5(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise RuntimeError("killed")
+
+    save = script.save_checkpoint
+    monkeypatch.setattr(script, "save_checkpoint", stop_at_5)
+    with pytest.raises(RuntimeError, match="killed"):
+        run_in_process(script, *flags, "--run_id=b", "--checkpoint_every=5", **tiny)
+    monkeypatch.setattr(script, "save_checkpoint", save)
+    seen.clear()
+    assert run_in_process(script, *flags, "--run_id=b", "--resume", **tiny).code == 0
+    assert numbers_of(data, np.concatenate(seen[3:])) == expected[5 * 8 :]
+
+
+def test_shards_shorter_than_a_sequence_are_passed_over(script, config, tmp_path):
+    c = config(script)
+    folder = write_dataset(tmp_path / "d", [GOOD[:20], GOOD[:33], GOOD[:32], GOOD[:97]], [GOOD])
+    paths = script.find_shards(str(folder), "train", 320)
+    stream = script.TokenStream(paths, c)
+    assert stream.total == 4 * 32
+    inputs, _ = read(stream, 0, 8 * 32)
+    assert [sorted(set(row)) for row in inputs[[0, 4]].tolist()] == 2 * [list(range(32))]
+    assert {int(row[0]) for row in inputs[1:4]} == {0, 32, 64} == {int(row[0]) for row in inputs[5:]}
+    with pytest.raises(script.InputError, match="expected a shard longer than TRAIN_SEQ_LEN=32, found none"):
+        script.TokenStream([paths[0], paths[2]], c)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,16 +233,16 @@ def test_missing_shards(script, tiny, tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_wrong_token_in_the_middle_of_a_shard(script, tiny, tmp_path):
+def test_wrong_token_in_the_middle_of_a_shard(script, config, tiny, tmp_path):
     """A start-up check of every token would take minutes at 8 billion tokens: they are checked as they are read."""
     ids = np.tile(GOOD, 100)
     ids[100_000] = 65535
     folder = write_dataset(tmp_path / "d", [GOOD, ids], [GOOD])
     path = str(folder / "fineweb_train_000001.bin")
-    stream = script.TokenStream(script.find_shards(str(folder), "train", 320), 320)
-    stream.read(2000, 90_000)
+    stream = script.TokenStream(script.find_shards(str(folder), "train", 320), config(script, shuffle=False))
+    read(stream, 1984, 32 * 2000)
     with pytest.raises(script.InputError, match=re.escape(path) + ".*VOCAB_SIZE=320, found 65535"):
-        stream.read(2000 + 99_990, 20)
+        read(stream, 1984 + 32 * (100_000 // 32), 32)
     folder = write_dataset(tmp_path / "e", [GOOD], [GOOD, ids])  # validation tokens are all read: nothing starts
     before = tree(tmp_path)
     outcome = run_in_process(script, **tiny | {"DATA_PATH": folder})
@@ -157,16 +250,19 @@ def test_wrong_token_in_the_middle_of_a_shard(script, tiny, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_wrong_token_found_while_training(script, tiny, tmp_path):
+def test_wrong_token_found_while_training(script, config, tiny, tmp_path):
+    """In a sequence of the second step, far from the edges of the shard, which are checked at the start."""
     ids = np.tile(GOOD, 100)
-    ids[100_000] = 65535  # beyond the first and the last 65,536, which are checked at the start
     folder = write_dataset(tmp_path / "d", [ids], [GOOD])
-    # The first step ends before it, the second reads it.
-    flags = ("--run_id=a", "--train_batch_tokens=65536", "--iterations=3", "--layout=1", "--loop_schedule=")
+    order = script.TokenStream(script.find_shards(str(folder), "train", 320), config(script)).permutation(0, 0)
+    place = next(32 * number for number in order[8:16].tolist() if 70_000 < 32 * number < len(ids) - 70_000)
+    ids[place + 9] = 65535
+    write_dataset(folder, [ids], [GOOD])
+    flags = ("--run_id=a", "--iterations=3", "--layout=1", "--loop_schedule=")
     outcome = run_in_process(script, *flags, **tiny | {"DATA_PATH": folder})
-    assert outcome.code == 1 and outcome.err.count("\n") <= 1, outcome
-    line = outcome.err or outcome.out.splitlines()[-1]
-    assert re.search("fineweb_train_000000.bin.*VOCAB_SIZE=320.*found 65535", line)
+    assert outcome.code == 1 and outcome.err.count("\n") == 1, outcome
+    assert re.search("^error: .*fineweb_train_000000.bin.*VOCAB_SIZE=320.*found 65535", outcome.err)
+    assert "warm_up: " in outcome.out  # it had begun
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("*.rgpt"))
 
 
@@ -225,52 +321,228 @@ def real_documents():
     return [text for text in topics + docstrings + written if isinstance(text, str) and text]
 
 
+def train_tokenizer(texts, escape_whitespaces=True, **settings):
+    """The serialized SentencePiece model of these trainer settings."""
+    model = io.BytesIO()
+    settings = {"vocab_size": 512, "byte_fallback": True, "model_type": "bpe", "hard_vocab_limit": False} | settings
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, num_threads=1, minloglevel=2, **settings
+    )
+    # The trainer refuses this setting of the normalizer; in protobuf what is appended replaces what was said before.
+    return model.getvalue() + (b"" if escape_whitespaces else b"\x1a\x02\x28\x00")
+
+
+def processor_of(model):
+    return spm.SentencePieceProcessor(model_proto=model)
+
+
 @pytest.fixture(scope="session", params=["bpe", "unigram"])
 def trained(request):
     """A tokenizer with byte fallback, trained on a third of the English text only."""
     texts = [line for text in real_documents()[:60:3] for line in text.splitlines() if line.isascii()]
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=512,
-        model_type=request.param,
-        byte_fallback=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    return spm.SentencePieceProcessor(model_proto=model.getvalue())
+    return processor_of(train_tokenizer(texts, model_type=request.param))
 
 
-def test_bytes_of_a_document_are_those_of_its_text(script, trained):
-    tables = script.byte_tables(trained, 512)
+def test_bytes_of_a_document_are_those_of_its_text(any_script, trained):
     documents, total, stream = real_documents(), 0, []
     assert len(documents) > 150
     multibyte = fallback = 0
     for text in documents:
         ids = [trained.bos_id(), *trained.encode(text)]
         decoded = trained.decode(ids)
-        assert script.count_bytes(np.array(ids, dtype=np.uint16), tables) == len(decoded.encode("utf-8")), repr(
-            text[:80]
-        )
+        size = len(decoded.encode("utf-8"))
+        assert any_script.count_bytes(np.array(ids, dtype=np.uint16), trained) == size, repr(text[:80])
         multibyte += not decoded.isascii()
         fallback += any(trained.is_byte(i) for i in ids)
-        total += len(decoded.encode("utf-8"))
+        total += size
         stream += ids
     assert multibyte >= 10 and fallback >= 10  # the test sees what it is about
-    assert script.count_bytes(np.array(stream, dtype=np.uint16), tables) == total  # end to end, as in a shard
+    assert any_script.count_bytes(np.array(stream, dtype=np.uint16), trained) == total  # end to end, as in a shard
 
 
-def test_bytes_without_start_of_document_count_the_space(script, trained):
+def test_bytes_without_start_of_document_count_the_space(any_script, trained):
     """A piece with a space marker after ordinary text stands for its space, too; in the middle of a document."""
-    tables = script.byte_tables(trained, 512)
     ids = np.array([trained.bos_id(), *trained.encode("the first word and the next words")], dtype=np.uint16)
     for cut in range(1, len(ids) - 1):
-        rest = script.count_bytes(ids[cut:], tables)
-        assert rest == script.count_bytes(ids, tables) - script.count_bytes(ids[: cut + 1], tables)
-    control = [i for i in range(512) if trained.is_control(i) or trained.is_unknown(i)]
-    assert control and all(tables[2][control]) and not tables[0][control].any() and tables[2].sum() == len(control)
-    assert all(tables[0][i] == 1 and not tables[1][i] for i in range(512) if trained.is_byte(i))
+        rest = any_script.count_bytes(ids[cut:], trained)
+        assert rest == any_script.count_bytes(ids, trained) - any_script.count_bytes(ids[: cut + 1], trained)
+
+
+def test_bytes_of_a_letter_that_was_cut_at_the_end(any_script, trained):
+    """A validation set may end within a letter that is written in bytes."""
+    ids = np.array([trained.bos_id(), *trained.encode("plain \U0001f600")], dtype=np.uint16)
+    assert sum(trained.is_byte(int(i)) for i in ids) == 4
+    whole = any_script.count_bytes(ids, trained)
+    assert [any_script.count_bytes(ids[:-cut], trained) for cut in (1, 2, 3, 4)] == [
+        whole - cut for cut in (1, 2, 3, 4)
+    ]
+
+
+LINES = """hello world this is a test of spaces
+def f(x):
+    return x
+        if y  > 3:   pass
+日本語の文章です
+a  b   c    d
+The cat sat on the mat, and the dog lay down.
+  two before
+tab\there""".split("\n")
+HARD_DOCUMENTS = [
+    *("hello world", "  two spaces before,  two between, two after  ", " ", "   ", "a", "é", "x" * 50, "\n", "\t x"),
+    *("tab\tline\nend\n\n", "    return x\n        if y:\n\t\tpass", "日本語の文章です。 漢字  とかな。"),
+    *("😀 at the start, 👩\u200d👩\u200d👧\u200d👦 in the middle 🏴\u200d☠️", "ﬁ ① Ⅷ", "\u3000wide\u00a0space"),
+    *("▁ marker ▁▁ itself", "▁▁▁x", "  ▁ b", "▁ ▁▁▁x", "a <tab> xb <sep> ▁ctl y"),
+]
+SPACES = {"remove_extra_whitespaces": False}
+NO_PREFIX = {"add_dummy_prefix": False}
+SUFFIX = {"treat_whitespace_as_suffix": True}
+PIECES_OF_SPACES = SPACES | {"allow_whitespace_only_pieces": True}
+SYMBOLS = {
+    "user_defined_symbols": ["▁▁▁▁", "▁▁", "  ", "<tab> x", "</s>x"],
+    "control_symbols": ["<sep>", "▁ctl"],
+}
+TOKENIZERS = {
+    "plain": {},
+    "without byte fallback": {"byte_fallback": False},
+    "without prefix": NO_PREFIX,
+    "spaces kept": SPACES,
+    "spaces kept, without prefix": SPACES | NO_PREFIX,
+    "pieces of spaces": PIECES_OF_SPACES,
+    "pieces across words": PIECES_OF_SPACES | NO_PREFIX | {"split_by_whitespace": False},
+    "pieces across words, spaces removed": {"split_by_whitespace": False},
+    "space last": SUFFIX,
+    "space last, pieces of spaces": SUFFIX | PIECES_OF_SPACES,
+    "space last, without prefix": SUFFIX | NO_PREFIX,
+    "spaces not escaped": {"escape_whitespaces": False},
+    "identity": {"normalization_rule_name": "identity"},
+    "identity, spaces kept": SPACES | {"normalization_rule_name": "identity"},
+    "small letters": {"normalization_rule_name": "nmt_nfkc_cf"},
+    "nfkc, spaces kept": SPACES | {"normalization_rule_name": "nfkc"},
+    "symbols": SYMBOLS,
+    "symbols, spaces kept": SYMBOLS | SPACES,
+    "symbols, without prefix": SYMBOLS | NO_PREFIX,
+    "symbols, spaces kept, without prefix": SYMBOLS | SPACES | NO_PREFIX,
+}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_bytes_of_every_legal_tokenizer(any_script, case, kind, tmp_path):
+    """All of these are accepted, and count each document as the length of its decoded text. The texts of unknown pieces
+    are lost, the sign for them that the decoder writes does not count."""
+    path = tmp_path / "t.model"
+    path.write_bytes(train_tokenizer(LINES * 40, **{"vocab_size": 340, "model_type": kind} | TOKENIZERS[case]))
+    size = spm.SentencePieceProcessor(model_file=str(path)).vocab_size()
+    tokenizer = any_script.load_tokenizer(str(path), size)
+    total, streams = 0, {"bos": [], "eos": [tokenizer.eos_id()]}
+    for text in HARD_DOCUMENTS:
+        ids = tokenizer.encode(text)
+        unknown = " \u2047 ".encode()  # what is decoded for an unknown piece
+        decoded = tokenizer.decode([tokenizer.bos_id(), *ids]).encode()
+        expected = len(decoded) - len(unknown) * ids.count(tokenizer.unk_id())
+        marked = [tokenizer.bos_id(), *ids], [tokenizer.eos_id(), *ids, tokenizer.eos_id()]
+        for row in marked:
+            found = any_script.count_bytes(np.array(row, dtype=np.uint16), tokenizer)
+            assert found == expected, (text, [tokenizer.id_to_piece(i) for i in row])
+        streams["bos"] += marked[0]
+        streams["eos"] += marked[1][1:]
+        total += expected
+    for stream in streams.values():
+        assert any_script.count_bytes(np.array(stream, dtype=np.uint16), tokenizer) == total
+
+
+def test_a_decoder_that_writes_something_else_is_refused(script, config, tmp_path):
+    """Pieces that do not stand for their own text cannot be counted: here every e is written as three letters."""
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("65\t65 65 65\n")
+    model = train_tokenizer(LINES * 40, vocab_size=340, denormalization_rule_tsv=str(rules))
+    assert processor_of(model).decode(processor_of(model).encode("hello")) == "heeello"
+    refusal = re.escape(f"{tmp_path}/t.model: ") + 'expected a tokenizer that decodes the piece ".*" as itself'
+    with pytest.raises(script.InputError, match=refusal):
+        scored(script, config, tmp_path, model, HARD_DOCUMENTS)
+    assert scored(script, config, tmp_path, train_tokenizer(LINES * 40, vocab_size=340), HARD_DOCUMENTS).bytes > 300
+
+
+def letters_without_spaces():
+    """Text of 400 letters, which leave no room in the vocabulary for a piece of a space."""
+    rng = np.random.RandomState(1)
+    return ["".join(chr(0x4E00 + i) for i in rng.randint(0, 400, 500)) for _ in range(60)]
+
+
+def test_a_tokenizer_without_a_piece_for_the_space_is_refused(script, config, tmp_path):
+    """Every space of text would become three byte pieces, that decode to the marker, and count as three bytes."""
+    model = train_tokenizer(letters_without_spaces(), vocab_size=680, add_dummy_prefix=False)
+    path = tmp_path / "t.model"
+    path.write_bytes(model)
+    tokenizer = processor_of(model)
+    assert tokenizer.piece_to_id("▁") == tokenizer.unk_id() and "▁" in tokenizer.decode(tokenizer.encode("a b"))
+    refusal = re.escape(f"{path}: ") + "expected a tokenizer with a piece for the space"
+    with pytest.raises(script.InputError, match=refusal):
+        script.load_tokenizer(str(path), tokenizer.vocab_size())
+
+
+def scored(module, config, folder, model, documents, **fields):
+    """A Score of these documents under a tokenizer that is written to `folder`."""
+    tokenizer = processor_of(model)
+    (folder / "t.model").write_bytes(model)
+    ids = [i for text in documents for i in [tokenizer.bos_id(), *tokenizer.encode(text)]]
+    write_dataset(folder / "d", [ids], [ids])
+    paths = {"data_path": str(folder / "d"), "tokenizer_path": str(folder / "t.model")}
+    return module.Score(config(module, vocab_size=tokenizer.vocab_size(), train_seq_len=1, **paths, **fields))
+
+
+def test_unknown_pieces_are_said_in_a_notice(any_script, config, tmp_path):
+    known = ["the cat sat on the mat " * 3] * 20
+    model = train_tokenizer(known, vocab_size=30, byte_fallback=False)
+    score = scored(any_script, config, tmp_path, model, [*known, "the cät sat"])
+    assert score.notices() == ["notice: 1 validation tokens are <unk>: their text is lost, and they count as no bytes"]
+    assert score.bytes == 20 * len(known[0].strip()) + len("the ct sat")
+    assert scored(any_script, config, tmp_path, model, known).notices() == []
+
+
+def test_unknown_pieces_reach_the_log(script, tiny, data, tmp_path):
+    ids = np.where(data.val == data.val[40], 0, data.val)
+    folder = write_dataset(tmp_path / "d", [data.train], [ids])
+    outcome = run_in_process(script, "--run_id=a", "--iterations=1", **tiny | {"DATA_PATH": folder})
+    assert outcome.code == 0, outcome
+    for text in (outcome.out, (tmp_path / "logs/a/train.log").read_text()):
+        assert re.search(r"^notice: \d+ validation tokens are <unk>", text, re.M)
+
+
+def test_validation_that_stands_for_no_text_is_refused(script, tiny, tmp_path):
+    for ids in ([1] * 100, [1, 0] * 50):  # empty documents, unknown pieces
+        folder = write_dataset(tmp_path / f"d{len(set(ids))}", [GOOD], [ids])
+        before = tree(tmp_path)
+        outcome = run_in_process(script, **tiny | {"DATA_PATH": folder})
+        assert_refused(outcome, re.escape(str(folder)), "expected validation tokens that stand for text, found none")
+        assert tree(tmp_path) == before
+
+
+def test_the_tokenizer_of_another_dataset_is_refused(script, tiny, data, tmp_path):
+    """The manifest of a dataset states the SHA-256 of its tokenizer. Without one, nothing is known."""
+    folder = write_dataset(tmp_path / "d", [data.train], [data.val])
+    right = hashlib.sha256(data.tokenizer.read_bytes()).hexdigest()
+    wrong = "0123456789abcdef" * 4
+    flags = ("--iterations=1", "--layout=1", "--loop_schedule=", "--run_id=a")
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": wrong}}))
+    before = tree(tmp_path)
+    outcome = run_in_process(script, *flags, **tiny | {"DATA_PATH": folder})
+    found = (f"sha256 {wrong[:12]}, found {right[:12]}", "TOKENIZER_PATH")
+    assert_refused(outcome, re.escape(f"{data.tokenizer}: "), re.escape(str(folder)), *found)
+    assert tree(tmp_path) == before
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": right}}))
+    assert run_in_process(script, *flags, **tiny | {"DATA_PATH": folder}).code == 0
+    artifact = f"--artifact={tmp_path}/logs/a/model.int6.rgpt"
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": wrong}}))
+    for mode in ("eval", "sample"):
+        outcome = run_in_process(script, f"--mode={mode}", artifact, **tiny | {"DATA_PATH": folder})
+        assert_refused(outcome._replace(err=outcome.err.splitlines()[-1] + "\n"), *found)  # after notices
+
+
+def test_a_manifest_that_states_nothing_is_passed_over(any_script, data, tmp_path):
+    for text in ("", "[]", "{}", "null", "1", '{"tokenizer": []}', '{"tokenizer": {"path": "x"}}', "\xff\xfe{"):
+        (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+        any_script.load_tokenizer(str(data.tokenizer), 320, str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

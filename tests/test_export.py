@@ -27,18 +27,22 @@ def test_repeats_the_artifact_and_makes_others(script, maker, trained, data, tmp
     now = json.loads((tmp_path / "same" / "result.json").read_text())
     for key in ("val_bpb", "val_bpb_raw"):
         assert now[key] == pytest.approx(was[key], abs=1e-3)
-    assert now["steps"] == 0 and now["complete"] is True
-    more = ("--run_id=other", "--quantizer=gptq", "--calib_tokens=512", "--quant_bits=core:4,*:5")
-    assert run_in_process(script, *flags, *more, **env).code == 0
-    other = json.loads((tmp_path / "other" / "result.json").read_text())
-    assert other["bytes_artifact"] < now["bytes_artifact"] and other["calib_time_ms"] > 0
-    assert other["val_bpb_raw"] == now["val_bpb_raw"] and other["quantizer"].startswith("gptq core:4,*:5")
-    more = ("--run_id=fisher", "--quantizer=fisher", "--calib_tokens=512", "--quant_loss=0.00001")
-    assert run_in_process(script, *flags, *more, **env).code == 0
-    other = json.loads((tmp_path / "fisher" / "result.json").read_text())
-    assert other["quantizer"] == "fisher, 0.00001 nats aimed at" and other["calib_time_ms"] > 0
-    assert other["bytes_artifact"] < now["bytes_artifact"] and other["val_bpb_raw"] == now["val_bpb_raw"]
-    assert other["val_bpb"] == pytest.approx(other["val_bpb_raw"], abs=0.02)
+    assert now["steps"] == 0 and now["complete"] is True and now["calib_time_ms"] is None
+    results = {}
+    for name, more in (
+        ("near", ()),
+        ("far", ("--quant_loss=0.5",)),
+        ("float16", ("--quant_loss=0.5", "--embed_float16")),
+    ):
+        chosen = ("--quantizer=trellis", "--quant_loss=0.00001", "--calib_tokens=512", *more)
+        outcome = run_in_process(script, *flags, f"--run_id={name}", *chosen, **env)
+        assert outcome.code == 0 and "export:   trellis" in outcome.out, outcome
+        results[name] = json.loads((tmp_path / name / "result.json").read_text())
+        assert results[name]["val_bpb_raw"] == now["val_bpb_raw"] and results[name]["calib_time_ms"] > 0
+    assert results["near"]["quantizer"] == "trellis" and results["float16"]["quantizer"] == "trellis embed_float16"
+    assert results["near"]["val_bpb"] == pytest.approx(now["val_bpb_raw"], abs=0.02)
+    far, float16, near = (results[name]["bytes_artifact"] for name in ("far", "float16", "near"))
+    assert far < 0.2 * near and far < 0.2 * float16 and near < now["bytes_artifact"]
 
 
 def test_refuses_rounded_weights_and_a_used_name(script, trained, data, tmp_path):

@@ -89,37 +89,35 @@ def kill_while_a_checkpoint_is_written(process, folder):
 
 
 def test_killed_and_stopped_runs_end_like_one_left_alone(script, tiny, tmp_path):
-    """One run killed three times, the second time while it writes a checkpoint, then stopped by SIGTERM, against the
-    same run left alone. All in processes of their own: in this one, the two frameworks share their matrix library."""
+    """One run killed twice, the first time while it writes a checkpoint, then stopped by SIGTERM, against the same run
+    left alone. All in processes of their own: in this one, the two frameworks share their matrix library."""
     env = tiny | RUN
     alone, killed = tmp_path / "logs" / "alone", tmp_path / "logs" / "killed"
+    there = killed / "checkpoint.safetensors"  # a first step is logged before it is saved
     other = start_cli(script, "--run_id=alone", "--checkpoint_every=0", **env)
     rng = random.Random(os.getpid())
-    points = [rng.randint(1, 12), None, rng.randint(22, 30), rng.randint(34, 44)]
+    points = [rng.randint(2, 14), rng.randint(22, 30), rng.randint(34, 44)]
     try:
         for number, point in enumerate(points):
             process = start_cli(script, "--run_id=killed", *["--resume"] * (number > 0), **env)
             try:
-                wait_for(lambda: (killed / "metrics.jsonl").exists(), process)
-                if point is None:
-                    wait_for(lambda: steps_logged(killed) >= points[0] + 2, process)
+                wait_for(lambda point=point: there.exists() and steps_logged(killed) >= point, process)
+                if number == 0:
                     kill_while_a_checkpoint_is_written(process, killed)
                     assert list(killed.glob("*.tmp")), "killed after the checkpoint was whole"
                 else:
-                    there = killed / "checkpoint.safetensors"  # a first step is logged before it is saved
-                    wait_for(lambda point=point, there=there: there.exists() and steps_logged(killed) >= point, process)
-                    process.send_signal(signal.SIGKILL if number < 3 else signal.SIGTERM)
+                    process.send_signal(signal.SIGKILL if number == 1 else signal.SIGTERM)
                     out, err = process.communicate(timeout=60)
             finally:
                 process.kill()
-            assert process.returncode == (-signal.SIGKILL if number < 3 else 143), f"stopped too late: {points}"
-            assert (killed / "checkpoint.safetensors").exists(), points
-            assert (killed / "result.json").exists() == (number == 3)
+            assert process.returncode == (-signal.SIGKILL if number < 2 else 143), f"stopped too late: {points}"
+            assert there.exists(), points
+            assert (killed / "result.json").exists() == (number == 2)
         assert err == "" and "RESUME=1" in out.splitlines()[-1] and "RUN_ID=killed" in out.splitlines()[-1]
         result = result_of(killed)
         assert list(result) == script.RESULT_KEYS and result["complete"] is False and result["val_bpb"] is None
         state = script.load_tensors(killed / "checkpoint.safetensors")[1]["state"]
-        assert points[3] <= result["steps"] == state["step"] < 60
+        assert points[2] <= result["steps"] == state["step"] < 60
         outcome = run_cli(script, "--run_id=killed", "--resume", **env)
         assert outcome.code == 0 and other.wait(timeout=60) == 0, outcome
     finally:
@@ -143,11 +141,11 @@ def stopping(module, monkeypatch, step):
     monkeypatch.setattr(module.Engine, "step", counted)
 
 
-def test_resume_needs_the_same_settings(script, tiny, tmp_path, monkeypatch):
+def test_resume_needs_the_same_settings(any_script, tiny, tmp_path, monkeypatch):
     env, folder = tiny | {"RUN_ID": "a", "ITERATIONS": "12"}, tmp_path / "logs" / "a"
     with monkeypatch.context() as patch:
-        stopping(script, patch, 6)  # two of them warm up
-        assert run_in_process(script, **env).code == 143
+        stopping(any_script, patch, 6)  # two of them warm up
+        assert run_in_process(any_script, **env).code == 143
     content = (folder / "checkpoint.safetensors").read_bytes()
     for flag, name in (
         ("--layout=1+2x3+1 --loop_schedule=", "LAYOUT"),
@@ -158,16 +156,16 @@ def test_resume_needs_the_same_settings(script, tiny, tmp_path, monkeypatch):
         ("--skips=none", "SKIPS"),
         ("--seed=7", "SEED|settings"),
     ):
-        outcome = run_in_process(script, *flag.split(), "--resume", **env)
+        outcome = run_in_process(any_script, *flag.split(), "--resume", **env)
         assert_refused(outcome, re.escape(str(folder)), name, "expected", "found", "INIT_FROM|own settings")
-    assert_refused(run_in_process(script, **env), "RUN_ID", "another", "RESUME=1")  # a name in use
+    assert_refused(run_in_process(any_script, **env), "RUN_ID", "another", "RESUME=1")  # a name in use
     good = folder / "checkpoint.safetensors"
     for damaged in (b"", content[: len(content) // 2], b"PK\x03\x04" * 99):
         good.write_bytes(damaged)
-        assert_refused(run_in_process(script, "--resume", **env), re.escape(str(good)), "expected", "found")
-    tensors, about = script.parse_tensors(content), None
+        assert_refused(run_in_process(any_script, "--resume", **env), re.escape(str(good)), "expected", "found")
+    tensors, about = any_script.parse_tensors(content), None
     good.write_bytes(content)
-    about = script.load_tensors(good)[1]
+    about = any_script.load_tensors(good)[1]
     weights = {k: v for k, v in tensors.items() if k.startswith("weights.")}
     for changed, note in (
         (weights, {k: v for k, v in about.items() if k != "state"}),  # a model.safetensors
@@ -178,25 +176,32 @@ def test_resume_needs_the_same_settings(script, tiny, tmp_path, monkeypatch):
         (tensors, about | {"state": None}),
         (tensors, about | {"state": {k: v for k, v in about["state"].items() if k != "config_sha256"}}),
     ):
-        script.save_tensors(good, changed, note)
-        assert_refused(run_in_process(script, "--resume", **env), re.escape(str(good)), "expected", "found")
+        any_script.save_tensors(good, changed, note)
+        assert_refused(run_in_process(any_script, "--resume", **env), re.escape(str(good)), "expected", "found")
     good.write_bytes(content)
-    assert run_in_process(script, "--resume", "--checkpoint_every=5", "--train_log_every=3", **env).code == 0
-    assert run_in_process(script, **env | {"RUN_ID": "b"}).code == 0
-    assert result_of(folder)["val_loss"] == result_of(tmp_path / "logs" / "b")["val_loss"]
-    outcome = run_in_process(script, "--resume", **env)  # a finished run is finished
+    # How a run is logged, scored and exported decides nothing of what it learns: these may change on the way.
+    other = """checkpoint_every=5 train_log_every=3 val_loss_every=4 eval_stride=16 val_max_tokens=640 embed_float16=1
+        count_code=0 target_bytes=40000 quantizer=trellis calib_tokens=512 bytes_cap=400000"""
+    outcome = run_in_process(any_script, "--resume", *(f"--{setting}" for setting in other.split()), **env)
+    assert outcome.code == 0, outcome
+    assert result_of(folder)["quantizer"].startswith("trellis") and result_of(folder)["eval_stride"] == 16
+    assert run_in_process(any_script, **env | {"RUN_ID": "b"}).code == 0
+    learnt = [(tmp_path / "logs" / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert learnt[0] == learnt[1]
+    outcome = run_in_process(any_script, "--resume", **env)  # a finished run is finished
     assert outcome.code == 0 and result_of(folder)["steps"] == 12
+    assert result_of(folder)["val_loss"] == result_of(tmp_path / "logs" / "b")["val_loss"]
 
 
-def test_resume_with_other_data_is_refused(script, tiny, data, tmp_path, monkeypatch):
+def test_resume_with_other_data_is_refused(any_script, tiny, data, tmp_path, monkeypatch):
     from conftest import write_dataset
 
     env, folder = tiny | {"RUN_ID": "a", "ITERATIONS": "12"}, tmp_path / "logs" / "a"
     with monkeypatch.context() as patch:
-        stopping(script, patch, 6)
-        assert run_in_process(script, **env).code == 143
+        stopping(any_script, patch, 6)
+        assert run_in_process(any_script, **env).code == 143
     other = write_dataset(tmp_path / "other", [data.train[::-1]], [data.val])
-    outcome = run_in_process(script, "--resume", **env | {"DATA_PATH": other})
+    outcome = run_in_process(any_script, "--resume", **env | {"DATA_PATH": other})
     assert_refused(outcome, re.escape(str(folder)) + "|" + re.escape(str(other)), "expected", "found")
 
 
@@ -225,11 +230,9 @@ def logits(module, c, weights, loops):
         ("4", "1+2x2+1", "per_loop"),
         ("4", "4x3", "none"),
         ("4", "4x2", "per_loop"),
-        ("4", "4x2", "unrolled"),
-        ("3", "3x3", "unrolled"),
+        ("3", "3x3", "per_loop"),
         ("5", "1+3x3+1", "per_loop"),
         ("1+2x2+1", "1+2x3+1", "per_loop"),
-        ("1+2x2+1", "1+2x3+1", "unrolled"),
     ],
 )
 @pytest.mark.parametrize("gate", ["x0", "gain"])
@@ -239,7 +242,7 @@ def test_init_from_another_layout_is_the_parent(script, config, tmp_path, theirs
     a, b = config(script, layout=theirs, **common), config(script, layout=mine, **common, lora_rank=2)
     passes = script.parse_layout(theirs).loops
     weights = parent(script, a, tmp_path / "parent.safetensors", passes)
-    assert script.write_artifact(tmp_path / "parent.rgpt", a, passes, weights)
+    (tmp_path / "parent.rgpt").write_bytes(script.export_model(a, weights, passes).data)
     child = script.transfer_weights(b, *script.load_model_file(str(tmp_path / "parent.safetensors"))[:2])
     assert {k: v.shape for k, v in child.items()} == script.param_shapes(b)
     assert np.array_equal(logits(script, a, weights, passes), logits(script, b, child, passes))
@@ -294,7 +297,7 @@ def test_init_from_what_cannot_serve(script, config, tiny, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("skips", ["per_loop", "unrolled", "official", "none"])
+@pytest.mark.parametrize("skips", ["per_loop", "official", "none"])
 @pytest.mark.parametrize("layout", ["2x3", "3x3", "1+2x3+1", "1+3x3+2", "4x3", "2+1x3+2"])
 def test_switch_keeps_every_shortcut_between_its_blocks(script, layout, skips):
     """1 to 2 to 3 passes, odd and even cores: a trained row of skip_weights goes on connecting the same blocks."""
@@ -404,24 +407,24 @@ def test_loss_that_is_not_finite_at_a_given_step(script, tiny, tmp_path, monkeyp
         assert not (tmp_path / "logs" / f"a{bad}" / "model.int6.rgpt").exists()
 
 
-def test_budgets(script, config, tiny, tmp_path):
+def test_budgets(any_script, config, tiny, tmp_path):
     def run(name, *flags):
-        outcome = run_in_process(script, f"--run_id={name}", *flags, **tiny)
+        outcome = run_in_process(any_script, f"--run_id={name}", *flags, **tiny)
         assert outcome.code == 0, outcome
         return result_of(tmp_path / "logs" / name)
 
     for steps in (1, 7):
         result = run(f"steps{steps}", f"--iterations={steps}")
         assert result["steps"] == steps and result["tokens"] == 256 * steps
-    c = config(script)
-    one, two = (3 * script.flops_per_token(c, loops) * 256 for loops in (1, 2))
+    c = config(any_script)
+    one, two = (3 * any_script.flops_per_token(c, loops) * 256 for loops in (1, 2))
     for number, budget in enumerate((1.5 * one, 4 * one + 4 * two, 20 * one)):
         result = run(f"flops{number}", "--iterations=0", f"--max_train_flops={budget!r}")
         spent = result["train_flops"]
         assert 0 < spent <= budget < spent + two, (spent, budget)
         ones = sum(row["loops"] == 1 for row in rows_of(tmp_path / "logs" / f"flops{number}") if "train_loss" in row)
         assert spent == pytest.approx(ones * one + (result["steps"] - ones) * two)
-    result = run("time", "--iterations=0", "--max_wallclock_seconds=2.0")
+    result = run("time", "--iterations=0", "--max_wallclock_seconds=2.0", "--lr_warmup_steps=0")
     assert 1000 < result["train_time_ms"] <= 2100 and result["steps"] > 3
     rows = [row for row in rows_of(tmp_path / "logs" / "time") if "lr_mul" in row]
     assert rows[0]["lr_mul"] == 1 and rows[-1]["lr_mul"] < 0.7  # the rate falls with the clock
@@ -488,8 +491,8 @@ def test_what_a_run_leaves_behind(script, config, tiny, tmp_path):
         run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
         train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw
         val_bpb_raw val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight
-        entropy_bits_per_weight quantizer codec device world_size versions commit config_sha256 dataset
-        dataset_sha256 complete
+        entropy_bits_per_weight quantizer count_code device world_size versions commit script_sha256 config_sha256
+        dataset dataset_sha256 complete
     """.split()
     assert list(result) == keys
     assert (result["val_loss"], result["val_bpb"]) == pytest.approx((float(final[0][1]), float(final[0][2])), abs=1e-8)
