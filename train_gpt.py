@@ -123,14 +123,14 @@ class Config:
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
     # artifact
     bytes_cap: int = 16000000  # largest code + artifact, bytes (decimal)
-    count_code: str = "1"  # 1: the script counts | packed: as a file that unpacks itself, which records/submit.py ships
-    # | 0: the weights alone count
+    count_code: str = "1"  # 1: the script's own bytes count | packed: those of a file that unpacks itself, which
+    # records/submit.py ships | 0: the weights alone count
     target_bytes: int = 0  # trellis: tune QUANT_LOSS until code + artifact just fit into so many bytes; 0 = off
     quantizer: str = "absmax"  # absmax: int6, a row spans its largest weight | trellis: as coarse as the loss allows
     quant_loss: float = 0.0  # trellis: what rounding may add to the loss, nats a token, about; 0 = 0.005
     embed_float16: bool = False  # keep the embedding as exact as float16
     calib_tokens: int = 131072  # trellis: training tokens whose activations and gradients it looks at
-    calib_seconds: float = 20.0  # trellis: part of max_wallclock_seconds that is kept for it; it ends with that
+    calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds reserved for that; it stops when they end
     # log
     train_log_every: int = 200  # steps between log lines (the first ten are always logged)
     checkpoint_every: int = 0  # steps between checkpoints; 0 = only when stopped by a signal and at the end
@@ -153,7 +153,7 @@ PRESETS = {
         iterations=120 max_wallclock_seconds=0 loop_schedule=0:1,0.5:2 lr_warmup_steps=10 val_loss_every=60
         train_log_every=20 compile=0""",
     # Three minutes on two CPU cores, on the corpus of data/offline.py. It is hardly trained, so that the loss added by
-    # rounding is some times quant_loss.
+    # rounding is several times quant_loss.
     "demo": """data_path=./data/datasets/offline_sp1024 tokenizer_path=./data/tokenizers/offline_1024_bpe.model
         layout=1+2x2+1 model_dim=256 num_heads=4 num_kv_heads=2 train_seq_len=256 train_batch_tokens=4096
         max_wallclock_seconds=180 loop_schedule=0:1,0.6:2 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20
@@ -278,10 +278,12 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
     values, notices = read_environment(environ, kinds)
     values |= read_flags(argv, kinds)
-    preset = values.get("preset") or default_preset
+    trains = values.get("mode", "train") == "train"  # what uses a file has no preset unless it is named
+    preset = values.get("preset") or (default_preset if trains else "")
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
-    require(preset in PRESETS, "PRESET", f"one of {', '.join(PRESETS)}", f'"{preset}"', f"did you mean {near[0]}?")
-    pairs = (setting.split("=", 1) for setting in PRESETS[preset].split())
+    known = preset in PRESETS or not preset
+    require(known, "PRESET", f"one of {', '.join(PRESETS)}", f'"{preset}"', f"did you mean {near[0]}?")
+    pairs = (setting.split("=", 1) for setting in PRESETS.get(preset, "").split())
     chosen = {name: parse_value(name, text, kinds[name], f"preset {preset}") for name, text in pairs}
     c = Config(**chosen | values | {"preset": preset})
     check_config(c)
@@ -706,7 +708,7 @@ class RecurrentGPT(nn.Module):
             x = self.blocks[visit.block](x, x0, loop, (self.cos, self.sin))
             if visit.saves:
                 saved[number] = x
-            if visit.closes and visit.loop > 0 and self.config.loop_gate != "none":
+            if visit.closes and visit.loop > 0 and looped and self.config.loop_gate != "none":
                 x = self.gate(x, x_in, x0, row)
         return rms_norm(x)
 
@@ -1130,10 +1132,10 @@ class Score:
 def make_smoke_data(c: Config) -> None:
     """Writes about 1 MB of made-up English and a tokenizer for it, so that the smoke preset needs nothing."""
     folder, path, documents = Path(c.data_path), Path(c.tokenizer_path), smoke_documents()
-    if path.exists() and list(folder.glob("fineweb_train_*.bin")):
+    if list(folder.glob("fineweb_*.bin")):  # never replaces a dataset ...
         return
     try:
-        if not path.exists():  # never replaces one
+        if not path.exists():  # ... or a tokenizer
             model = io.BytesIO()
             spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_writer=model, model_type="bpe",
                                            vocab_size=c.vocab_size, byte_fallback=True, minloglevel=2)  # fmt: skip
@@ -1315,7 +1317,9 @@ class Engine:
         output (GuidedQuant, arXiv 2505.07004); squares are of the gradient of each sequence."""
         params = dict(self.model.named_parameters())
         linears = {
-            name: part for name, part in self.model.named_modules() if isinstance(part, Linear) and name[0] == "b"
+            name: part
+            for name, part in self.model.named_modules()
+            if isinstance(part, Linear) and name.startswith("blocks.")
         }
         batch, began, seen = calibration_tokens(self.config, self.world), time.perf_counter(), 0
         with self.probed(linears) as sums, torch.compiler.set_stance("force_eager"):
@@ -1556,7 +1560,7 @@ class Trainer:
         """Whether a budget is used up, or would be by one more step."""
         c, state = self.config, self.state
         average = seconds / max(state.step, 1)
-        pace = max(average, seconds - self.before)  # a switch makes steps longer at once
+        pace = max(average, seconds - self.before)  # with more passes steps are longer at once
         self.before, cap = seconds, seconds_to_train(c)
         late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap
         return bool(at >= 1 or late or (c.max_train_flops and state.flops + flops > c.max_train_flops))
@@ -1977,8 +1981,8 @@ def gptq_factor(hessian: np.ndarray) -> Factor | None:
 
 
 # A trellis starts anew every TRELLIS rows. Its code is Ungerboeck's of 64 states (1982, octal 103 and 024; halved
-# here). NEXT_STATE[state, parity of the integer]; CAME_FROM[state, parity of the state before]. In a state whose lowest
-# bit is set an integer k stands for the level k - sign(k) / 2. The gain: tests/fit_spread.py.
+# here). NEXT_STATE[state, parity of the integer]; CAME_FROM[state, parity of the integer]: the state before. In a state
+# whose lowest bit is set an integer k stands for the level k - sign(k) / 2. The gain: tests/fit_spread.py.
 TRELLIS, TRELLIS_GAIN, STATES = 256, 0.7, np.arange(64)[:, None]
 NEXT_STATE = (STATES >> 1 ^ 0o41 * (STATES & 1) ^ 0o12 * np.arange(2)).astype(np.uint8)
 CAME_FROM = np.argsort(NEXT_STATE, axis=0)
@@ -2299,7 +2303,7 @@ def entropy_bits(symbols: np.ndarray) -> float:
 
 
 def bytes_by_group(c: Config, bits: dict[str, float], size: int) -> dict[str, int]:
-    """Bytes of the parts of the model; what is neither is the header, with the facts of all tensors."""
+    """Bytes of the parts of the model; the rest is the header and the checksum."""
     groups = dict.fromkeys(("embed", "prelude", "core", "coda", "lora", "vectors"), 0.0)
     layout = parse_layout(c.layout)
     for name, some in bits.items():
@@ -2317,7 +2321,7 @@ def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
     a line in `octaves`; it falls by 0.7 to 0.9 a doubling of the width, of trained and of Gaussian weights."""
 
     def octaves(size: float) -> float:
-        return math.log2(2 ** (8 * max(size, 1) / count) - 1)
+        return math.log2(2 ** min(8 * max(size, 1) / count, 64.0) - 1)
 
     near, *others = sorted(sizes, key=lambda width: abs(sizes[width] - goal))
     fall = 0.8
@@ -2422,7 +2426,11 @@ def finish(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Sco
     began = time.perf_counter()
     curvature = calibrate(c, engine, stream, state, loops)
     calibrated = time.perf_counter()
-    made = write_export(c, engine, log, state, curvature)
+    try:
+        made = write_export(c, engine, log, state, curvature)
+    except Agreed:  # a full disk, or weights that cannot be rounded: the result says that there is none
+        write_result(c, engine, log, state, score, result | {"complete": False})
+        raise
     exported = time.perf_counter()
     loss = score_from_disk(c, engine, log.artifact, score, loops, stop)
     if loss is None:
@@ -2438,7 +2446,7 @@ def finish(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Sco
         "val_bpb": bpb,
         "bytes_artifact": made.size,
         "bytes_total": total,
-        "fits": total <= (c.target_bytes or c.bytes_cap),
+        "fits": total <= c.bytes_cap,
         "bits_per_weight": made.bits_per_weight,
         "entropy_bits_per_weight": made.entropy_bits_per_weight,
         "complete": not score.partial,
@@ -2449,7 +2457,7 @@ def finish(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Sco
     report(c, engine, log, state, score, written, made, exported - began)
     for notice in export_notices(c, engine, made, curvature, c.target_bytes - total):
         log.line(notice)
-    return 0 if result["fits"] else 1
+    return 0 if total <= (c.target_bytes or c.bytes_cap) else 1
 
 
 def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature | None, spare: int) -> list[str]:
@@ -2486,7 +2494,7 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def run_name(c: Config) -> str:
-    return f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset}_{FRAMEWORK}_s{c.seed}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset or c.mode}_{FRAMEWORK}_s{c.seed}"
 
 
 def say(text: str) -> None:
@@ -2732,7 +2740,7 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, scor
 
 
 def report_failure(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, result: dict) -> int:
-    """The end of a run whose score is no number. Returns the exit code."""
+    """The end of a run whose score is no number: writes its result and raises Agreed."""
     write_result(c, engine, log, state, score, result | {"complete": False})
     loss = result.get("val_loss", result["val_loss_raw"])
     mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1"

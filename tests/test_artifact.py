@@ -376,7 +376,7 @@ def test_signed_files_of_another_structure(script, artifact):
     for packed in (right[:-1], right + b"\0", right + right, right[:40], json.dumps(header).encode()):
         artifact.write_bytes(signed(script, packed, code))
         refusal(script, artifact)
-    for other in (b"", code[:-1], code[:-4], code + b"\0", code + b"\0\0\0\1", code[1:], code[4:]):
+    for other in (b"", b"\1\0\0\0" + code, code[:-1], code[:-4], code + b"\0", code + b"\0\0\0\1", code[1:], code[4:]):
         artifact.write_bytes(signed(script, header, other))
         refusal(script, artifact)
     for size in (0, 1, len(content), 2**31, 2**32 - 1):  # a length of the header that is wrong

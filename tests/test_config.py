@@ -248,6 +248,21 @@ def test_entropy_coder_missing(script, tiny, tmp_path, quiet, monkeypatch):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("there", ["fineweb_train_000000.bin", "fineweb_val_000003.bin"])
+def test_smoke_never_replaces_a_dataset_or_a_tokenizer(any_script, data, there, tmp_path):
+    folder, tokenizer = tmp_path / "d", tmp_path / "t.model"
+    c = any_script.Config(vocab_size=320, data_path=str(folder), tokenizer_path=str(tokenizer))
+    folder.mkdir()
+    (folder / there).write_bytes(b"somebody's")
+    any_script.make_smoke_data(c)
+    assert {path.name for path in tmp_path.rglob("*")} == {"d", there}
+    (folder / there).unlink()
+    tokenizer.write_bytes(data.tokenizer.read_bytes())
+    before = tokenizer.stat().st_mtime_ns
+    any_script.make_smoke_data(c)
+    assert tokenizer.stat().st_mtime_ns == before and len(list(folder.iterdir())) == 2
+
+
 def test_smoke_data_cannot_be_made(script, tiny, tmp_path, quiet):
     """The one preset that writes data: a vocabulary below the byte pieces, a folder that cannot be."""
     (quiet / "file").write_text("in the way")
@@ -295,6 +310,16 @@ def test_every_preset_is_valid(script):
         config, notices = script.load_config([f"--preset={preset}"], {}, "smoke")
         assert config.preset == preset and not notices
     assert script.DEFAULT_PRESET in script.PRESETS
+
+
+def test_what_uses_a_file_has_no_preset_unless_it_is_named(script):
+    """MODE=export would otherwise fill the 16,000,000 bytes of the default preset, or refuse QUANT_LOSS beside them."""
+    flags = ["--mode=export", "--checkpoint=a.safetensors", "--quantizer=trellis", "--quant_loss=0.01"]
+    c = script.load_config(flags, {}, "record")[0]
+    assert c.preset == "" and c.target_bytes == 0 and c.count_code == "1"
+    with pytest.raises(script.InputError, match="TARGET_BYTES: .*QUANT_LOSS"):
+        script.load_config([*flags, "--preset=record"], {}, "record")
+    assert script.load_config(["--mode=eval", "--artifact=a", "--preset=demo"], {}, "record")[0].train_seq_len == 256
 
 
 def test_presets_shuffle_and_warm_up_but_for_the_controls(any_script):

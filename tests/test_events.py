@@ -220,6 +220,9 @@ def test_disk_full_at_what_is_needed(script, env, folder, monkeypatch, name):
     assert outcome.code == 1 and outcome.err.count("\n") == 1, outcome
     assert name in outcome.err and "free some space, then go on with RUN_ID=a RESUME=1" in outcome.err
     assert "stopped: " in (folder / "train.log").read_text()
+    if name == "model.int6.rgpt":
+        result = read_strictly(folder / "result.json")
+        assert result["complete"] is False and result["val_bpb"] is None and result["val_bpb_raw"] > 0
     outcome = run_in_process(script, "--resume", **env)
     assert outcome.code == 0 and (folder / name).exists(), outcome
 
@@ -396,6 +399,20 @@ def test_a_last_score_that_is_no_number(script, env, folder, monkeypatch, which,
     assert all(json.loads(row, parse_constant=pytest.fail) for row in rows)
     assert "stopped: the score after step 8" in (folder / "train.log").read_text()
     assert "PASS" not in outcome.out
+
+
+def test_weights_that_cannot_be_rounded(any_script, env, folder, monkeypatch):
+    """The last update blew the weights up, but the score is a number: the same end."""
+    real = any_script.export_model
+
+    def export_model(c, weights, *rest):
+        return real(c, weights | {"blocks.0.mlp.proj.weight": 1e35 * weights["blocks.0.mlp.fc.weight"].T}, *rest)
+
+    monkeypatch.setattr(any_script, "export_model", export_model)
+    outcome = run_in_process(any_script, **env)
+    assert outcome.code == 1 and outcome.err.startswith("error: blocks.0.mlp.proj.weight: expected weights"), outcome
+    result = read_strictly(folder / "result.json")
+    assert result["complete"] is False and result["val_bpb"] is None and "PASS" not in outcome.out
 
 
 @pytest.mark.parametrize("mode", ["eval", "sample"])

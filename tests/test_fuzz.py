@@ -44,7 +44,8 @@ def bases(module):
         size = struct.unpack_from("<4sII", content)[2]
         header, code = json.loads(zlib.decompress(content[12 : 12 + size])), content[12 + size : -32]
         read = {name: module.values_of(table, module.on_trellis(c, name)) for name, table in made[-1].items()}
-        found.append((c, header, code, made[-1], read, content))
+        facts = {name: module.facts_of(table, module.on_trellis(c, name)) for name, table in made[-1].items()}
+        found.append((c, header, code, (made[-1], facts), read, content))
     module.make_tables = make
     return found
 
@@ -124,7 +125,8 @@ def coded(module, c, tables, facts):
     ans = module.need_constriction().stream.stack.AnsCoder()
     for name, table in reversed(tables.items()):
         writer, trellis = module.Writer(), module.on_trellis(c, name)
-        module.code_table(writer, facts.get(name, module.facts_of(table, trellis)), table, trellis)
+        chosen = facts[name] if name in facts else module.facts_of(table, trellis)
+        module.code_table(writer, chosen, table, trellis)
         writer.finish(ans)
     return ans.get_compressed().astype("<u4").tobytes()
 
@@ -132,15 +134,16 @@ def coded(module, c, tables, facts):
 def changed_tables(rng, module, c, header, tables):
     """Facts, steps, middles or integers of one tensor are others, or two of one shape changed places, coded as a writer
     would; the CRC-32 is the old one, or, one time of four, the new one of what could not be numbers."""
-    tables, facts, header = dict(tables), {}, dict(header)
+    tables, facts, header = dict(tables[0]), dict(tables[1]), dict(header)
     name = rng.choice(list(tables))
     table = module.Table(*(part.copy() for part in tables[name]))
     what = rng.choice(["facts", "facts", "steps", "middles", "symbols", "swap", "infinite"])
     if what == "facts":
-        facts[name] = module.facts_of(table, module.on_trellis(c, name))
-        place = rng.randrange(11)
+        facts[name], place = facts[name].copy(), rng.randrange(11)
         facts[name][place] += rng.choice([1, -1, 2, 8, -30, 60])
-    elif what in ("steps", "middles"):
+    else:
+        del facts[name]
+    if what in ("steps", "middles"):
         part = table.middles if what == "middles" else rng.choice([table.rows, table.columns])
         part[rng.randrange(len(part))] += rng.choice([1, -1, 40])
     elif what == "symbols":
@@ -150,15 +153,16 @@ def changed_tables(rng, module, c, header, tables):
     elif what == "swap":
         other = rng.choice([key for key in tables if tables[key].symbols.shape == table.symbols.shape])
         tables[name], tables[other] = tables[other], tables[name]
+        facts.pop(other, None)
         return header, coded(module, c, tables, facts)
-    else:
+    elif what == "infinite":
         table.rows[:], table.columns[:], table.symbols[:] = 480, 480, 3
         tables[name] = table
         header["crc"] = module.checksum(tables)
     tables[name] = table
     try:
         return header, coded(module, c, tables, facts)
-    except (ValueError, OverflowError):  # no model of a writer has such a number
+    except (ValueError, KeyError, OverflowError):  # no model of a writer has such a number
         return header, b""
 
 

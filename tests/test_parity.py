@@ -475,6 +475,15 @@ def test_passes_beyond_the_trained_ones_reuse_the_last_row(script, gate, skips):
     assert np.array_equal(found, logits_of(script, engine_of(script, longer, stretched), ids, 4))
 
 
+@pytest.mark.parametrize("script,gate", list(itertools.product(SCRIPTS, GATES)))
+def test_more_passes_of_a_layout_that_has_none(script, gate):
+    """A layout of one pass has no parameter of a pass: more passes are its blocks listed again."""
+    c = tiny("3", skips="none", loop_gate=gate)
+    weights, ids = perturbed(c), np.random.RandomState(3).randint(0, 48, (2, 16))
+    found = logits_of(script, engine_of(script, c, weights), ids, 2)
+    assert np.allclose(found, plain_gpt(script, c, weights, ids, [0, 1, 2] * 2, {}), atol=1e-5)
+
+
 # ---- switching passes on
 
 

@@ -376,7 +376,7 @@ def cases(module):
     zero_rows[::3] = dead[5:9] = dead[:, 7:50:3] = 0
     outlier[3, 5], outlier[9] = 400, 1e4 * outlier[9]
     factor, lora = module.gptq_factor(inputs.T @ inputs / len(inputs)), normal(3, 4, 100)
-    vector, signs = 1 + normal(2, 200), np.where(np.arange(200) % 2, np.float32(1), np.float32(-1))
+    vector, signs = 1 + normal(2, 200), np.where(np.arange(200) % 3, np.float32(-1), np.float32(1))
     untrained = np.full(8, 1.1, "float32")
     return {
         "plain": (FC, rows, squares_like(rows), 1e-3, None),
@@ -458,8 +458,9 @@ def table_of(module, name, value, squares, width, factor=None, quantizer="trelli
 def coded(module, table, trellis=True):
     """(bits of a table, what a reader makes of them)."""
     ans, (n, m) = module.need_constriction().stream.stack.AnsCoder(), table.symbols.shape
-    writer = module.Writer()
+    writer, kept = module.Writer(), [part.copy() for part in table]
     module.code_table(writer, module.facts_of(table, trellis), table, trellis)
+    assert all(np.array_equal(part, was) for part, was in zip(table, kept))
     bits = writer.finish(ans)
     found = module.Table(*(np.full(size, 77, np.int16) for size in (n, m, n, (n, m))))
     module.code_table(module.Reader(ans), np.zeros(module.FACTS), found, trellis)
@@ -599,7 +600,8 @@ def test_spread_models_are_the_mixture(any_script):
             above = (1 - shape / 4) * normals + shape / 4 * laplaces
             expected = total * np.concatenate([[1 - 2 * above[0]], above[:-1] - above[1:]])
             assert np.abs(half - expected).max() <= 1.5, (spread, shape)  # rounded, and at least 1
-            assert 0.98 * total <= frequencies.sum() <= 1.02 * total, (spread, shape)
+            least = 1 if spread <= 44 else 0.5  # of wider ones 16 bits are cut off
+            assert least * total <= 1.0001 * frequencies.sum() <= 1.02 * total, (spread, shape)
             assert np.allclose(bits, -np.log2(half / frequencies.sum()), rtol=1e-9)
 
 
@@ -704,7 +706,7 @@ def gaussian_model(module, **fields):
     return c, weights, module.Curvature(hessians, squares_of(weights), 400)
 
 
-@pytest.mark.parametrize("bits", [7.0, 3.0, 0.8])
+@pytest.mark.parametrize("bits", [5.0, 0.8])
 def test_target_bytes(any_script, tmp_path, bits):
     c, weights, curvature = gaussian_model(any_script)
     code, count = 123_456, any_script.count_params(c)
@@ -740,6 +742,14 @@ def test_the_best_of_all_rounds_is_kept(any_script, monkeypatch):
     c = tiny_config(any_script, quantizer="trellis")
     weights, made, tables = random_weights(any_script, c), [], {}
     curvature, make = any_script.Curvature({}, squares_of(weights), 1), any_script.make_tables
+    files, assemble = {}, any_script.assemble
+
+    def assembled(c, loops, table):
+        if id(table) not in files:
+            files[id(table)] = assemble(c, loops, table)
+        return files[id(table)]
+
+    monkeypatch.setattr(any_script, "assemble", assembled)
     monkeypatch.setattr(
         any_script, "make_tables", lambda c, w, width, *r: tables.setdefault(width, make(c, w, width, *r))
     )
@@ -764,6 +774,7 @@ def test_count_code_in_target_bytes(any_script, tiny, tmp_path, monkeypatch):
         outcome = run_in_process(any_script, *flags, "--calib_tokens=64", "--iterations=2", **tiny)
         result = json.loads((tmp_path / f"logs/c{count}/result.json").read_text())
         assert outcome.code == 0 and result["fits"] is True and result["count_code"] == count, outcome
+        assert 0.99 * target < result["bytes_total"] <= target
         assert result["bytes_code"] == code == result["bytes_total"] - result["bytes_artifact"]
         sizes[count] = code
         said = {"0": "code 0, not counted + ", "1": f"code {code} + ", "packed": f"code {code} packed + "}[count]
@@ -771,9 +782,7 @@ def test_count_code_in_target_bytes(any_script, tiny, tmp_path, monkeypatch):
     assert sizes["0"] == 0 < sizes["packed"] < 0.5 * sizes["1"]
     few = ("--iterations=2", "--bytes_cap=60000", "--quantizer=absmax", "--run_id=d")
     assert_refused(run_in_process(any_script, *few, **tiny), "BYTES_CAP", "code \\+ artifact within 60000 bytes")
-    for count in ("0", "packed"):
-        outcome = run_in_process(any_script, *few[:-1], f"--run_id=e{count}", f"--count_code={count}", **tiny)
-        assert outcome.code == (sizes[count] + 30_000 > 60_000), outcome
+    assert run_in_process(any_script, *few, "--count_code=0", **tiny).code == 0
 
 
 @pytest.mark.parametrize("bits", [1.9, 2.1])
