@@ -575,7 +575,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of q [n, t, h, d] over k, v [n, t, k, d]; returns [n, t, h * d]."""
-    if q.device.type == "cpu":
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend_by_products(q, k, v)
     n, t, h, d = q.shape
     if q.device.type == "mps":  # its kernel knows no groups
@@ -586,9 +586,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` for CPUs, whose own kernel is slow backwards: two batched products per half of the positions, so that
-    the first half never looks at the keys of the second. The heads of a group lie one below the other, so that keys
-    need no copies."""
+    """`attend` for CPUs that multiply bfloat16 in hardware: there products are so fast that two batched ones beat the
+    kernel, which is slow backwards; elsewhere the kernel is ahead (`make bench` measures both). One half of the
+    positions at a time, so that the first never looks at the keys of the second. The heads of a group lie one below the
+    other, so that keys need no copies."""
     n, t, h, d = q.shape
     kv_heads = k.size(2)
     groups = h // kv_heads
