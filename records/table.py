@@ -40,7 +40,7 @@ configuration baked in. `val_bpb` is of the artifact as read back from disk, the
 Welch's t-test (two-sided) against the best record of the same track and dataset; – where there are too few seeds.
 
 What is marked "contiguous data" was trained before the sequences were shuffled: every step read one contiguous chapter,
-worth 0.21 bits per byte in a small test, so compare these with each other only.
+so compare these with each other only.
 [HISTORY.md](HISTORY.md): what has left this tree, what it showed, and where it lies.
 """
 TOOLS = """## Tools
