@@ -800,7 +800,7 @@ def test_target_that_is_missed(any_script, tiny, tmp_path, monkeypatch):
     """A file that is too large all the same is there, with its score; the run says so and fails."""
     monkeypatch.setitem(any_script.LEAST_BITS, "trellis", 0.0)  # or it is refused before the first step
     flags = ("--quantizer=trellis", "--target_bytes=400", "--count_code=0", "--calib_tokens=64", "--iterations=2")
-    outcome = run_in_process(any_script, *flags, "--run_id=a", **tiny)
+    outcome = run_in_process(any_script, *flags, "--bytes_cap=400", "--run_id=a", **tiny)
     result = json.loads((tmp_path / "logs/a/result.json").read_text())
     over = result["bytes_total"] - 400
     assert outcome.code == 1 and over > 0 and result["val_bpb"] > 0 and outcome.err == "", outcome
