@@ -241,7 +241,7 @@ def parse_value(name: str, text: str, kind: str, where: str) -> object:
         value = int(text) if kind == "int" else float(text)
         if math.isfinite(value):
             return value
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         pass
     shown = text.encode(errors="backslashreplace").decode()
     raise InputError(f'{name.upper()} ({where}): expected {expected}, found "{shown}"')
@@ -519,7 +519,8 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
                 if key in rows and value.shape[1] == c.model_dim:
                     mine[rows[key]] = value[row]
         elif name in ("loop_embed", "loop_gate") or ".lora_" in name:
-            if mine is not None and mine.shape[1:] == value.shape[1:]:
+            alike = name != "loop_gate" or c.loop_gate == their_config["loop_gate"]  # x0's gates are no gains
+            if alike and mine is not None and mine.shape[1:] == value.shape[1:]:
                 mine[: len(value)] = value[: len(mine)]
         else:
             shape = None if mine is None else mine.shape
@@ -1444,7 +1445,7 @@ def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int, stop: St
     length, stride, total = c.train_seq_len, c.eval_stride or c.train_seq_len, 0.0
     starts = np.arange(0, len(tokens) - length, stride)
     low, high = split_evenly(len(starts), engine.world)[engine.rank]  # may be none: then only the sum is taken part in
-    rows = max(1, min(engine.largest, c.train_batch_tokens // engine.world) // length)  # as in training: no new shape
+    rows = max(1, min(engine.largest, c.train_batch_tokens // engine.world) // length)  # training's shape, as a rule
     for a in range(low, high, rows):
         if stop and stop.number:
             break
@@ -1472,7 +1473,7 @@ class Trainer:
         """The clock of training goes on from `seconds`; whatever came since it was read does not count."""
         self.started = time.perf_counter() - seconds
         self.logged = (self.state.step, seconds)  # rates are taken from here on
-        self.before = seconds  # when the last step was launched
+        self.before = seconds  # when the loop last looked: a step ago
 
     def clock(self) -> tuple[float, bool]:
         """(seconds of training, whether a signal came), the same on every process."""
@@ -1487,6 +1488,7 @@ class Trainer:
             loops = loops_at(c, at)
             flops = 3 * flops_per_token(c, loops) * c.train_batch_tokens
             done = self.is_done(at, seconds, flops)
+            self.before = seconds
             ends = done or stopped
             switches = not ends and state.loops not in (0, loops)
             whole = True
@@ -1502,7 +1504,7 @@ class Trainer:
         c, state = self.config, self.state
         average = seconds / max(state.step, 1)
         pace = max(average, seconds - self.before)  # with more passes steps are longer at once
-        self.before, cap = seconds, seconds_to_train(c)
+        cap = seconds_to_train(c)
         late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap
         return bool(at >= 1 or late or (c.max_train_flops and state.flops + flops > c.max_train_flops))
 
@@ -1599,13 +1601,13 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, state = together(engine, lambda: starting_point(c))
     c, log = open_log(c, engine)
-    engine.build(weights)
-    if optimizer_state:
-        engine.optimizer.load_state(optimizer_state, state.step)
-        log.forget_after(state.step)
-        log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run and are done again")
-    write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
     with log.noting_crashes():
+        engine.build(weights)
+        if optimizer_state:
+            engine.optimizer.load_state(optimizer_state, state.step)
+            log.forget_after(state.step)
+            log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run and are done again")
+        write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
         trainer = Trainer(c, engine, log, stream, score, state, stop)
         for _, loops in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops):
             if not engine.agree(0.0, bool(stop.number))[1]:
@@ -1619,10 +1621,11 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
 
 
 def prepare(c: Config) -> list[str]:
-    """What the first process does before a run: makes the smoke text, checks what would fail late. Returns notices."""
+    """What the first process does before a run: checks what would fail late, makes the smoke text. Returns notices."""
+    notices = check_before_start(c)
     if c.preset == "smoke":
         make_smoke_data(c)
-    return check_before_start(c)
+    return notices
 
 
 def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
@@ -1892,17 +1895,17 @@ def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float,
     """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
     which spends every bit where it buys most (reverse water-filling). Curvature of a row: its mean Fisher information,
     `squares` [n, m]. Of a column: what its input adds to those after it, where GPTQ makes up for errors (the factor's
-    diagonal, as in WaterSIC), else its mean Fisher information, too; columns of vectors are alike."""
+    diagonal), else its mean Fisher information, too; columns of vectors are alike."""
     of_rows, of_columns = (squares.mean(axis=axis, dtype=np.float64) for axis in (1, 0))
     mean = max(of_rows.mean(), 1e-30)
-    of_rows, of_columns = of_rows + 1e-3 * mean, of_columns / mean + 1e-3
+    of_rows, of_columns = of_rows + 1e-3 * mean, of_columns / mean + 1e-3  # what few tokens touched is not free
     if factor is not None:
         of_columns[factor.order] = np.diag(factor.upper).astype(np.float64) ** -2
-    columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))
+    columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))  # 2 ** 40 either way
     largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
     finest = np.ceil(4 * np.log2(np.maximum(2 * largest / (LARGEST_SYMBOL - 4), 1e-30)))
     squared = float(np.square(values, dtype=np.float64).mean())
-    widest = 2 * math.log2(max(squared, 1e-24)) + 16  # all zeros from there on
+    widest = 2 * math.log2(max(squared, 1e-24)) + 16  # 16 times the typical weight: all zeros from there on
     rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest)
     return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), columns.astype(np.int16)
 
@@ -2307,7 +2310,7 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
     ans, tables, bits, weights = need_constriction().stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
     for name, shape in param_shapes(c).items():
         n, m, before = math.prod(shape[:-1]), shape[-1], ans.num_valid_bits()
-        tables[name] = Table(*(np.zeros(size, np.int16) for size in (n, m, n, (n, m))))
+        tables[name] = Table(*(np.zeros(part, np.int16) for part in (n, m, n, (n, m))))
         code_table(Reader(ans), np.zeros(FACTS), tables[name], on_trellis(c, name))
         bits[name] = before - ans.num_valid_bits()
     if not ans.is_empty() or checksum(tables) != header["crc"]:
@@ -2689,8 +2692,8 @@ def report_failure(c: Config, engine: Engine, log: RunLog, state: TrainState, sc
 
 
 def report(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, r: dict, made: Export,
-           export_seconds: float) -> None:  # fmt: skip
-    """The closing block; `r` is what result.json says."""
+           seconds: float) -> None:  # fmt: skip
+    """The closing block; `r` is what result.json says, `seconds` those of the export."""
     code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
     over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
     side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # the coder knows more than a histogram
@@ -2704,11 +2707,10 @@ size:     {r["bytes_total"]} bytes of {c.bytes_cap}: {"PASS" if r["bytes_total"]
 artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, \
 {side} it)
 bytes:    {", ".join(f"{group} {size}" for group, size in made.bytes_by_group.items())}
-export:   {r["quantizer"]}{aimed}, {export_seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
+export:   {r["quantizer"]}{aimed}, {seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
 training: {state.step} steps, {state.tokens} tokens, {state.flops:.3g} FLOPs, {state.seconds:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
-files:    {log.folder}: train.log metrics.jsonl result.json checkpoint.safetensors model.safetensors \
-{log.artifact.name}""")
+files:    {log.folder}: {" ".join(sorted(path.name for path in log.folder.iterdir()))}""")
 
 
 # ======================================================================================================================
@@ -2811,6 +2813,8 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
     weights, loops = None, 0
     if c.mode != "train":
         weights, model, loops = load_model_file(c.artifact or c.checkpoint)
+        notices += [f"notice: {name.upper()}={model.get(name)}, as the file says, not {asked}" for name in MODEL_FIELDS
+                    if (asked := getattr(c, name)) not in (model.get(name), getattr(Config, name))]  # fmt: skip
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
     engine = Engine(c)
     try:

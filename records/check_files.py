@@ -146,6 +146,36 @@ def flops(s: Submission) -> Complaints:
 
 
 @rule
+def evaluation(s: Submission) -> Complaints:
+    """Scored as the scale model asks: enough text, windows that do not overlap, not many more passes than trained."""
+    if s.limits.eval_cost is None:
+        return
+    for name, log in s.claimed.items():
+        found = re.search(r"^data: .* val bytes: (\d+)", "\n".join(log.lines), re.M)
+        size, config = int(found[1]) if found else 0, log.config or {}
+        if size < s.limits.least_val_bytes:
+            yield "error", name, f"a validation text of at least {s.limits.least_val_bytes:,} bytes", f"{size:,}"
+        if config.get("eval_stride") not in (0, config.get("train_seq_len")):
+            yield "error", name, "windows that do not overlap (EVAL_STRIDE=0)", config.get("eval_stride")
+        result = s.parse(f"result_seed{file_seed(name)}.json")
+        cost = scoring_cost(str(result.get("layout")), result.get("loops"), result.get("eval_loops"))
+        if cost is None or cost > s.limits.eval_cost:
+            shown = "unknown" if cost is None else f"{cost:.2f} times"
+            yield "error", name, f"scoring at most {s.limits.eval_cost:g} times the cost of the trained passes", shown
+
+
+def scoring_cost(layout: str, loops: object, eval_loops: object) -> float | None:
+    """Blocks applied in scoring over those applied with the passes that were trained; None where that is not stated."""
+    match = re.fullmatch(r"(?:(?:(\d+)\+)?(\d+)x\d+(?:\+(\d+))?)|\d+", layout)
+    if not match or not is_number(loops) or not is_number(eval_loops):
+        return None
+    if match[2] is None:  # no loop
+        return 1.0
+    once, core = int(match[1] or 0) + int(match[3] or 0), int(match[2])
+    return (once + core * eval_loops) / max(once + core * loops, 1)
+
+
+@rule
 def code_bytes(s: Submission) -> Complaints:
     """The code bytes stated are those of the script here and of everything that it uses."""
     script, total = s.shipped.get(s.entry), s.code_size

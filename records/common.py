@@ -40,11 +40,22 @@ class Track:
     time_cap_ms: float | None = None  # of training, and again of evaluation
     flops_cap: float | None = None  # of training
     fineweb: bool = True  # whether it is scored on the challenge's validation text, whose size is known
+    least_val_bytes: int = 0  # of the held-out text
+    eval_cost: float | None = None  # forward FLOPs of scoring at most so many times those at the trained depth
+
+
+def mini(title: str, bytes_cap: int, flops_cap: float) -> Track:
+    """The scale model of the challenge: budgets of bytes and FLOPs, which no machine's noise reaches. FLOPs over bytes
+    squared are the challenge's: 8 H100 for 600 s at 40 % of their peak, 1.9e18, to 16,000,000 bytes."""
+    return Track(title, bytes_cap, False, None, flops_cap, False, 500_000, 3.0)
 
 
 TRACKS = {
     "10min_16mb": Track("ten minutes on 8xH100, 16,000,000 bytes", time_cap_ms=600_000),
     "non_record_16mb": Track("16,000,000 bytes, any training time and hardware"),
+    "mini": mini("the scale model, 80,000 bytes of weights and 5e13 training FLOPs", 80_000, 5e13),
+    "mini160": mini("its finals, 160,000 bytes and 2e14 FLOPs", 160_000, 2e14),
+    "mini40": mini("its trials, 40,000 bytes and 1.25e13 FLOPs", 40_000, 1.25e13),
     "local": Track("own text, own machine: to be compared within one dataset only", counts_code=None, fineweb=False),
 }
 

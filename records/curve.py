@@ -97,12 +97,12 @@ def draw_curve(axes, curve: Curve, i: int, alone: bool, scale: float) -> None:
     """One run's lines; `scale` is the number of nats a token that the picture's unit is worth."""
     draw_line(axes, [(x, y / scale) for x, y in curve.train], i, "training" if alone else None, alpha=0.3, linewidth=1)
     last = f"  {curve.val[-1][1]:.4f}" if curve.val else ""
-    name = curve.label + last + (f", int6 {curve.final:.4f}" if curve.final else "")
+    name = curve.label + last + (f", artifact {curve.final:.4f}" if curve.final else "")
     marker = {"marker": "o", "markersize": 4} if len(curve.val) < 60 else {}
     draw_line(axes, curve.val, i, "validation" if alone else name, linewidth=2, **marker)
     if alone and curve.final and curve.val:
         end, red = (curve.val[-1][0], curve.final), COLORS[1]
-        axes.plot(*end, "D", color=red, markersize=6, label="int6 artifact, read from disk", zorder=5)
+        axes.plot(*end, "D", color=red, markersize=6, label="artifact, read from disk", zorder=5)
         style = {"xytext": (-8, -13), "textcoords": "offset points", "ha": "right", "fontweight": "bold"}
         axes.annotate(f"{curve.final:.4f}", end, color=red, **style)
     for at, text in curve.switches:

@@ -665,6 +665,11 @@ def test_eval_with_other_settings(script, trained, data):
         assert_refused(run_in_process(script, *flags, more, **data.env), name, "32", "found")
     small = {"TRAIN_SEQ_LEN": "16", "TRAIN_BATCH_TOKENS": "16", "VAL_MAX_TOKENS": "16"}
     assert_refused(run_in_process(script, *flags, **data.env | small), "VAL_MAX_TOKENS", "32", "found 16")
+    outcome = run_in_process(script, *flags, "--model_dim=64", "--skips=per_loop", "--layout=9", **data.env)
+    assert scored(outcome) == plain  # the file's model, and a line that says so
+    said = [line for line in outcome.err.splitlines() if "as the file says" in line]
+    asked = ("LAYOUT=1+2x2+1, as the file says, not 9", "MODEL_DIM=32, as the file says, not 64")
+    assert said == [f"notice: {text}" for text in asked], outcome.err
     places = (f"--data_path={data.path}/none", f"--tokenizer_path={data.tokenizer}")
     outcome = run_in_process(script, *flags, *places)
     assert outcome.code == 1 and outcome.out == "" and only_notices(outcome.err.rsplit("error: ")[0]), outcome

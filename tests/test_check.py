@@ -640,6 +640,40 @@ def test_weights_alone_count_where_the_track_says_so(tmp_path, monkeypatch):
         assert found(counted) == {}, count_code
 
 
+def test_the_scale_model_is_scored_by_its_rules(tmp_path, monkeypatch):
+    """Enough held-out text, windows that do not overlap, at most three times the FLOPs of the trained passes."""
+    folder = write_ours(tmp_path, "mini", count_code="0")
+    edit(folder, "train_seed7.log", "val bytes: 10000", "val bytes: 500000")
+    edit(folder, "train_seed7.log", '"layout"', '"train_seq_len": 256, "eval_stride": 0, "layout"')
+    edit(folder, "train_seed7.log", "9e+14", "5e+13")
+    for name in ("submission.json", "result_seed7.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r'"train_flops": [\de.+]+', '"train_flops": 5e13', text))
+    edit(folder, "result_seed7.json", '"layout"', '"loops": 3, "eval_loops": 9, "layout"')
+    assert found(folder) == {}
+    for name, old, new in (
+        ("train_seed7.log", "val bytes: 500000", "val bytes: 499999"),
+        ("train_seed7.log", '"eval_stride": 0', '"eval_stride": 64'),
+        ("result_seed7.json", '"eval_loops": 9', '"eval_loops": 10'),
+        ("result_seed7.json", '"loops": 3', '"loops": null'),
+    ):
+        edit(folder, name, old, new)
+        assert found(folder) == {"evaluation": "error"}, new
+        edit(folder, name, new, old)
+    monkeypatch.setitem(common.TRACKS, "mini", common.mini("", 4999, 4e13))
+    assert found(folder) == {"cap": "error", "flops": "error"}
+
+
+def test_what_scoring_costs():
+    from check_files import scoring_cost
+
+    assert scoring_cost("9", 1, 1) == 1
+    assert scoring_cost("5x3", 3, 6) == 2
+    assert scoring_cost("3+3x3+5", 3, 6) == 26 / 17
+    assert scoring_cost("3x2+1", 2, 1) == 4 / 7
+    assert scoring_cost("deep", 1, 1) is None and scoring_cost("5x3", None, 3) is None
+
+
 def test_what_cannot_be_judged_is_said(tmp_path):
     folder = write_folder(tmp_path)
     all_logs(folder, lambda text: re.sub("(?m)^.* bytes.*\n", "", text))
@@ -650,7 +684,7 @@ def test_what_cannot_be_judged_is_said(tmp_path):
 
 def test_every_rule_has_a_planted_fault():
     planted = {fault[1] for fault in (*FAULTS.values(), *OUR_FAULTS.values())}
-    assert {rule.__name__ for rule in check.RULES} - planted == {"folder_name", "flops"}  # alone
+    assert {rule.__name__ for rule in check.RULES} - planted == {"folder_name", "flops", "evaluation"}  # alone
 
 
 def test_folder_name(tmp_path):

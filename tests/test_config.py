@@ -89,6 +89,7 @@ BAD_SETTINGS = {
     "validation cap below one sequence": ("--val_max_tokens=8", "VAL_MAX_TOKENS", "=32", "found 8"),
     "vocabulary beyond 16 bits": ("--vocab_size=70000", "VOCAB_SIZE", "65536", "found 70000"),
     "fraction above 1": ("--warmdown_frac=2", "WARMDOWN_FRAC", "at most 1", "found 2"),
+    "number beyond all numbers": ("--seed=" + "9" * 400, "SEED", "a whole number", "999"),
     "momentum above 1": ("--muon_momentum=1.5", "MUON_MOMENTUM", "at most 1", "found 1.5"),
     "negative warm-up": ("--lr_warmup_steps=-1", "LR_WARMUP_STEPS", "0 or more", "found -1"),
     "shuffle is text": ("--shuffle=seed", "SHUFFLE", "0 or 1", "seed"),

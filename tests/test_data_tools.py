@@ -28,6 +28,7 @@ os.environ.update(NO_PROXY="127.0.0.1", no_proxy="127.0.0.1", HF_HUB_DISABLE_IMP
 
 import fineweb  # noqa: E402
 import layout  # noqa: E402
+import mini  # noqa: E402
 import offline  # noqa: E402
 import tokenize_docs  # noqa: E402
 from tool import InputError  # noqa: E402
@@ -395,6 +396,28 @@ def test_an_existing_dataset_is_replaced_only_by_force_and_as_a_whole(tmp_path, 
     ]
     assert np.array_equal(tokens_of(folder, "train"), before)
     assert leftovers(tmp_path) == []
+
+
+def test_the_scale_models_dataset_is_cut_out_of_another(tmp_path, docs, tokenizer, monkeypatch, capsys):
+    source, model = tokenize(docs, "--val-docs", 20, "--tokenizer", tokenizer, "--out", tmp_path, "--name", "whole")
+    texts = make_texts(60)
+    enough = len("".join(texts[:3]).encode()) + 1  # one byte more than three documents have
+    monkeypatch.setattr(mini, "HELD_OUT", enough)
+    assert mini.main(["--source", str(source), "--name", "small"]) == 0
+    folder, sp = tmp_path / "datasets" / "small", layout.load_sentencepiece(model)
+    expected = itertools.chain(*([sp.bos_id(), *sp.encode(text)] for text in texts[:4]))
+    assert tokens_of(folder, "val").tolist() == list(expected)
+    assert tokens_of(folder, "train").tolist() == tokens_of(source, "train").tolist()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["splits"]["val"]["files"][0]["sha256"] == layout.sha256_of(folder / "fineweb_val_000000.bin")
+    assert manifest["tokenizer"] == layout.manifest_of(source)["tokenizer"]
+    assert layout.check_dataset(folder, model)[0] == VOCAB
+    one_error(lambda: mini.main(["--source", str(source), "--name", "small"]), "already exists", "--force")
+    assert mini.main(["--source", str(source), "--name", "small", "--force"]) == 0
+    monkeypatch.setattr(mini, "HELD_OUT", 10**9)
+    one_error(lambda: mini.main(["--source", str(source), "--name", "more"]), "1,000,000,000", "give more text")
+    one_error(lambda: mini.main(["--source", str(tmp_path / "none")]), "expected a dataset", "data/fineweb.py")
+    assert sorted(path.name for path in (tmp_path / "datasets").iterdir()) == ["small", "whole"]
 
 
 def test_a_failed_run_keeps_the_old_dataset_and_clears_what_a_killed_one_left(tmp_path, docs, tokenizer):

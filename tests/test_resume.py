@@ -1,5 +1,6 @@
 """A run that is killed, stopped, resumed, started from other weights, or goes wrong; and what runs leave behind."""
 
+import dataclasses
 import json
 import os
 import random
@@ -256,6 +257,17 @@ def test_init_from_another_layout_is_the_parent(script, config, tmp_path, theirs
         )
     from_artifact = script.transfer_weights(b, *script.load_model_file(str(tmp_path / "parent.rgpt"))[:2])
     assert {k: v.shape for k, v in from_artifact.items()} == script.param_shapes(b)
+
+
+def test_gates_of_one_kind_do_not_start_those_of_the_other(any_script, config):
+    """A gate of 0.3 toward x0 is nothing that a gain should begin with."""
+    a, b = (config(any_script, loop_gate=kind, loop_gate_init=1.0) for kind in ("x0", "gain"))
+    theirs = any_script.initial_weights(a) | {"loop_gate": np.float32([0.3, 0.3])}
+    for c, gates in ((a, [0.3, 0.3]), (b, [1, 1])):
+        assert (
+            any_script.transfer_weights(c, theirs, dataclasses.asdict(a))["loop_gate"].tolist()
+            == np.float32(gates).tolist()
+        )
 
 
 def test_init_from_starts_a_run_at_the_parents_loss(script, config, tiny, data, tmp_path):
