@@ -165,7 +165,7 @@ PRESETS = {
         val_max_tokens=1048576 train_log_every=20""",
     # Ten minutes on 8xH100, code and weights in 16,000,000 bytes.
     "record": """layout=3+3x3+5 mlp_mult=4 loop_schedule=0:1,0.35:3 lr_warmup_steps=20 grad_clip_norm=1
-        quantizer=trellis target_bytes=16000000 count_code=packed""",
+        quantizer=trellis target_bytes=16000000 count_code=packed calib_seconds=4""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
     "pr319": """layout=5x3 model_dim=640 skips=none loop_gate=x0 loop_gate_init=0.3333333333333333 warmdown_frac=0
@@ -729,7 +729,8 @@ class RecurrentGPT(nn.Module):
     def losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
         logits = self.logits(x)
-        return logits.exp().sum(dim=-1).log() - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        is_target = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)  # no scatter backwards
+        return logits.exp().sum(dim=-1).log() - torch.where(is_target, logits, 0.0).sum(dim=-1)
 
     def forward(self, ids: Tensor, loops: int) -> Tensor:
         """ids [n, t] -> logits, float32 [n, t, vocab]."""
@@ -846,6 +847,9 @@ def newton_schulz(g: Tensor) -> Tensor:
     return x.mT if flip else x
 
 
+ALIGNMENT = 64  # numbers; kernels that read four at a time want every parameter to start at a multiple
+
+
 class Optimizer:
     """Muon and Adam over the flat vector of a model's parameters. `state()` names every buffer by its parameter."""
 
@@ -855,18 +859,24 @@ class Optimizer:
         groups = {group: [name for name in params if param_group(name) == group] for group in PARAM_GROUPS}
         groups["matrix"].sort(key=lambda name: tuple(params[name].shape))  # stable: equal shapes side by side
         order = [name for group in groups.values() for name in group]
-        ends = np.cumsum([params[name].numel() for name in order]).tolist()
-        self.places = {name: (end - params[name].numel(), end, params[name].shape) for name, end in zip(order, ends)}
-        self.weights = torch.cat([params[name].detach().flatten() for name in order])
+        self.places, end = {}, 0  # (start, end, shape) of each parameter
+        for before, name in zip(["", *order], order):
+            shape, above = params[name].shape, params[before].shape if before else None
+            in_stack = param_group(name) == "matrix" and above == shape
+            start = end if in_stack else -(-end // ALIGNMENT) * ALIGNMENT
+            end = start + shape.numel()
+            self.places[name] = start, end, shape
+        self.weights = torch.zeros(end, device=next(iter(params.values())).device)
         self.grads = torch.zeros_like(self.weights)
         for name, (low, high, shape) in self.places.items():
+            self.weights[low:high] = params[name].detach().flatten()
             params[name].data = self.weights[low:high].view(shape)
             params[name].grad = self.grads[low:high].view(shape)
         self.adam_ranges = []  # (start, end, learning rate) of each group
         for group, rate in adam_rates(c).items():
             if names := groups[group]:
                 self.adam_ranges.append((self.places[names[0]][0], self.places[names[-1]][1], rate))
-        self.adam_end = self.adam_ranges[-1][1]
+        self.adam_end = self.places[groups["matrix"][0]][0]
         self.exp_avg = torch.zeros_like(self.weights[: self.adam_end])
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.momentum = torch.zeros_like(self.weights[self.adam_end :])
@@ -1262,8 +1272,15 @@ class Engine:
         self.largest = c.microbatch_tokens or (65536 if kind == "cuda" else 8192)
         self.runs_ahead = kind != "cpu"  # step() returns before the device has done it
         torch.use_deterministic_algorithms(c.deterministic)
-        if c.deterministic and kind == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if kind == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            while not c.microbatch_tokens and self.largest > 4096 and memory_needed(c, self.largest) > 0.8 * memory:
+                self.largest //= 2
+            if c.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            options = importlib.import_module("torch._inductor.config").triton
+            if hasattr(options, "mix_order_reduction"):  # torch 2.11 cannot compile three passes with it, later ones
+                options.mix_order_reduction = False  # spill registers (pytorch issue 179494)
         torch.set_float32_matmul_precision("high" if self.dtype == torch.bfloat16 else "highest")
         self.compiled = c.compile and self.can_compile()
         if kind == "cpu":
@@ -1299,10 +1316,13 @@ class Engine:
         self.set_weights(weights)
 
     def tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        """A copy on the device; to a GPU from pinned memory, so that the host need not wait for it."""
+        host = torch.from_numpy(np.ascontiguousarray(array))
+        pinned = host.pin_memory() if self.device.type == "cuda" else host
+        return pinned.to(self.device, non_blocking=True)
 
     def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float) -> tuple:
-        """One optimizer step on the tokens from `start` on; returns loss and gradient norm, tensors on the device."""
+        """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
         total, batch = torch.zeros((), device=self.device), self.config.train_batch_tokens
         for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
             loss = self.losses(self.tensor(ids), self.tensor(targets), loops).sum() / batch
@@ -1311,7 +1331,20 @@ class Engine:
         if self.world > 1:
             dist.all_reduce(self.optimizer.grads)
             dist.all_reduce(total)
-        return total, self.optimizer.update(lr_mul, momentum, self.dtype)
+        results = torch.stack((total, self.optimizer.update(lr_mul, momentum, self.dtype)))
+        if self.device.type != "cuda":
+            return results, None
+        host, done = torch.empty(2, pin_memory=True), torch.cuda.Event()
+        host.copy_(results, non_blocking=True)  # now: later it would queue behind the next step
+        done.record()
+        return host, done
+
+    def read(self, results: tuple) -> list[float]:
+        """Loss and gradient norm of a step, once the device has done it."""
+        numbers, done = results
+        if done is not None:
+            done.synchronize()
+        return numbers.tolist()
 
     def curvature(self, stream: TokenStream, start: int, loops: int, seconds: float = math.inf) -> Curvature:
         """The curvature on CALIB_TOKENS training tokens from `start` on, all passes of the core together; less of them
@@ -1376,8 +1409,11 @@ class Engine:
     @torch.no_grad()
     def next_logits(self, ids: np.ndarray, loops: int) -> np.ndarray:
         """Logits after the last of `ids`, float32 [vocab]."""
+        last = len(ids) - 1
+        if self.device.type == "cuda":  # whose attention may be planned anew for every length
+            ids = np.pad(ids, (0, self.config.train_seq_len - len(ids)))
         with torch.compiler.set_stance("force_eager"):  # every length would be compiled
-            return self.model(self.tensor(ids[None]), loops)[0, -1].cpu().numpy()
+            return self.model(self.tensor(ids[None]), loops)[0, last].cpu().numpy()
 
     def weights(self) -> dict[str, np.ndarray]:
         return {name: p.detach().cpu().numpy().copy() for name, p in self.model.named_parameters()}
@@ -1423,6 +1459,13 @@ class Engine:
             dist.barrier()  # a rank that leaves early makes gloo abort the others; and so do gloo's own destructors:
             sys.stdout.flush()
             os._exit(code)
+
+
+def memory_needed(c: Config, tokens: int) -> float:
+    """Bytes of a GPU, about, that training with microbatches of so many tokens takes: fitted to traces of `baseline`
+    (10.1 GiB at 65,536 tokens) and `record` (22.9 GiB)."""
+    width, applied = parse_layout(c.layout).depth * c.model_dim, 28 + 4 * c.mlp_mult
+    return 20.0 * count_params(c) + tokens * (width * applied + 12.0 * c.vocab_size)
 
 
 def keep_freed_memory() -> None:
@@ -1495,7 +1538,7 @@ class Launched(NamedTuple):
     loops: int
     flops: float
     lr_mul: float
-    results: tuple  # loss and gradient norm, on the device
+    results: tuple  # what `Engine.read` turns into loss and gradient norm
     seconds: float
 
 
@@ -1505,7 +1548,8 @@ def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int, stop: St
     length, stride, total = c.train_seq_len, c.eval_stride or c.train_seq_len, 0.0
     starts = np.arange(0, len(tokens) - length, stride)
     low, high = split_evenly(len(starts), engine.world)[engine.rank]  # may be none: then only the sum is taken part in
-    rows = max(1, min(engine.largest, c.train_batch_tokens // engine.world) // length)  # training's shape, as a rule
+    share = max(c.train_batch_tokens // length // engine.world, 1)  # microbatches of training's shape
+    rows = max(b - a for a, b in microbatch_bounds(share, length, engine.largest))
     for a in range(low, high, rows):
         if stop and stop.number:
             break
@@ -1622,7 +1666,7 @@ class Trainer:
         if self.launched is None:
             return
         c, one, self.launched = self.config, self.launched, None
-        loss, norm = (result.item() for result in one.results)
+        loss, norm = self.engine.read(one.results)
         finite, found = math.isfinite(loss) and math.isfinite(norm), f"loss {loss} and norm {norm}"
         mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1 or LR_WARMUP_STEPS=20"
         if not finite:  # the same on every process

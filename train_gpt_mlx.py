@@ -170,7 +170,7 @@ PRESETS = {
         val_max_tokens=1048576 train_log_every=20""",
     # Ten minutes on 8xH100, code and weights in 16,000,000 bytes.
     "record": """layout=3+3x3+5 mlp_mult=4 loop_schedule=0:1,0.35:3 lr_warmup_steps=20 grad_clip_norm=1
-        quantizer=trellis target_bytes=16000000 count_code=packed""",
+        quantizer=trellis target_bytes=16000000 count_code=packed calib_seconds=4""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
     "pr319": """layout=5x3 model_dim=640 skips=none loop_gate=x0 loop_gate_init=0.3333333333333333 warmdown_frac=0
@@ -1246,7 +1246,7 @@ class Engine:
         return mx.array(array.astype(np.int32))
 
     def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float) -> tuple:
-        """One optimizer step on the tokens from `start` on; returns loss and gradient norm, both computed."""
+        """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
         total, grads, batch = mx.zeros(()), {}, self.config.train_batch_tokens
         for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
             loss, more = self.function("gradients", loops)(self.params, self.tensor(ids), self.tensor(targets))
@@ -1258,6 +1258,10 @@ class Engine:
         self.params, norm = self.optimizer.update(self.params, grads, lr_mul, momentum)
         mx.eval(total, norm, self.params, self.optimizer.buffers())
         return total, norm
+
+    def read(self, results: tuple) -> list[float]:
+        """Loss and gradient norm of a step."""
+        return [result.item() for result in results]
 
     def curvature(self, stream: TokenStream, start: int, loops: int, seconds: float = math.inf) -> Curvature:
         """The curvature on CALIB_TOKENS training tokens from `start` on, all passes of the core together; less of them
@@ -1435,7 +1439,7 @@ class Launched(NamedTuple):
     loops: int
     flops: float
     lr_mul: float
-    results: tuple  # loss and gradient norm, on the device
+    results: tuple  # what `Engine.read` turns into loss and gradient norm
     seconds: float
 
 
@@ -1445,7 +1449,8 @@ def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int, stop: St
     length, stride, total = c.train_seq_len, c.eval_stride or c.train_seq_len, 0.0
     starts = np.arange(0, len(tokens) - length, stride)
     low, high = split_evenly(len(starts), engine.world)[engine.rank]  # may be none: then only the sum is taken part in
-    rows = max(1, min(engine.largest, c.train_batch_tokens // engine.world) // length)  # training's shape, as a rule
+    share = max(c.train_batch_tokens // length // engine.world, 1)  # microbatches of training's shape
+    rows = max(b - a for a, b in microbatch_bounds(share, length, engine.largest))
     for a in range(low, high, rows):
         if stop and stop.number:
             break
@@ -1562,7 +1567,7 @@ class Trainer:
         if self.launched is None:
             return
         c, one, self.launched = self.config, self.launched, None
-        loss, norm = (result.item() for result in one.results)
+        loss, norm = self.engine.read(one.results)
         finite, found = math.isfinite(loss) and math.isfinite(norm), f"loss {loss} and norm {norm}"
         mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1 or LR_WARMUP_STEPS=20"
         if not finite:  # the same on every process
