@@ -236,7 +236,8 @@ def model_cases():
 @pytest.mark.parametrize("layout,skips,gate,rank", list(model_cases()))
 def test_logits_gradients_and_three_steps(layout, skips, gate, rank):
     clip = 0.5 if rank else 0.0
-    c = tiny(layout, skips=skips, loop_gate=gate, lora_rank=rank, grad_clip_norm=clip, core_lr_scale=0.7)
+    decay = dict(matrix_decay=0.5, embed_decay=0.3) if rank else {}
+    c = tiny(layout, skips=skips, loop_gate=gate, lora_rank=rank, grad_clip_norm=clip, core_lr_scale=0.7, **decay)
     weights, stream = perturbed(c), Fixed(c)
     engines = {script: engine_of(script, c, weights) for script in SCRIPTS}
     passes = range(1, torch_script.parse_layout(layout).loops + 1)
@@ -354,6 +355,21 @@ def test_every_rate_is_multiplied(script):
     for name, start in weights.items():
         whole, half = (end[name] - start for end in ends)
         assert np.abs(whole).max() > 1e-3 and np.allclose(half, whole / 2, rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_weight_decay(script):
+    """Block matrices and the embedding shrink by rate times decay before the step; nothing else does."""
+    c, decayed = tiny("1+2x2+1", lora_rank=2), dict(matrix_decay=2.0, embed_decay=3.0)
+    weights, ends = perturbed(c), []
+    for config in (c, dataclasses.replace(c, **decayed)):
+        engine = engine_of(script, config, weights)
+        engine.step(Fixed(c), 0, 2, 0.5, 0.9)
+        ends.append(engine.weights())
+    factors = {"matrix": 0.5 * c.matrix_lr * 2.0, "embed": 0.5 * c.tied_embed_lr * 3.0}
+    for name, start in weights.items():
+        expected = ends[0][name] - start * factors.get(torch_script.param_group(name), 0.0)
+        assert np.allclose(ends[1][name], expected, rtol=0, atol=1e-6), name
 
 
 def test_parameters_are_aligned():
