@@ -9,6 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
+MINI_ARGS ?=
 PROMPT ?= Return the
 
 PY := $(VENV)/bin/python
@@ -18,12 +19,13 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DROP_VENV := if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
 CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup demo demo-mlx demo-torch test lint bench gpu clean
+.PHONY: help setup demo demo-mlx demo-torch mini test lint bench gpu clean
 
 help:
 	@echo 'make demo        train a small model for three minutes: artifact, score, curve, sample (MLX on Apple silicon, else PyTorch)'
 	@echo 'make demo-mlx    the same with train_gpt_mlx.py'
 	@echo 'make demo-torch  the same with train_gpt.py'
+	@echo 'make mini        the scale model of the challenge: 80,000 bytes of weights, 5e13 FLOPs (ten minutes to half an hour)'
 	@echo 'make test        all tests: both scripts are one model, artifacts, resume, everyday events, data, bad input'
 	@echo 'make lint        ruff: mistakes, and the one format'
 	@echo 'make bench       time a training step of both scripts, and of both attentions, on this machine'
@@ -50,8 +52,10 @@ endif
 
 ifeq ($(MACHINE),Darwin arm64)
 demo: demo-mlx
+SCRIPT := train_gpt_mlx.py
 else
 demo: demo-torch
+SCRIPT := train_gpt.py
 endif
 
 # $(1) script, $(2) run
@@ -70,6 +74,10 @@ demo-torch: $(STAMP)
 
 demo-mlx: $(STAMP)
 	$(call run_demo,train_gpt_mlx.py,demo_mlx_$(NOW))
+
+mini: $(STAMP)
+	@echo 'a budget of FLOPs, not of minutes: `left:` in the step lines says how long it will take here'
+	@$(PY) $(SCRIPT) --preset=mini --log_dir='$(LOG_DIR)' $(MINI_ARGS)
 
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)

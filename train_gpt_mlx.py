@@ -78,7 +78,7 @@ class InputError(ValueError):
 class Config:
     # run: what to do, where
     mode: str = "train"  # train | eval | sample | export
-    preset: str = ""  # smoke | demo | laptop | record | baseline | pr319
+    preset: str = ""  # smoke | demo | mini | laptop | record | baseline | pr319
     run_id: str = ""  # name of the folder under log_dir; "" makes one from the date, the preset and the seed
     resume: bool = False  # go on from the checkpoint of run_id
     artifact: str = ""  # eval and sample: path of an artifact (model.int6.rgpt) of either script
@@ -166,6 +166,13 @@ PRESETS = {
         max_wallclock_seconds=180 loop_schedule=0:1,0.6:2 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20
         muon_momentum_warmup_steps=100 val_loss_every=100 val_max_tokens=65536 train_log_every=20
         quantizer=trellis quant_loss=0.001 calib_tokens=16384 calib_seconds=15""",
+    # The scale model: 80,000 bytes of weights, 5e13 FLOPs (track_mini). Vocabulary, depth, batch and about four bits a
+    # weight by records/ablations/mini_bits and mini_shape, at half the size; width by the bytes.
+    "mini": """data_path=./data/datasets/mini_sp1024 tokenizer_path=./data/tokenizers/fineweb_1024_bpe.model
+        layout=2 model_dim=64 num_heads=2 num_kv_heads=1 mlp_mult=4 train_seq_len=256 train_batch_tokens=4096
+        iterations=0 max_wallclock_seconds=0 max_train_flops=5e13 warmdown_frac=0.67 lr_warmup_steps=20
+        muon_momentum_warmup_steps=100 val_loss_every=2000 train_log_every=200 quantizer=trellis bytes_cap=80000
+        target_bytes=80000 count_code=0 calib_tokens=65536 microbatch_tokens=2048""",
     # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too.
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
         loop_schedule=0:1,0.35:3 lr_warmup_steps=20 muon_momentum_warmup_steps=200 val_loss_every=200
@@ -1778,7 +1785,7 @@ LARGEST_NUMBER = 1e30  # of weights and gradients
 WEIGHTS_A_BYTE = 256  # at most in a file: a reader looks before it makes anything of that size
 LEAST_BITS = {"absmax": 4.5, "trellis": 0.7}  # a weight, all included: less was never seen ...
 LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
-FEW_BITS = 2.0  # a weight; below, fewer parameters are likely better (records/exports/widths_128)
+FEW_BITS = 3.0  # a weight; below, fewer parameters are better once they are well trained (records/ablations/mini_bits)
 
 
 class Table(NamedTuple):
@@ -2427,7 +2434,7 @@ def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature
     elif c.target_bytes and spare < 0:
         found.append(f"TARGET_BYTES missed by {-spare} bytes: fewer parameters")
     elif c.target_bytes and made.bits_per_weight < FEW_BITS:
-        found.append("fewer than two bits a weight: a model with fewer parameters is likely better at this size")
+        found.append("fewer than three bits a weight: a model with fewer parameters is likely better at this size")
     return [f"notice: {text}" for text in found]
 
 

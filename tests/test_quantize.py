@@ -785,15 +785,15 @@ def test_count_code_in_target_bytes(any_script, tiny, tmp_path, monkeypatch):
     assert run_in_process(any_script, *few, "--count_code=0", **tiny).code == 0
 
 
-@pytest.mark.parametrize("bits", [1.9, 2.1])
-def test_fewer_than_two_bits_a_weight_are_noticed(any_script, tiny, monkeypatch, bits):
+@pytest.mark.parametrize("bits", [2.9, 3.1])
+def test_fewer_than_three_bits_a_weight_are_noticed(any_script, tiny, monkeypatch, bits):
     whole, target = any_script.export_model, 30_000
     monkeypatch.setattr(
         any_script, "export_model", lambda *args: whole(*args)._replace(bits_per_weight=bits, size=29_990)
     )
     flags = ("--quantizer=trellis", f"--target_bytes={target}", "--count_code=0", "--calib_tokens=64", "--iterations=2")
     outcome = run_in_process(any_script, *flags, **tiny)
-    assert outcome.code == 0 and ("\nnotice: fewer than two bits a weight: " in outcome.out) == (bits < 2), outcome
+    assert outcome.code == 0 and ("\nnotice: fewer than three bits a weight: " in outcome.out) == (bits < 3), outcome
 
 
 def test_target_that_is_missed(any_script, tiny, tmp_path, monkeypatch):
