@@ -49,6 +49,7 @@ from common import (
     ROOT,
     InputError,
     Parser,
+    bytes_implied,
     is_number,
     markdown_table,
     mean_std,
@@ -329,8 +330,9 @@ def prepare(matrix: Matrix) -> Plan:
 def check_finished(matrix: Matrix, plan: Plan | None = None) -> None:
     """Refuses finished runs that are not what the TOML calls them, or of different data.
 
-    With a plan also those that its script and data would not make again. Raises InputError."""
-    datasets = set()
+    With a plan also those that its script and data would not make again. Tokenizers may differ, as bits per byte allow,
+    but not the held-out text. Raises InputError."""
+    datasets, sizes = set(), set()
     for run, result in matrix.finished():
         here, found = short(run.home), read_json(run.home / "run.json", "what a finished run was made of")
         if plan and found.get("script_sha256") != sha256(plan.source):
@@ -346,12 +348,15 @@ def check_finished(matrix: Matrix, plan: Plan | None = None) -> None:
                 raise InputError(f"{here}: expected {name}={wanted.get(name)}, found {found.get(name)}; {mend}")
         if data := result.get("dataset_sha256"):
             datasets.add(data)
+            if is_number(result.get("val_bpb")) and is_number(result.get("val_loss")):
+                sizes.add(bytes_implied(result["val_tokens"], result["val_loss"], result["val_bpb"]))
             if plan and plan.data[run.arm] not in (None, data):
                 mend = "mend data_path, or start a new matrix"
                 raise InputError(f"{here}: expected runs on the data that is here, found one on other data; {mend}")
-    if len(datasets) > 1:
+    one_text = sizes and max(sizes) < 1.001 * min(sizes)  # the last sequence may be cut elsewhere
+    if len(datasets) > 1 and not one_text:
         found = f"{len(datasets)} that differ; run the matrix again on one"
-        raise InputError(f"{short(matrix.home)}: expected runs on one dataset, found {found}")
+        raise InputError(f"{short(matrix.home)}: expected runs on one dataset, or one held-out text, found {found}")
 
 
 # The queue -----------------------------------------------------------------------------------------------------------
@@ -599,8 +604,11 @@ def origins(matrix: Matrix, kept: list[tuple[Run, dict]]) -> str:
     one = results[0]
     scripts = [read_json(run.home / "run.json")["script_sha256"][:12] for run, _ in kept]
     versions = [f"{name} {result['versions'].get(name)}" for result in results for name in ("python", one["framework"])]
+    data = {
+        f"`{r['dataset']}`, sha256 {r['dataset_sha256'][:12]}, {r['val_tokens']:,} validation tokens" for r in results
+    }
     return f"""\
-- Data: `{one["dataset"]}`, sha256 {one["dataset_sha256"][:12]}, {one["val_tokens"]:,} validation tokens.
+- Data: {several(data)}.
 - Seeds: {", ".join(map(str, matrix.seeds))}. Script: `{matrix.script}` of commit \
 {several(result["commit"] for result in results)}, sha256 {several(scripts)}.
 - Devices: {several(f"{result['device']} x {result['world_size']}" for result in results)}. {several(versions)}. \

@@ -284,6 +284,12 @@ def test_refuses_to_mix_settings_scripts_and_data(home, capsys):
     result = path.with_suffix("") / "low_seed1" / "result.json"
     result.write_text(result.read_text().replace('"dataset_sha256": "a"', '"dataset_sha256": "b"'))
     assert run(path, "--report") == 1 and "expected runs on one dataset" in capsys.readouterr().err
+    for ratio, code in ((1.0005, 0), (1.002, 1)):  # the held-out text of another tokenizer's dataset, and of another
+        for file in path.with_suffix("").glob("*/result.json"):
+            found = json.loads(file.read_text())
+            found["val_loss"] = found["val_bpb"] * (ratio if found["dataset_sha256"] == "b" else 1)
+            file.write_text(json.dumps(found))
+        assert run(path, "--report") == code, capsys.readouterr().err
 
 
 def scores(path: Path) -> dict[str, float]:
