@@ -97,6 +97,7 @@ class Config:
     loop_gate_init: float = 1.0  # 1 is no gate; gain: 0 lets a pass enter as the identity; x0: 1/R is PR #319's
     lora_rank: int = 0  # rank of the per-pass change of every core linear; 0 = off
     qk_gain_init: float = 1.5  # initial factor on the queries, one per head
+    xsa: bool = False  # exclusive self attention: what a head says of a token's own value is taken off (PR #634)
     init_from: str = ""  # artifact, checkpoint or model with the same blocks, of any layout; weights go by name
     # training (it ends at the first budget that is reached; 0 = no such budget)
     iterations: int = 20000  # steps
@@ -162,18 +163,18 @@ PRESETS = {
         muon_momentum_warmup_steps=100 val_loss_every=100 val_max_tokens=65536 train_log_every=20
         quantizer=trellis quant_loss=0.001 calib_tokens=16384 calib_seconds=15""",
     # The scale model: 80,000 bytes of weights, 5e13 FLOPs (track_mini). Vocabulary, depth, batch and about four bits a
-    # weight by records/ablations/mini_bits and mini_shape, at half the size; width by the bytes.
+    # weight by records/ablations/mini_bits and mini_shape, at half the size, xsa by mini_trials; width by the bytes.
     "mini": """data_path=./data/datasets/mini_sp1024 tokenizer_path=./data/tokenizers/fineweb_1024_bpe.model
         layout=2 model_dim=64 num_heads=2 num_kv_heads=1 mlp_mult=4 train_seq_len=256 train_batch_tokens=4096
         iterations=0 max_wallclock_seconds=0 max_train_flops=5e13 warmdown_frac=0.67 lr_warmup_steps=20
         muon_momentum_warmup_steps=100 val_loss_every=2000 train_log_every=200 quantizer=trellis bytes_cap=80000
-        target_bytes=80000 count_code=0 calib_tokens=65536 microbatch_tokens=2048""",
+        target_bytes=80000 count_code=0 calib_tokens=65536 microbatch_tokens=2048 xsa=1""",
     # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too.
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
         loop_schedule=0:1,0.35:3 lr_warmup_steps=20 muon_momentum_warmup_steps=200 val_loss_every=200
         val_max_tokens=1048576 train_log_every=20""",
-    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes.
-    "record": """layout=3+3x3+5 mlp_mult=4 loop_schedule=0:1,0.35:3 lr_warmup_steps=20 grad_clip_norm=1
+    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016.
+    "record": """layout=3+3x3+5 mlp_mult=4 xsa=1 loop_schedule=0:1,0.35:3 lr_warmup_steps=20 grad_clip_norm=1
         quantizer=trellis target_bytes=16000000 count_code=packed calib_seconds=4""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
@@ -333,7 +334,7 @@ def config_sha256(c: Config) -> str:
 # ======================================================================================================================
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank
-    train_seq_len""".split()
+    train_seq_len xsa""".split()
 
 
 class Layout(NamedTuple):
@@ -616,6 +617,12 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(out, dim=3).permute(0, 3, 1, 2, 4).reshape(n, t, h * d)
 
 
+def without_own(y: Tensor, v: Tensor) -> Tensor:
+    """Attention's output y [n, t, h * d] without each head's part along the token's own value, v [n, t, k, d]."""
+    y, own = y.unflatten(-1, (v.size(2), -1, v.size(3))), rms_norm(v).unsqueeze(3)  # [n, t, k, groups, d]
+    return (y - (y * own).mean(dim=-1, keepdim=True) * own).flatten(2)
+
+
 class Linear(nn.Module):
     """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
 
@@ -644,7 +651,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
         for name in ("q", "k", "v", "proj"):
             setattr(self, name, Linear(*linear_shapes(c)[f"attn.{name}"], passes, rank))
-        self.q_gain = nn.Parameter(torch.empty(c.num_heads))
+        self.q_gain, self.xsa = nn.Parameter(torch.empty(c.num_heads)), c.xsa
 
     def forward(self, x: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q = self.q(x, loop).unflatten(-1, (self.heads, self.head_dim))
@@ -652,7 +659,8 @@ class Attention(nn.Module):
         v = self.v(x, loop).unflatten(-1, (self.kv_heads, self.head_dim))
         cos, sin = (table[: x.size(1), None].to(x.dtype) for table in rotary)
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
-        return self.proj(attend(q * self.q_gain.to(x.dtype)[:, None], k, v), loop)
+        y = attend(q * self.q_gain.to(x.dtype)[:, None], k, v)
+        return self.proj(without_own(y, v) if self.xsa else y, loop)
 
 
 class MLP(nn.Module):
@@ -1874,7 +1882,7 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
 # One file: magic, version, length of the header, header (JSON, deflated), the code of all tensors, SHA-256 of all
 # before. Reading runs no code of the file.
 # ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 6, struct.Struct("<4sII")
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 7, struct.Struct("<4sII")
 LARGEST_HEADER = 1 << 20  # bytes, unpacked
 LARGEST_SYMBOL, LARGEST_EXPONENT = 2**15 - 1, 480  # of the integers, and of the steps in quarter octaves
 INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors, as float16
