@@ -160,7 +160,7 @@ def test_sections_stand_in_order_and_the_shared_ones_are_equal_byte_for_byte():
 # What only one framework needs.
 ONLY = {
     "torch": {"Engine.can_compile", "Engine.probed", "Optimizer.update_adam", "Optimizer.update_muon", "Probe",
-              "Probe.__call__", "Probe.backward", "launched_as"},
+              "Probe.__call__", "Probe.backward", "launched_as", "memory_needed"},
     "mlx": {"with_probe", "with_probe_vjp", "Engine.function", "Engine.gather", "Engine.mean_over_ranks",
             "Engine.sum_over_ranks", "Optimizer.rule"},
 }  # fmt: skip
