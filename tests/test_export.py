@@ -53,4 +53,5 @@ def test_refuses_rounded_weights_and_a_used_name(script, trained, data, tmp_path
     outcome = run_in_process(script, "--mode=export", artifact, f"--log_dir={tmp_path}", **data.env)
     assert_refused(outcome, "MODE=export: expected CHECKPOINT=<file>", "rounded already")
     flags = ("--mode=export", f"--checkpoint={trained / maker / 'model.safetensors'}", f"--log_dir={trained}")
+    flags += ("--compile=0",)  # to find out whether that works takes longer than all the rest
     assert_refused(run_in_process(script, *flags, f"--run_id={maker}", **data.env), "RUN_ID", "a new name")
