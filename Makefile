@@ -76,6 +76,7 @@ demo-mlx: $(STAMP)
 	$(call run_demo,train_gpt_mlx.py,demo_mlx_$(NOW))
 
 mini: $(STAMP)
+	@[ -n '$(MINI_ARGS)' ] || [ -d data/datasets/mini_sp1024 ] || { echo 'error: data/datasets/mini_sp1024: not there; get it: $(PY) data/fineweb.py --train-shards 1 && $(PY) data/mini.py'; exit 1; }
 	@echo 'a budget of FLOPs, not of minutes: `left:` in the step lines says how long it will take here'
 	@$(PY) $(SCRIPT) --preset=mini --log_dir='$(LOG_DIR)' $(MINI_ARGS)
 
