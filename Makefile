@@ -25,7 +25,7 @@ help:
 	@echo 'make demo        train a small model for three minutes: artifact, score, curve, sample (MLX on Apple silicon, else PyTorch)'
 	@echo 'make demo-mlx    the same with train_gpt_mlx.py'
 	@echo 'make demo-torch  the same with train_gpt.py'
-	@echo 'make mini        the scale model of the challenge: 80,000 bytes of weights, 5e13 FLOPs (ten minutes to half an hour)'
+	@echo 'make mini        the scale model of the challenge: 80,000 bytes of weights, 5e13 training FLOPs, no clock'
 	@echo 'make test        all tests: both scripts are one model, artifacts, resume, everyday events, data, bad input'
 	@echo 'make lint        ruff: mistakes, and the one format'
 	@echo 'make bench       time a training step of both scripts, and of both attentions, on this machine'

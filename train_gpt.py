@@ -116,8 +116,6 @@ class Config:
     muon_momentum: float = 0.95  # Muon's momentum
     muon_momentum_warmup_start: float = 0.85  # ... and its value at the first step
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
-    matrix_decay: float = 0.0  # weight decay of block matrices: a step shrinks them by matrix_lr times this
-    embed_decay: float = 0.0  # ... of the embedding, by tied_embed_lr times this
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
     # score
     eval_loops: int = 0  # passes when scoring and sampling; 0 = the number active at the end of training
@@ -824,10 +822,9 @@ NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients
 
 
-def adam_rates(c: Config) -> dict[str, tuple[float, float]]:
-    """Learning rate, and weight decay times that rate, of every group that Adam trains."""
-    rates = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "gate": c.loop_gate_lr, "lora": c.lora_lr}
-    return {group: (rate, rate * c.embed_decay * (group == "embed")) for group, rate in rates.items()}
+def adam_rates(c: Config) -> dict[str, float]:
+    """Learning rate of every group that Adam trains."""
+    return {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "gate": c.loop_gate_lr, "lora": c.lora_lr}
 
 
 def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
@@ -890,10 +887,10 @@ class Optimizer:
             self.weights[low:high] = params[name].detach().flatten()
             params[name].data = self.weights[low:high].view(shape)
             params[name].grad = self.grads[low:high].view(shape)
-        self.adam_ranges = []  # (start, end, learning rate, decay) of each group
-        for group, rates in adam_rates(c).items():
+        self.adam_ranges = []  # (start, end, learning rate) of each group
+        for group, rate in adam_rates(c).items():
             if names := groups[group]:
-                self.adam_ranges.append((self.places[names[0]][0], self.places[names[-1]][1], *rates))
+                self.adam_ranges.append((self.places[names[0]][0], self.places[names[-1]][1], rate))
         self.adam_end = self.places[groups["matrix"][0]][0]
         self.exp_avg = torch.zeros_like(self.weights[: self.adam_end])
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
@@ -942,19 +939,16 @@ class Optimizer:
         self.exp_avg.lerp_(grads, 1 - BETA1)
         self.exp_avg_sq.mul_(BETA2).addcmul_(grads, grads, value=1 - BETA2)
         root = (self.exp_avg_sq / (1 - BETA2**self.steps)).sqrt_().add_(ADAM_EPS)
-        for low, high, rate, decay in self.adam_ranges:
+        for low, high, rate in self.adam_ranges:
             step_size = rate * lr_mul / (1 - BETA1**self.steps)
-            weights[low:high].mul_(1 - decay * lr_mul)
             weights[low:high].addcdiv_(self.exp_avg[low:high], root[low:high], value=-step_size)
 
     def update_muon(self, lr_mul: float, momentum: float, compute_dtype: torch.dtype) -> None:
         grads = self.grads[self.adam_end :]
         self.momentum.mul_(momentum).add_(grads)
         grads.add_(self.momentum, alpha=momentum)  # Nesterov
-        decay = self.config.matrix_lr * self.config.matrix_decay
         for low, high, shape, rates in self.stacks:
             direction = self.orthogonal(self.grads[low:high].view(shape).to(compute_dtype)).float()
-            self.weights[low:high].mul_(1 - decay * lr_mul)
             self.weights[low:high].view(shape).sub_(direction * (rates * lr_mul))
 
     def orthogonal(self, g: Tensor) -> Tensor:
@@ -2835,7 +2829,8 @@ bytes:    {", ".join(f"{group} {size}" for group, size in made.bytes_by_group.it
 export:   {r["quantizer"]}{aimed}, {seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
 training: {state.step} steps, {state.tokens} tokens, {state.flops:.3g} FLOPs, {state.seconds:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
-files:    {log.folder}: {" ".join(sorted(path.name for path in log.folder.iterdir()))}""")
+files:    {log.folder}: train.log metrics.jsonl result.json {"checkpoint.safetensors " * log.checkpoint.is_file()}\
+model.safetensors {log.artifact.name}""")
 
 
 # ======================================================================================================================

@@ -121,8 +121,6 @@ class Config:
     muon_momentum: float = 0.95  # Muon's momentum
     muon_momentum_warmup_start: float = 0.85  # ... and its value at the first step
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
-    matrix_decay: float = 0.0  # weight decay of block matrices: a step shrinks them by matrix_lr times this
-    embed_decay: float = 0.0  # ... of the embedding, by tied_embed_lr times this
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
     # score
     eval_loops: int = 0  # passes when scoring and sampling; 0 = the number active at the end of training
@@ -825,10 +823,9 @@ NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients
 
 
-def adam_rates(c: Config) -> dict[str, tuple[float, float]]:
-    """Learning rate, and weight decay times that rate, of every group that Adam trains."""
-    rates = {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "gate": c.loop_gate_lr, "lora": c.lora_lr}
-    return {group: (rate, rate * c.embed_decay * (group == "embed")) for group, rate in rates.items()}
+def adam_rates(c: Config) -> dict[str, float]:
+    """Learning rate of every group that Adam trains."""
+    return {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "gate": c.loop_gate_lr, "lora": c.lora_lr}
 
 
 def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
@@ -873,7 +870,7 @@ class Optimizer:
         self.config, self.dtype = c, model.dtype
         shapes = {name: p.shape for name, p in tree_flatten(model.parameters())}
         groups = {group: [name for name in shapes if param_group(name) == group] for group in PARAM_GROUPS}
-        self.adam_rates = {name: rates for group, rates in adam_rates(c).items() for name in groups[group]}
+        self.adam_rates = {name: rate for group, rate in adam_rates(c).items() for name in groups[group]}
         self.exp_avg = {name: mx.zeros(shapes[name]) for name in self.adam_rates}
         self.exp_avg_sq = {name: mx.zeros(shapes[name]) for name in self.adam_rates}
         self.momentum = {name: mx.zeros(shapes[name]) for name in groups["matrix"]}
@@ -918,21 +915,19 @@ class Optimizer:
         if clip:
             scale = mx.minimum(clip / (norm + 1e-6), 1.0)
             grads = {name: g * scale for name, g in grads.items()}
-        for name, (rate, decay) in self.adam_rates.items():
+        for name, rate in self.adam_rates.items():
             g = grads[name]
             exp_avg[name] = exp_avg[name] + (1 - BETA1) * (g - exp_avg[name])
             exp_avg_sq[name] = BETA2 * exp_avg_sq[name] + (1 - BETA2) * mx.square(g)
             root = mx.sqrt(exp_avg_sq[name] / correction) + ADAM_EPS
-            kept = weights[name] * (1 - decay * lr_mul)
-            weights[name] = kept - (rate * adam_lr_mul) * (exp_avg[name] / root)
+            weights[name] = weights[name] - (rate * adam_lr_mul) * (exp_avg[name] / root)
         for names, rates in self.stacks:
             g = mx.stack([grads[name] for name in names])
             m = momentum * mx.stack([moved[name] for name in names]) + g
             change = self.orthogonal(g + momentum * m) * (rates * lr_mul)  # Nesterov
-            kept = 1 - self.config.matrix_lr * self.config.matrix_decay * lr_mul
             for i, name in enumerate(names):
                 moved[name] = m[i]
-                weights[name] = weights[name] * kept - change[i]
+                weights[name] = weights[name] - change[i]
         return weights, exp_avg, exp_avg_sq, moved, norm
 
     def orthogonal(self, g: mx.array) -> mx.array:
@@ -2736,7 +2731,8 @@ bytes:    {", ".join(f"{group} {size}" for group, size in made.bytes_by_group.it
 export:   {r["quantizer"]}{aimed}, {seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
 training: {state.step} steps, {state.tokens} tokens, {state.flops:.3g} FLOPs, {state.seconds:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
-files:    {log.folder}: {" ".join(sorted(path.name for path in log.folder.iterdir()))}""")
+files:    {log.folder}: train.log metrics.jsonl result.json {"checkpoint.safetensors " * log.checkpoint.is_file()}\
+model.safetensors {log.artifact.name}""")
 
 
 # ======================================================================================================================

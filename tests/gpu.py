@@ -20,6 +20,7 @@ shards, else the corpus of data/offline.py. To try the stages elsewhere:
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -250,7 +251,7 @@ def run(args) -> dict:
     train += [f"--max_wallclock_seconds={args.seconds + kept}", f"--lr_warmup_steps={min(c.lr_warmup_steps, 20)}"]
     folder = args.out / "run"
     if not (folder / "checkpoint.safetensors").is_file():
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
         process = subprocess.Popen(train)
         log = folder / "train.log"
         while process.poll() is None and not (log.is_file() and b"\nstep:10/" in log.read_bytes()):

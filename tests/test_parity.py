@@ -188,7 +188,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 2989, "mlx": 2896}
+LINES = {"torch": 2984, "mlx": 2886}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -236,8 +236,7 @@ def model_cases():
 @pytest.mark.parametrize("layout,skips,gate,rank", list(model_cases()))
 def test_logits_gradients_and_three_steps(layout, skips, gate, rank):
     clip = 0.5 if rank else 0.0
-    decay = dict(matrix_decay=0.5, embed_decay=0.3) if rank else {}
-    c = tiny(layout, skips=skips, loop_gate=gate, lora_rank=rank, grad_clip_norm=clip, core_lr_scale=0.7, **decay)
+    c = tiny(layout, skips=skips, loop_gate=gate, lora_rank=rank, grad_clip_norm=clip, core_lr_scale=0.7)
     weights, stream = perturbed(c), Fixed(c)
     engines = {script: engine_of(script, c, weights) for script in SCRIPTS}
     passes = range(1, torch_script.parse_layout(layout).loops + 1)
@@ -258,13 +257,9 @@ def test_logits_gradients_and_three_steps(layout, skips, gate, rank):
     assert_close(mine[2].optimizer.state(), theirs[2].optimizer.state(), 1e-3)  # the updates alone do not show clipping
 
 
-PARTS = {"xsa": dict(xsa=True)}
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_the_recipe(part):
+def test_xsa():
     """The same logits, gradients and steps in both scripts, and not those of a model without it."""
-    plain, c = tiny("1+3x2+1"), tiny("1+3x2+1", **PARTS[part])
+    plain, c = tiny("1+3x2+1"), tiny("1+3x2+1", xsa=True)
     weights, stream = perturbed(c), Fixed(c)
     engines = {script: engine_of(script, c, weights) for script in SCRIPTS}
     ((ids, targets),) = stream.microbatches(0, 64, 0, 1, 64)
@@ -275,8 +270,7 @@ def test_parts_of_the_recipe(part):
     mine, theirs = (train(script, c, weights, [2] * 3) for script in ("mlx", "torch"))
     assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-4)
     assert_close(mine[1], theirs[1], 1e-3, base=weights, noise=only_rounding(grads["torch"]))
-    fewer = {name: value for name, value in weights.items() if name in torch_script.param_shapes(plain)}
-    assert not np.allclose(train("torch", plain, fewer, [2] * 3)[0], theirs[0], rtol=0, atol=1e-3)
+    assert not np.allclose(train("torch", plain, weights, [2] * 3)[0], theirs[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -388,21 +382,6 @@ def test_every_rate_is_multiplied(script):
     for name, start in weights.items():
         whole, half = (end[name] - start for end in ends)
         assert np.abs(whole).max() > 1e-3 and np.allclose(half, whole / 2, rtol=0, atol=1e-6), name
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_weight_decay(script):
-    """Block matrices and the embedding shrink by rate times decay before the step; nothing else does."""
-    c, decayed = tiny("1+2x2+1", lora_rank=2), dict(matrix_decay=2.0, embed_decay=3.0)
-    weights, ends = perturbed(c), []
-    for config in (c, dataclasses.replace(c, **decayed)):
-        engine = engine_of(script, config, weights)
-        engine.step(Fixed(c), 0, 2, 0.5, 0.9)
-        ends.append(engine.weights())
-    factors = {"matrix": 0.5 * c.matrix_lr * 2.0, "embed": 0.5 * c.tied_embed_lr * 3.0}
-    for name, start in weights.items():
-        expected = ends[0][name] - start * factors.get(torch_script.param_group(name), 0.0)
-        assert np.allclose(ends[1][name], expected, rtol=0, atol=1e-6), name
 
 
 def test_parameters_are_aligned():
