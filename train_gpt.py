@@ -95,6 +95,7 @@ class Config:
     skips: str = "per_loop"  # per_loop | official | none: the U-Net shortcuts
     loop_gate: str = "x0"  # x0 | gain | none: what happens after every pass but the first
     loop_gate_init: float = 1.0  # 1 is no gate; gain: 0 lets a pass enter as the identity; x0: 1/R is PR #319's
+    inject: str = "none"  # none | add | concat | gate: how the prelude's output enters every pass but the first again
     lora_rank: int = 0  # rank of the per-pass change of every core linear; 0 = off
     qk_gain_init: float = 1.5  # initial factor on the queries, one per head
     xsa: bool = False  # exclusive self attention: what a head says of a token's own value is taken off (PR #634)
@@ -104,7 +105,10 @@ class Config:
     max_wallclock_seconds: float = 600.0  # seconds of training, compilation and validation not counted
     max_train_flops: float = 0.0  # floating-point operations of training, by the formula of flops_per_token
     train_batch_tokens: int = 524288  # tokens a step, over all processes
-    loop_schedule: str = ""  # "0:1,0.35:3" = one pass, from 35 % of training three; "" = all passes throughout
+    # one pass, from 35 % of training three; or "linear:0.75", "1-sqrt:0.75": one more at a time in the first 75 %
+    loop_schedule: str = ""  # "0:1,0.35:3" and the like (above); "" = all passes throughout
+    loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
+    bptt_passes: int = 0  # gradients flow back through so many passes, the last; 0 = all
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
@@ -184,6 +188,7 @@ CHOICES = {
     "preset": ("", *PRESETS),
     "skips": ("per_loop", "official", "none"),
     "loop_gate": ("x0", "gain", "none"),
+    "inject": ("none", "add", "concat", "gate"),
     "count_code": ("1", "packed", "0"),
     "quantizer": ("absmax", "trellis"),
     "device": ("", "cuda", "mps", "gpu", "cpu"),
@@ -332,7 +337,7 @@ def config_sha256(c: Config) -> str:
 # ======================================================================================================================
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank
-    train_seq_len xsa""".split()
+    train_seq_len xsa inject""".split()
 
 
 class Layout(NamedTuple):
@@ -370,7 +375,9 @@ def check_model(c: Config) -> None:
     require(heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", heads, f"try {near}")
     require(heads % c.num_kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", c.num_kv_heads)
     require(c.train_seq_len * dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", c.train_seq_len * dim)
-    require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
+    one_pass = f"with one pass (LAYOUT={c.layout})"
+    require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 {one_pass}", c.lora_rank)
+    require(c.inject == "none" or layout.loops > 1, "INJECT", f"none {one_pass}", c.inject)
     most = f"at most {layout.loops} passes with SKIPS=official (the shortcuts of more were never trained)"
     trained = c.eval_loops <= layout.loops or c.skips != "official"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
@@ -458,6 +465,10 @@ def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
         shapes["loop_embed"] = (layout.loops, dim)
         if c.loop_gate != "none":
             shapes["loop_gate"] = (layout.loops,)
+        if c.inject == "gate":
+            shapes["inject_gate"] = (dim,)
+        if c.inject == "concat":
+            shapes["inject.weight"] = (dim, 2 * dim)
         for i in range(layout.prelude, layout.prelude + layout.core) if c.lora_rank else ():
             for name, (out, inp) in linear_shapes(c).items():
                 shapes[f"blocks.{i}.{name}.lora_a"] = (layout.loops, c.lora_rank, inp)
@@ -467,10 +478,10 @@ def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
 
 PARAM_GROUPS = {
     "embed": r"tok_emb\.weight",
-    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|loop_embed",
+    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|loop_embed|inject_gate",
     "gate": r"loop_gate",
     "lora": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.lora_[ab]",
-    "matrix": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.weight",
+    "matrix": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.weight|inject\.weight",
 }
 
 
@@ -489,11 +500,13 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
     """float32 start values from one generator: equal seeds give equal weights in both scripts, and equal block weights
     in every layout with the same blocks. Per-pass parameters start as the identity (but for a gate other than 1)."""
     rng, weights = np.random.RandomState(c.seed), {}
-    constants = {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init}
+    constants = {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init, "inject_gate": 0.5}
     for name, shape in param_shapes(c).items():
         leaf = name.rsplit(".", 1)[-1]
         if name == "tok_emb.weight":
             value = EMBED_INIT_STD * rng.standard_normal(shape)
+        elif name == "inject.weight":
+            value = np.hstack([0.5 * np.eye(c.model_dim)] * 2)
         elif name.endswith("proj.weight") or leaf in ("lora_b", "loop_embed"):
             value = np.zeros(shape)
         elif leaf in ("weight", "lora_a"):
@@ -521,7 +534,7 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
             for key, row in skip_rows(their_layout, their_config["skips"]).items():
                 if key in rows and value.shape[1] == c.model_dim:
                     mine[rows[key]] = value[row]
-        elif name in ("loop_embed", "loop_gate") or ".lora_" in name:
+        elif name in ("loop_embed", "loop_gate") or ".lora_" in name or name.startswith("inject"):
             alike = name != "loop_gate" or c.loop_gate == their_config["loop_gate"]  # x0's gates are no gains
             if alike and mine is not None and mine.shape[1:] == value.shape[1:]:
                 mine[: len(value)] = value[: len(mine)]
@@ -545,12 +558,25 @@ def effective_params(c: Config) -> int:
 
 def flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of one forward pass per token: 2 per weight and application, 2*seq*dim per attention
-    (its causal half), the output layer, LoRA. Training costs three times this; the optimizer is not counted."""
-    layout, linears = parse_layout(c.layout), linear_shapes(c).values()
-    applications = layout.prelude + layout.core * loops + layout.coda
-    matrices = sum(out * inp for out, inp in linears)
-    lora = c.lora_rank * sum(out + inp for out, inp in linears) * layout.core * loops
-    return 2.0 * (applications * (matrices + c.train_seq_len * c.model_dim) + lora + c.vocab_size * c.model_dim)
+    (its causal half), the output layer, LoRA, INJECT=concat."""
+    layout = parse_layout(c.layout)
+    once = (layout.prelude + layout.coda) * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim
+    concat = 4.0 * c.model_dim**2 * (loops - 1) * (c.inject == "concat")
+    return once + layout.core * flops_per_block(c, c.lora_rank) * loops + concat
+
+
+def flops_per_block(c: Config, rank: int) -> float:
+    """Floating-point operations of a block with LoRA of this rank, per token, forward."""
+    linears = linear_shapes(c).values()
+    lora = rank * sum(out + inp for out, inp in linears)
+    return 2.0 * (sum(out * inp for out, inp in linears) + c.train_seq_len * c.model_dim + lora)
+
+
+def train_flops_per_token(c: Config, loops: int) -> float:
+    """Floating-point operations of training per token: three times the forward pass, but once where BPTT_PASSES stops
+    the gradient. The optimizer is not counted."""
+    stopped = max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
+    return 3 * flops_per_token(c, loops) - 2 * stopped * parse_layout(c.layout).core * flops_per_block(c, c.lora_rank)
 
 
 # ======================================================================================================================
@@ -702,23 +728,30 @@ class RecurrentGPT(nn.Module):
         self.tok_emb = Linear(*shapes["tok_emb.weight"])
         ranks = [c.lora_rank if i in core else 0 for i in range(self.layout.blocks)]
         self.blocks = nn.ModuleList([Block(c, self.layout.loops, rank) for rank in ranks])
-        for name in ("skip_weights", "loop_embed", "loop_gate"):
+        if "inject.weight" in shapes:
+            self.inject = Linear(*shapes["inject.weight"])
+        for name in ("skip_weights", "loop_embed", "loop_gate", "inject_gate"):
             if name in shapes:
                 setattr(self, name, nn.Parameter(torch.empty(shapes[name])))
         cos, sin = rotary_tables(c.train_seq_len, c.model_dim // c.num_heads)
         self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
         self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
 
-    def hidden(self, ids: Tensor, loops: int) -> Tensor:
-        """ids [n, t] -> normed activations [n, t, dim]."""
+    def hidden(self, ids: Tensor, loops: int, bptt_passes: int = 0) -> Tensor:
+        """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all."""
         x0 = x = rms_norm(F.embedding(ids, self.tok_emb.weight).to(self.dtype))
         looped = self.layout.loops > 1
         saved: dict[int, Tensor] = {}
         for number, visit in enumerate(visits(self.layout, self.config.skips, loops)):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
             if visit.opens and looped:
-                x = x + self.loop_embed[row].to(x.dtype)
-                x_in = x
+                if visit.loop == 0:
+                    entry = x
+                elif bptt_passes and visit.loop == loops - bptt_passes:
+                    x = x.detach()
+                x = x_in = x + self.loop_embed[row].to(x.dtype)
+                if visit.loop > 0:
+                    x = self.injected(x, entry)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row].to(x.dtype) * saved.pop(visit.skip_from)
             loop = visit.loop if self.config.lora_rank else 0  # blocks that are called alike share a compiled graph
@@ -728,6 +761,17 @@ class RecurrentGPT(nn.Module):
             if visit.closes and visit.loop > 0 and looped and self.config.loop_gate != "none":
                 x = self.gate(x, x_in, x0, row)
         return rms_norm(x)
+
+    def injected(self, x: Tensor, entry: Tensor) -> Tensor:
+        """What a pass but the first starts from: its state x and `entry`, the prelude's output, which is all that the
+        first starts from. `add`: x + entry; `gate`: g*x + (1-g)*entry; `concat`: A [x, entry] (arXiv 2511.07384)."""
+        if self.config.inject == "add":
+            return x + entry
+        if self.config.inject == "gate":
+            return x + (self.inject_gate - 1).to(x.dtype) * (x - entry)
+        if self.config.inject == "concat":
+            return self.inject(torch.cat((x, entry), dim=-1), 0)
+        return x
 
     def gate(self, x: Tensor, x_in: Tensor, x0: Tensor, row: int) -> Tensor:
         """After every pass but the first. `gain`: x_in + g*(x - x_in), so that a pass whose g is 0 changes nothing.
@@ -751,9 +795,9 @@ class RecurrentGPT(nn.Module):
         """ids [n, t] -> logits, float32 [n, t, vocab]."""
         return self.logits(self.hidden(ids, loops))
 
-    def token_losses(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
+    def token_losses(self, ids: Tensor, targets: Tensor, loops: int, bptt_passes: int = 0) -> Tensor:
         """ids, targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
-        return self.losses(self.hidden(ids, loops), targets)
+        return self.losses(self.hidden(ids, loops, bptt_passes), targets)
 
 
 # ======================================================================================================================
@@ -761,13 +805,19 @@ class RecurrentGPT(nn.Module):
 # What happens when, as functions of progress, the fraction of training done.
 # ======================================================================================================================
 def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
-    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes."""
+    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes. A curriculum of
+    width w rises with x = progress / w, as loops * x or loops * (1 - sqrt(1 - x)), rounded up (arXiv 2511.07384)."""
     name, found = "LOOP_SCHEDULE", f'"{text}"'
+    kind, _, width = text.partition(":")
     try:
+        if kind in ("linear", "1-sqrt"):
+            left = [1 - n / loops for n in range(loops)]
+            starts = [1 - part**2 if kind == "1-sqrt" else 1 - part for part in left]
+            text = ",".join(f"{start * float(width)}:{n}" for n, start in enumerate(starts, 1))
         schedule = [(float(at), int(n)) for at, n in (entry.split(":") for entry in (text or f"0:{loops}").split(","))]
     except ValueError:
         schedule = []
-    require(schedule, name, 'fraction:passes,... such as "0:1,0.35:3"', found)
+    require(schedule, name, '"0:1,0.35:3", fractions of training and passes, "linear:0.75" or "1-sqrt:0.75"', found)
     (start, fewest), (end, most) = schedule[0], schedule[-1]
     require(start == 0, name, "a start at 0", found, 'begin with "0:1"')
     rising = all(a < b and m < n for (a, m), (b, n) in zip(schedule, schedule[1:]))
@@ -780,7 +830,14 @@ def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
 
 
 def check_schedules(c: Config) -> None:
-    parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops)
+    loops = parse_layout(c.layout).loops
+    parse_loop_schedule(c.loop_schedule, loops)
+    one_pass = f"0 with one pass (LAYOUT={c.layout})"
+    for name in ("loop_sample", "bptt_passes"):
+        require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
+    most = loops if c.skips == "official" else 64  # shortcuts of more passes have no weights; a draw of more is a waste
+    expected = f"0, or from the {loops} passes of LAYOUT to {most}"
+    require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
     require(budget or c.mode != "train", name, "one budget", "none", "set one")
@@ -802,6 +859,23 @@ def progress_of(c: Config, step: int, seconds: float, flops: float) -> float:
 
 def loops_at(c: Config, progress: float) -> int:
     return [n for at, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops) if at <= progress][-1]
+
+
+def draw_loops(c: Config, mean: int, step: int) -> int:
+    """Passes of a step where about `mean` are scheduled: with LOOP_SAMPLE one more than a Poisson number whose rate is
+    log-normal with sigma 1/2 and mean `mean` - 1 (arXiv 2511.07384, where the mean is one more). The same on every
+    process and in both scripts, since the seed and the step draw it."""
+    if not c.loop_sample or mean == 1:
+        return mean
+    rng, sigma = np.random.RandomState([c.seed, step]), 0.5  # its stream is the same in every NumPy
+    rate = math.exp(rng.normal(math.log(mean - 1) - sigma**2 / 2, sigma))
+    return min(1 + int(rng.poisson(rate)), c.loop_sample)
+
+
+def loop_counts(c: Config) -> list[int]:
+    """Every number of passes that a step of training can have."""
+    scheduled = [n for _, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops)]
+    return list(range(1, c.loop_sample + 1)) if c.loop_sample else scheduled
 
 
 def lr_mul_at(c: Config, step: int, progress: float) -> float:
@@ -829,8 +903,8 @@ def adam_rates(c: Config) -> dict[str, float]:
 
 def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
     """Muon's learning rate of one matrix [rows, columns]."""
-    layout, block = parse_layout(c.layout), int(name.split(".")[1])
-    looped = layout.loops > 1 and layout.prelude <= block < layout.prelude + layout.core
+    layout, (group, block, *_) = parse_layout(c.layout), name.split(".")
+    looped = group == "inject" or (layout.loops > 1 and 0 <= int(block) - layout.prelude < layout.core)
     return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5 * (c.core_lr_scale if looped else 1.0)
 
 
@@ -1222,7 +1296,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 class Curvature(NamedTuple):
     """How the loss bends, a token, float32; what EXPORT needs of a model beside its weights."""
 
-    hessians: dict[str, np.ndarray]  # of every block matrix, [in, in]: sum of x x^T over its inputs x, weighted
+    hessians: dict[
+        str, np.ndarray
+    ]  # of every matrix but the embedding, [in, in]: sum of x x^T over its inputs x, weighted
     squares: dict[str, np.ndarray]  # of every parameter, its shape: the empirical Fisher information
     tokens: int  # looked at
 
@@ -1322,7 +1398,7 @@ class Engine:
         self.optimizer = Optimizer(self.model, self.config, self.rank, self.world) if training else None
         self.model.requires_grad_(training)
         self.losses = self.model.token_losses
-        if self.compiled and self.device.type == "cpu":  # one graph for all blocks and passes compiles much sooner
+        if self.compiled and (self.device.type == "cpu" or self.config.loop_sample):  # one graph for all passes
             for block in self.model.blocks:
                 block.compile(dynamic=False)
             self.model.losses = torch.compile(self.model.losses, dynamic=False)
@@ -1340,7 +1416,7 @@ class Engine:
         """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
         total, batch = torch.zeros((), device=self.device), self.config.train_batch_tokens
         for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
-            loss = self.losses(self.tensor(ids), self.tensor(targets), loops).sum() / batch
+            loss = self.losses(self.tensor(ids), self.tensor(targets), loops, self.config.bptt_passes).sum() / batch
             loss.backward()
             total += loss.detach()
         if self.world > 1:
@@ -1367,9 +1443,7 @@ class Engine:
         output (GuidedQuant, arXiv 2505.07004); squares are of the gradient of each sequence."""
         params = dict(self.model.named_parameters())
         linears = {
-            name: part
-            for name, part in self.model.named_modules()
-            if isinstance(part, Linear) and name.startswith("blocks.")
+            name: part for name, part in self.model.named_modules() if isinstance(part, Linear) and name != "tok_emb"
         }
         batch, began, seen = calibration_tokens(self.config, self.world), time.perf_counter(), 0
         with self.probed(linears) as sums, torch.compiler.set_stance("force_eager"):
@@ -1419,7 +1493,8 @@ class Engine:
 
     def token_losses(self, ids: np.ndarray, targets: np.ndarray, loops: int) -> np.ndarray:
         """float32 [n, t]. While training this is the training graph (gradients on), so that nothing new is compiled."""
-        return self.losses(self.tensor(ids), self.tensor(targets), loops).detach().cpu().numpy()
+        losses = self.losses(self.tensor(ids), self.tensor(targets), loops, self.config.bptt_passes)
+        return losses.detach().cpu().numpy()
 
     @torch.no_grad()
     def next_logits(self, ids: np.ndarray, loops: int) -> np.ndarray:
@@ -1551,7 +1626,8 @@ class Launched(NamedTuple):
 
     step: int
     loops: int
-    flops: float
+    its_flops: float  # of this step
+    flops: float  # of training up to its end
     lr_mul: float
     results: tuple  # what `Engine.read` turns into loss and gradient norm
     seconds: float
@@ -1605,7 +1681,8 @@ class Trainer:
             seconds, stopped = self.clock()
             at = progress_of(c, state.step, seconds, state.flops)
             loops = loops_at(c, at)
-            flops = 3 * flops_per_token(c, loops) * c.train_batch_tokens
+            passes = draw_loops(c, loops, state.step)
+            flops = train_flops_per_token(c, passes) * c.train_batch_tokens
             done = self.is_done(at, seconds, flops)
             self.before = seconds
             ends = done or stopped
@@ -1616,13 +1693,13 @@ class Trainer:
             if ends:
                 return done
             if whole:
-                self.launch(at, loops, flops)
+                self.launch(at, loops, passes, flops)
 
     def is_done(self, at: float, seconds: float, flops: float) -> bool:
         """Whether a budget is used up, or would be by one more step."""
         c, state = self.config, self.state
-        average = seconds / max(state.step, 1)
-        pace = max(average, seconds - self.before)  # with more passes steps are longer at once
+        average = seconds * flops / (state.flops or 1.0)  # of a step with so many passes
+        pace = max(average, seconds - self.before)
         cap = seconds_to_train(c)
         late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap
         return bool(at >= 1 or late or (c.max_train_flops and state.flops + flops > c.max_train_flops))
@@ -1659,22 +1736,22 @@ class Trainer:
         self.restart_clock(seconds)
         return whole
 
-    def launch(self, at: float, loops: int, flops: float) -> None:
-        """Starts the next step, then reads and logs the one before."""
+    def launch(self, at: float, loops: int, passes: int, flops: float) -> None:
+        """Starts the next step, of `passes`, where `loops` are scheduled; then reads and logs the one before."""
         c, state = self.config, self.state
         epoch = state.tokens // self.stream.total
         if state.step and epoch > (state.tokens - c.train_batch_tokens) // self.stream.total:
             again = f"epoch:{epoch + 1} the {self.stream.total} training tokens are read again"
             self.log.line(f"step:{state.step}/{c.iterations} {again}")
         lr_mul = lr_mul_at(c, state.step, at)
-        results = self.engine.step(self.stream, state.tokens, loops, lr_mul, momentum_at(c, state.step))
+        results = self.engine.step(self.stream, state.tokens, passes, lr_mul, momentum_at(c, state.step))
         state.step += 1
         state.tokens += c.train_batch_tokens
         state.flops += flops
         state.loops = loops
         self.read_launched()
         seconds = time.perf_counter() - self.started
-        self.launched = Launched(state.step, loops, state.flops, lr_mul, results, seconds)
+        self.launched = Launched(state.step, passes, flops, state.flops, lr_mul, results, seconds)
 
     def read_launched(self) -> None:
         """Waits for the step launched last, checks it and logs it."""
@@ -1699,7 +1776,7 @@ class Trainer:
         """A line in the challenge's keys, and the same in metrics.jsonl."""
         c, ms = self.config, 1000 * seconds
         peak = (self.engine.peak_flops or 0) * self.engine.world
-        mfu = f" mfu:{rate * 3 * flops_per_token(c, one.loops) / peak:.3f}" if peak else ""
+        mfu = f" mfu:{rate * one.its_flops / c.train_batch_tokens / peak:.3f}" if peak else ""
         self.log.line(
             f"step:{one.step}/{c.iterations} train_loss:{loss:.4f} loops:{one.loops} lr_mul:{one.lr_mul:.3f} "
             f"grad_norm:{norm:.2f} train_time:{ms:.0f}ms step_avg:{ms / one.step:.2f}ms "
@@ -1728,7 +1805,7 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
             log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run and are done again")
         write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
         trainer = Trainer(c, engine, log, stream, score, state, stop)
-        for _, loops in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops):
+        for loops in loop_counts(c):
             if not engine.agree(0.0, bool(stop.number))[1]:
                 began = time.perf_counter()
                 engine.warm_up(stream, loops)
@@ -1876,7 +1953,7 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
 # One file: magic, version, length of the header, header (JSON, deflated), the code of all tensors, SHA-256 of all
 # before. Reading runs no code of the file.
 # ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 7, struct.Struct("<4sII")
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 8, struct.Struct("<4sII")
 LARGEST_HEADER = 1 << 20  # bytes, unpacked
 LARGEST_SYMBOL, LARGEST_EXPONENT = 2**15 - 1, 480  # of the integers, and of the steps in quarter octaves
 INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors, as float16
@@ -2371,7 +2448,9 @@ def bytes_by_group(c: Config, bits: dict[str, float], size: int) -> dict[str, in
     layout = parse_layout(c.layout)
     for name, some in bits.items():
         group = "vectors" if is_vector(name) else param_group(name)
-        if group == "matrix":
+        if name == "inject.weight":
+            group = "core"
+        elif group == "matrix":
             block = int(name.split(".")[1])
             group = "prelude" if block < layout.prelude else "core" if block < layout.prelude + layout.core else "coda"
         groups[group] += some / 8

@@ -1,0 +1,237 @@
+"""How many passes, what enters them and how far back gradients flow: INJECT, LOOP_SAMPLE, BPTT_PASSES, curricula."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import TINY, run_in_process
+from scipy import stats
+from test_parity import (
+    SCRIPTS,
+    Fixed,
+    assert_close,
+    engine_of,
+    gradients_of,
+    logits_of,
+    only_rounding,
+    perturbed,
+    same,
+    tiny,
+    torch_script,
+    train,
+)
+
+KINDS = ("add", "concat", "gate")
+
+
+# ---- what enters a pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_injection_is_one_in_both_scripts(kind):
+    c = tiny("1+2x3+1", inject=kind, lora_rank=2)
+    weights, stream = perturbed(c), Fixed(c)
+    engines = {script: engine_of(script, c, weights) for script in SCRIPTS}
+    ((ids, targets),) = stream.microbatches(0, 64, 0, 1, 64)
+    for loops in (2, 3, 5):
+        logits = {script: logits_of(script, engine, ids, loops) for script, engine in engines.items()}
+        assert np.abs(logits["torch"] - logits["mlx"]).max() < 1e-4
+    grads = {script: gradients_of(script, engine, ids, targets, 3) for script, engine in engines.items()}
+    assert_close(grads["mlx"], grads["torch"], 1e-3)
+    mine, theirs = (train(script, c, weights, [3] * 3) for script in ("mlx", "torch"))
+    assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-4)
+    assert_close(mine[1], theirs[1], 1e-3, base=weights, noise=only_rounding(grads["torch"]))
+    plain = {name: value for name, value in weights.items() if not name.startswith("inject")}
+    other = logits_of("torch", engine_of("torch", tiny("1+2x3+1", lora_rank=2), plain), ids, 3)
+    assert np.abs(other - logits_of("torch", engines["torch"], ids, 3)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_pass_takes_nothing_in(script, kind):
+    """So that a trained model without loops is a looped one's first pass, bit for bit."""
+    c, ids = tiny("1+2x2+1", inject=kind), np.random.RandomState(3).randint(0, 48, (2, 16))
+    weights = perturbed(c)
+    plain = {name: value for name, value in weights.items() if not name.startswith("inject")}
+    found = logits_of(script, engine_of(script, c, weights), ids, 1)
+    assert np.array_equal(found, logits_of(script, engine_of(script, tiny("1+2x2+1"), plain), ids, 1))
+
+
+def test_injection_at_its_start_is_the_mean_of_state_and_entry():
+    """`gate` and `concat` start as (x + entry) / 2, `add` is x + entry and has no weights."""
+    ids = np.random.RandomState(3).randint(0, 48, (2, 16))
+    fresh = {kind: torch_script.initial_weights(tiny("1+2x2+1", inject=kind)) for kind in KINDS}
+    base = perturbed(tiny("1+2x2+1"))
+    found = {
+        kind: logits_of("torch", engine_of("torch", tiny("1+2x2+1", inject=kind), weights | base), ids, 2)
+        for kind, weights in fresh.items()
+    }
+    assert fresh["add"].keys() == base.keys()
+    assert np.allclose(found["gate"], found["concat"], rtol=0, atol=1e-4)
+    open_gate = fresh["gate"] | base | {"inject_gate": np.ones(32, np.float32)}
+    plain = logits_of("torch", engine_of("torch", tiny("1+2x2+1"), base), ids, 2)
+    assert np.array_equal(logits_of("torch", engine_of("torch", tiny("1+2x2+1", inject="gate"), open_gate), ids, 2),
+                          plain)  # fmt: skip
+    assert np.abs(found["add"] - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+@pytest.mark.parametrize("quantizer", ("absmax", "trellis"))
+def test_the_matrix_of_an_injection_is_exported(script, quantizer, tmp_path):
+    """As every matrix: with its Hessian on a trellis, and read back."""
+    c = tiny("1+2x2+1", inject="concat", quantizer=quantizer, calib_tokens=64, quant_loss=0.01 * (quantizer[0] == "t"))
+    weights = perturbed(c)
+    engine = script.Engine(c)
+    engine.build(weights)
+    curvature = engine.curvature(Fixed(c), 0, 2) if quantizer == "trellis" else None
+    assert curvature is None or curvature.hessians["inject.weight"].shape == (64, 64)
+    made = script.export_model(c, weights, 2, curvature)
+    path = tmp_path / "model.int6.rgpt"
+    path.write_bytes(made.data)
+    back = script.read_artifact(path)
+    assert back.model["inject"] == "concat" and made.plain_rounded == 0
+    error = np.linalg.norm(back.weights["inject.weight"] - weights["inject.weight"])
+    assert error < 0.3 * np.linalg.norm(weights["inject.weight"])
+    started = script.transfer_weights(c, back.weights, back.model)
+    assert same(started, back.weights)
+    other = script.transfer_weights(tiny("1+2x2+1", inject="gate"), back.weights, back.model)
+    assert np.array_equal(other["inject_gate"], np.full(32, 0.5, np.float32))
+
+
+# ---- how far back
+
+
+@pytest.mark.parametrize("inject", ("none", "gate"))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_as_many_passes_as_there_are_is_the_whole_gradient(script, inject):
+    c = tiny("1+2x3+1", inject=inject, bptt_passes=3)
+    weights = perturbed(c)
+    whole = train(script, dataclasses.replace(c, bptt_passes=0), weights, [3, 2, 3])
+    for kept in (3, 5):
+        found = train(script, dataclasses.replace(c, bptt_passes=kept), weights, [3, 2, 3])
+        assert found[0] == whole[0] and same(found[1], whole[1])
+    fewer = train(script, dataclasses.replace(c, bptt_passes=1), weights, [3, 2, 3])
+    assert fewer[0][0] == whole[0][0] and not same(fewer[1], whole[1])
+
+
+@pytest.mark.parametrize("kept", (1, 2))
+def test_a_stopped_gradient_is_that_of_the_last_blocks_of_an_untied_model(kept):
+    """The same blocks as copies of their own: the core's gradient is the sum over the last copies alone; the coda's is
+    whole, and the prelude, behind the stop, has none. Momentum 0 leaves the gradient in the optimizer's state."""
+    c = tiny("1+2x3+1", skips="none", loop_gate="none", bptt_passes=kept)
+    weights = perturbed(c)
+    weights["loop_embed"][:] = 0
+    listed = [0, *(1, 2) * 3, 3]
+    untied = {"tok_emb.weight": weights["tok_emb.weight"]}
+    for copy, block in enumerate(listed):
+        start = f"blocks.{block}."
+        untied |= {
+            name.replace(start, f"blocks.{copy}."): value for name, value in weights.items() if name.startswith(start)
+        }
+    plain = engine_of("torch", tiny("8", skips="none"), untied)
+    ((ids, targets),) = Fixed(c).microbatches(0, 64, 0, 1, 64)
+    wanted = gradients_of("torch", plain, ids, targets, 1)
+    for script in SCRIPTS:
+        engine = engine_of(script, c, weights)
+        engine.step(Fixed(c), 0, 3, 1.0, 0.0)
+        found = {name: value for name, value in engine.optimizer.state().items() if name.startswith("momentum.blocks")}
+        for name, value in found.items():
+            _, _, block, part = name.split(".", 3)
+            last = {"0": [], "3": [7]}.get(block, [int(block) + 2 * a for a in range(3 - kept, 3)])
+            expected = sum((wanted[f"blocks.{copy}.{part}"] for copy in last), np.zeros_like(value))
+            assert np.abs(value - expected).max() <= 1e-3 * np.abs(expected).max() + 1e-7, (script, name)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_curvature_sees_every_pass(script):
+    c = tiny("1+2x3+1", quantizer="trellis", calib_tokens=64)
+    weights = perturbed(c)
+    whole, stopped = (
+        engine_of(script, dataclasses.replace(c, bptt_passes=kept), weights).curvature(Fixed(c), 0, 3)
+        for kept in (0, 1)
+    )
+    assert same(whole.hessians, stopped.hessians) and same(whole.squares, stopped.squares)
+
+
+# ---- how many
+
+
+@pytest.mark.parametrize("mean,cap", [(2, 64), (3, 64), (4, 64), (4, 6), (8, 8)])
+def test_drawn_passes_have_the_mean_that_is_scheduled(mean, cap):
+    """Against the mixture of Poisson and log-normal by quadrature, before and after the cap; alike in both scripts."""
+    c = tiny(f"1+2x{mean}+1", loop_sample=cap)
+    draws = np.array([torch_script.draw_loops(c, mean, step) for step in range(2500)])
+    assert all(SCRIPTS["mlx"].draw_loops(c, mean, step) == draws[step] for step in range(50))
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    rates = np.exp(math.log(mean - 1) - 1 / 8 + points / 2)
+    chances = weights / weights.sum() @ stats.poisson.pmf(np.arange(300), rates[:, None])
+    passes = np.minimum(1 + np.arange(300), cap)
+    expected = chances @ passes
+    assert cap < 64 or math.isclose(expected, mean, rel_tol=1e-3)
+    spread = math.sqrt(chances @ np.square(passes - expected))
+    assert abs(draws.mean() - expected) < 4 * spread / math.sqrt(len(draws))
+    assert abs(draws.std() - spread) < 0.08 * spread and draws.min() == 1 and draws.max() <= cap
+    assert torch_script.draw_loops(c, 1, 7) == 1  # before the switch there is nothing to draw
+    assert {torch_script.draw_loops(dataclasses.replace(c, loop_sample=0), mean, step) for step in range(9)} == {mean}
+    assert torch_script.loop_counts(c) == list(range(1, cap + 1))
+
+
+CURRICULA = {  # training FLOPs over those of all passes throughout, 8 blocks once, 8 looped, 8 passes with gradient
+    4: (0.925, 0.85, 0.775, 0.70, 0.894, 0.787, 0.681, 0.575),
+    8: (0.903, 0.805, 0.708, 0.611, 0.866, 0.733, 0.599, 0.465),
+    32: (0.915, 0.831, 0.746, 0.662, 0.882, 0.764, 0.646, 0.528),
+}
+
+
+@pytest.mark.parametrize("loops", CURRICULA)
+def test_curricula_cost_what_the_paper_says(loops):
+    """arXiv 2511.07384's FLOPs, of blocks alone: 6 a weight with gradient, 2 without."""
+    c = tiny(f"4+8x{loops}+4", bptt_passes=8, skips="none")
+    block = torch_script.flops_per_block(c, 0)
+    head = 6.0 * c.vocab_size * c.model_dim
+
+    def cost(n: int) -> float:
+        return (torch_script.train_flops_per_token(c, n) - head) / block
+
+    assert cost(loops) == pytest.approx(3 * (8 + 8 * min(loops, 8)) + 8 * max(loops - 8, 0))
+    found = []
+    for kind in ("linear", "1-sqrt"):
+        for width in (0.25, 0.5, 0.75, 1.0):
+            schedule = torch_script.parse_loop_schedule(f"{kind}:{width}", loops)
+            ends = [at for at, _ in schedule[1:]] + [1.0]
+            found.append(sum((end - at) * cost(n) for (at, n), end in zip(schedule, ends)) / cost(loops))
+    assert np.allclose(found, CURRICULA[loops], rtol=0, atol=0.0051)
+
+
+def test_flops_are_those_of_the_formula():
+    """An amended formula must leave what was published as it was."""
+    c = tiny("1+2x3+1", lora_rank=2)
+    linears = torch_script.linear_shapes(c).values()
+    matrices, lora = sum(a * b for a, b in linears), 2 * sum(a + b for a, b in linears) * 2 * 3
+    forward = 2 * (8 * (matrices + 16 * 32) + lora + 48 * 32)
+    assert torch_script.flops_per_token(c, 3) == forward
+    assert torch_script.train_flops_per_token(c, 3) == 3 * forward
+    concat = dataclasses.replace(c, inject="concat")
+    assert torch_script.flops_per_token(concat, 3) == forward + 2 * 2 * (32 * 64)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_draws_its_passes_and_counts_them(name, data, tmp_path):
+    """Every step has the passes that its seed and number draw, no draw is a switch, and FLOPs are added up as drawn."""
+    script = SCRIPTS[name]
+    flags = ("--loop_sample=4", "--bptt_passes=1", "--inject=concat", "--loop_schedule=0:1,0.25:2", "--run_id=a")
+    outcome = run_in_process(script, *flags, LOG_DIR=tmp_path, **TINY | data.env)
+    assert outcome.code == 0, outcome
+    log = (tmp_path / "a" / "train.log").read_text()
+    assert log.count("loops:1->2") == 1 and "loops:2->" not in log
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "train_loss" in row]
+    c = script.load_config(list(flags), TINY | {key: str(value) for key, value in data.env.items()}, "")[0]
+    expected = [script.draw_loops(c, 1 if step < 2 else 2, step) for step in range(8)]
+    assert [row["loops"] for row in steps] == expected and len(set(expected)) > 2
+    flops = np.cumsum([script.train_flops_per_token(c, n) * 256 for n in expected])
+    assert np.allclose([row["flops"] for row in steps], flops, rtol=1e-12)
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["eval_loops"] == 2 and math.isclose(result["train_flops"], flops[-1])
