@@ -516,7 +516,8 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
         elif leaf in ("weight", "lora_a"):
             value = rng.uniform(-1, 1, shape) / math.sqrt(shape[-1])
         elif leaf == "resid_mix":
-            value = np.broadcast_to([[1.0], [0.0]], shape)
+            value = np.ones(shape)
+            value[..., 1, :] = 0
         else:
             value = np.full(shape, constants.get(leaf, 1.0))
         weights[name] = value.astype(np.float32)
