@@ -97,6 +97,7 @@ class Config:
     loop_gate_init: float = 1.0  # 1 is no gate; gain: 0 lets a pass enter as the identity; x0: 1/R is PR #319's
     inject: str = "none"  # none | add | concat | gate: how the prelude's output enters every pass but the first again
     lora_rank: int = 0  # rank of the per-pass change of every core linear; 0 = off
+    pass_vectors: bool = False  # q_gain, attn_scale, mlp_scale and resid_mix of core blocks have a row a pass
     qk_gain_init: float = 1.5  # initial factor on the queries, one per head
     xsa: bool = False  # exclusive self attention: what a head says of a token's own value is taken off (PR #634)
     init_from: str = ""  # artifact, checkpoint or model with the same blocks, of any layout; weights go by name
@@ -337,7 +338,7 @@ def config_sha256(c: Config) -> str:
 # ======================================================================================================================
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank
-    train_seq_len xsa inject""".split()
+    pass_vectors train_seq_len xsa inject""".split()
 
 
 class Layout(NamedTuple):
@@ -375,9 +376,9 @@ def check_model(c: Config) -> None:
     require(heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", heads, f"try {near}")
     require(heads % c.num_kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", c.num_kv_heads)
     require(c.train_seq_len * dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", c.train_seq_len * dim)
-    one_pass = f"with one pass (LAYOUT={c.layout})"
-    require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 {one_pass}", c.lora_rank)
-    require(c.inject == "none" or layout.loops > 1, "INJECT", f"none {one_pass}", c.inject)
+    for name, off in (("lora_rank", 0), ("pass_vectors", 0), ("inject", "none")):
+        value, one = getattr(c, name), f"{off} with one pass (LAYOUT={c.layout})"
+        require(value == off or layout.loops > 1, name.upper(), one, value)
     most = f"at most {layout.loops} passes with SKIPS=official (the shortcuts of more were never trained)"
     trained = c.eval_loops <= layout.loops or c.skips != "official"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
@@ -449,16 +450,25 @@ def linear_shapes(c: Config) -> dict[str, tuple[int, int]]:
     }
 
 
+def vector_shapes(c: Config, passes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the vectors of one block, which is applied in `passes` passes."""
+    dim, rows = c.model_dim, (passes,) if c.pass_vectors and passes > 1 else ()
+    return {
+        "attn.q_gain": (*rows, c.num_heads),
+        "attn_scale": (*rows, dim),
+        "mlp_scale": (*rows, dim),
+        "resid_mix": (*rows, 2, dim),
+    }
+
+
 def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the order in which they are drawn; with one pass none is per pass."""
     layout, dim = parse_layout(c.layout), c.model_dim
     shapes = {"tok_emb.weight": (c.vocab_size, dim)}
     for i in range(layout.blocks):
         shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in linear_shapes(c).items()}
-        shapes[f"blocks.{i}.attn.q_gain"] = (c.num_heads,)
-        shapes[f"blocks.{i}.attn_scale"] = (dim,)
-        shapes[f"blocks.{i}.mlp_scale"] = (dim,)
-        shapes[f"blocks.{i}.resid_mix"] = (2, dim)
+        passes = layout.loops if 0 <= i - layout.prelude < layout.core else 1
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in vector_shapes(c, passes).items()}
     if rows := skip_rows(layout, c.skips):
         shapes["skip_weights"] = (len(rows), dim)
     if layout.loops > 1:
@@ -512,7 +522,8 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
         elif leaf in ("weight", "lora_a"):
             value = rng.uniform(-1, 1, shape) / math.sqrt(shape[-1])
         elif leaf == "resid_mix":
-            value = np.stack([np.ones(shape[1]), np.zeros(shape[1])])
+            value = np.ones(shape)
+            value[..., 1, :] = 0
         else:
             value = np.full(shape, constants.get(leaf, 1.0))
         weights[name] = value.astype(np.float32)
@@ -521,13 +532,14 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
 
 def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dict) -> dict[str, np.ndarray]:
     """Start values of `c`, with those of the same name from a model of another layout with the same blocks. Rows of
-    skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as in a new model."""
+    skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as in a new model, but
+    those of a block's vectors (PASS_VECTORS) as its last one."""
     weights, layout, their_layout = initial_weights(c), parse_layout(c.layout), parse_layout(their_config["layout"])
     blocks, rows = layout.blocks, skip_rows(layout, c.skips)
     require(
         their_layout.blocks == blocks, "INIT_FROM", f"the {blocks} blocks of LAYOUT={c.layout}", their_layout.blocks
     )
-    mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and VOCAB_SIZE must be those of the file"
+    mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT, VOCAB_SIZE and PASS_VECTORS must be those of the file"
     for name, value in theirs.items():
         mine = weights.get(name)
         if name == "skip_weights":
@@ -539,7 +551,10 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
             if alike and mine is not None and mine.shape[1:] == value.shape[1:]:
                 mine[: len(value)] = value[: len(mine)]
         else:
-            shape = None if mine is None else mine.shape
+            shape, plain = () if mine is None else mine.shape, 2 if name.endswith("resid_mix") else 1
+            if is_vector(name) and len(shape) > plain:  # a row a pass
+                rows_of = value if value.ndim > plain else value[None]
+                value = rows_of[np.minimum(np.arange(shape[0]), len(rows_of) - 1)]
             require(value.shape == shape, f"INIT_FROM: {name}", f"shape {shape}", value.shape, mend)
             mine[:] = value
     return weights
@@ -550,9 +565,10 @@ def count_params(c: Config) -> int:
 
 
 def effective_params(c: Config) -> int:
-    """Parameters counted once per application, with all passes on (LoRA and loop vectors have their own row a pass)."""
+    """Parameters counted once per application, with all passes on (what has its own row a pass is counted once)."""
     layout, shapes = parse_layout(c.layout), param_shapes(c)
-    per_block = sum(math.prod(shapes[name]) for name in shapes if re.match(r"blocks\.0\.(?!.*lora)", name))
+    tied = r"blocks\.0\..*weight" if c.pass_vectors else r"blocks\.0\.(?!.*lora)"
+    per_block = sum(math.prod(shapes[name]) for name in shapes if re.match(tied, name))
     return count_params(c) + per_block * (layout.depth - layout.blocks)
 
 
@@ -647,6 +663,11 @@ def without_own(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * own).mean(dim=-1, keepdim=True) * own).flatten(2)
 
 
+def of_pass(vector: Tensor, loop: int, axes: int = 1) -> Tensor:
+    """The vector of `axes` axes that a pass uses: with PASS_VECTORS a row, the last one beyond the trained passes."""
+    return vector if vector.ndim == axes else vector[min(loop, len(vector) - 1)]
+
+
 class Linear(nn.Module):
     """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
 
@@ -675,7 +696,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
         for name in ("q", "k", "v", "proj"):
             setattr(self, name, Linear(*linear_shapes(c)[f"attn.{name}"], passes, rank))
-        self.q_gain, self.xsa = nn.Parameter(torch.empty(c.num_heads)), c.xsa
+        self.q_gain, self.xsa = nn.Parameter(torch.empty(vector_shapes(c, passes)["attn.q_gain"])), c.xsa
 
     def forward(self, x: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q = self.q(x, loop).unflatten(-1, (self.heads, self.head_dim))
@@ -683,7 +704,7 @@ class Attention(nn.Module):
         v = self.v(x, loop).unflatten(-1, (self.kv_heads, self.head_dim))
         cos, sin = (table[: x.size(1), None].to(x.dtype) for table in rotary)
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
-        y = attend(q * self.q_gain.to(x.dtype)[:, None], k, v)
+        y = attend(q * of_pass(self.q_gain, loop).to(x.dtype)[:, None], k, v)
         return self.proj(without_own(y, v) if self.xsa else y, loop)
 
 
@@ -706,15 +727,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(c, passes, rank)
         self.mlp = MLP(c, passes, rank)
-        self.attn_scale = nn.Parameter(torch.empty(c.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(c.model_dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, c.model_dim))
+        for name in ("attn_scale", "mlp_scale", "resid_mix"):
+            setattr(self, name, nn.Parameter(torch.empty(vector_shapes(c, passes)[name])))
 
     def forward(self, x: Tensor, x0: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
+        mix = of_pass(self.resid_mix, loop, 2).to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), loop, rotary)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x), loop)
+        x = x + of_pass(self.attn_scale, loop).to(x.dtype) * self.attn(rms_norm(x), loop, rotary)
+        return x + of_pass(self.mlp_scale, loop).to(x.dtype) * self.mlp(rms_norm(x), loop)
 
 
 class RecurrentGPT(nn.Module):
@@ -726,8 +746,8 @@ class RecurrentGPT(nn.Module):
         core = range(self.layout.prelude, self.layout.prelude + self.layout.core)
         shapes = param_shapes(c)
         self.tok_emb = Linear(*shapes["tok_emb.weight"])
-        ranks = [c.lora_rank if i in core else 0 for i in range(self.layout.blocks)]
-        self.blocks = nn.ModuleList([Block(c, self.layout.loops, rank) for rank in ranks])
+        passes = [self.layout.loops if i in core else 1 for i in range(self.layout.blocks)]
+        self.blocks = nn.ModuleList([Block(c, n, c.lora_rank if n > 1 else 0) for n in passes])
         if "inject.weight" in shapes:
             self.inject = Linear(*shapes["inject.weight"])
         for name in ("skip_weights", "loop_embed", "loop_gate", "inject_gate"):
@@ -740,7 +760,7 @@ class RecurrentGPT(nn.Module):
     def hidden(self, ids: Tensor, loops: int, bptt_passes: int = 0) -> Tensor:
         """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all."""
         x0 = x = rms_norm(F.embedding(ids, self.tok_emb.weight).to(self.dtype))
-        looped = self.layout.loops > 1
+        looped, by_pass = self.layout.loops > 1, self.config.lora_rank or self.config.pass_vectors
         saved: dict[int, Tensor] = {}
         for number, visit in enumerate(visits(self.layout, self.config.skips, loops)):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
@@ -754,7 +774,7 @@ class RecurrentGPT(nn.Module):
                     x = self.injected(x, entry)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row].to(x.dtype) * saved.pop(visit.skip_from)
-            loop = visit.loop if self.config.lora_rank else 0  # blocks that are called alike share a compiled graph
+            loop = visit.loop if by_pass else 0  # blocks that are called alike share a compiled graph
             x = self.blocks[visit.block](x, x0, loop, (self.cos, self.sin))
             if visit.saves:
                 saved[number] = x
@@ -1919,7 +1939,8 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         note = json.loads(head["__metadata__"]["recurrent_gpt"])
-        return parse_tensors(data), note | {"loops": int(note["loops"]), "model": dict(note["model"])}
+        model = {"pass_vectors": False, "inject": "none"} | note["model"]  # older files do not state them
+        return parse_tensors(data), note | {"loops": int(note["loops"]), "model": model}
     except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None
 

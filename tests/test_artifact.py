@@ -29,7 +29,7 @@ from conftest import (
     within,
 )
 
-RICH = dict(layout="1+2x2+1", lora_rank=3, loop_gate="gain")  # every kind of tensor there is
+RICH = dict(layout="1+2x2+1", lora_rank=3, pass_vectors=True, loop_gate="gain")  # every kind of tensor there is
 TRELLIS = dict(quantizer="trellis", quant_loss=0.5)
 
 

@@ -105,6 +105,7 @@ BAD_SETTINGS = {
         "set one",
     ),
     "lora without passes": ("--layout=4 --loop_schedule= --lora_rank=2", "LORA_RANK", "LAYOUT", "pass", "found"),
+    "rows without passes": ("--layout=4 --loop_schedule= --pass_vectors", "PASS_VECTORS", "LAYOUT", "pass", "found"),
     "more passes than trained, official": ("--skips=official --eval_loops=3", "EVAL_LOOPS", "at most 2", "found 3"),
     "layout word": ("--layout=deep", "LAYOUT", "3\\+3x3\\+5", '"deep"'),
     "layout empty": ("--layout=", "LAYOUT", "3\\+3x3\\+5"),
