@@ -22,7 +22,7 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import lzma
@@ -45,6 +45,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
+import constriction
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -129,7 +130,6 @@ class Config:
     target_bytes: int = 0  # trellis: tune QUANT_LOSS until code + artifact just fit into so many bytes; 0 = off
     quantizer: str = "absmax"  # absmax: int6, a row spans its largest weight | trellis: as coarse as the loss allows
     quant_loss: float = 0.0  # trellis: what rounding may add to the loss, nats a token, about; 0 = 0.005
-    embed_float16: bool = False  # keep the embedding as exact as float16
     calib_tokens: int = 131072  # trellis: training tokens whose activations and gradients it looks at
     calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds reserved for that; it stops when they end
     # log
@@ -209,7 +209,6 @@ REPLACED = {
     "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS",
     "EMBED_LR": "TIED_EMBED_LR",
     "HEAD_LR": "TIED_EMBED_LR",
-    "EMBED_BITS": "EMBED_FLOAT16=1",
     "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN",
     "OUT_DIR": "LOG_DIR",
 }
@@ -1879,7 +1878,7 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
 ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 7, struct.Struct("<4sII")
 LARGEST_HEADER = 1 << 20  # bytes, unpacked
 LARGEST_SYMBOL, LARGEST_EXPONENT = 2**15 - 1, 480  # of the integers, and of the steps in quarter octaves
-INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors, as float16
+INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors
 DEFAULT_LOSS = 0.005  # nats a token, where QUANT_LOSS is 0
 # 2 ** (exponent / 4) is one of these times a power of two, equal on every platform.
 QUARTERS = np.float32([1.0, 1.1892071, 1.4142135, 1.6817929])
@@ -1912,9 +1911,7 @@ class Export(NamedTuple):
 
     data: bytes
     size: int
-    bytes_by_group: dict[str, int]
     bits_per_weight: float  # of the coded matrices, with their steps
-    entropy_bits_per_weight: float  # order 0, of the integers of each matrix
     loss_aimed: float  # trellis: nats a token that rounding would add if the Fisher information were all
     rounds: int  # how often it was coded
     plain_rounded: int  # matrices whose Hessian could not be used
@@ -1958,18 +1955,8 @@ def calibration_tokens(c: Config, world: int) -> int:
     return max(c.calib_tokens // c.train_seq_len, world) * c.train_seq_len
 
 
-def need_constriction():
-    """The entropy coder, or an InputError that says how to get it."""
-    there = importlib.util.find_spec("constriction") is not None
-    require(there, "constriction", "the package, which codes the artifact", "none", "pip install constriction")
-    import constriction
-
-    return constriction
-
-
 def check_before_start(c: Config) -> list[str]:
     """Refuses what would fail after training; returns notices."""
-    need_constriction()
     code, cap = code_size(c.count_code), c.target_bytes or c.bytes_cap
     least, likely = (count_params(c) * bits[c.quantizer] / 8 for bits in (LEAST_BITS, LIKELY_BITS))
     name = "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
@@ -1986,18 +1973,14 @@ def is_vector(name: str) -> bool:
     return param_group(name) in ("scalar", "gate")
 
 
-def on_trellis(c: Config, name: str) -> bool:
-    return c.quantizer == "trellis" and not (c.embed_float16 and param_group(name) == "embed")
-
-
 def powers(exponents: np.ndarray) -> np.ndarray:
     """float32 2 ** (exponents / 4)."""
     return np.ldexp(QUARTERS[exponents % 4], (exponents // 4).astype(np.int32))
 
 
-def spanning_steps(c: Config, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spanning_steps(name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Steps of the rows [n] and columns [m] (all 1), of which so many span the largest number of a row."""
-    tops = {"matrix": INT6, "lora": INT8, "embed": FINE if c.embed_float16 else INT8}
+    tops = {"matrix": INT6, "lora": INT8, "embed": INT8}
     largest = np.abs(values).max(axis=1).astype(np.float64)
     rows = np.ceil(4 * np.log2(np.maximum(largest, 1e-30) / tops.get(param_group(name), FINE)))
     rows[largest == 0] = rows.max()  # whatever is nearest to the others
@@ -2142,12 +2125,12 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
     values, steps, symbols, stacks = {}, {}, {}, {}
     for name, weight in weights.items():
         values[name] = value = weight.reshape(-1, weight.shape[-1]).astype(np.float32)
-        if on_trellis(c, name):
+        if calibrates(c):
             steps[name] = loss_steps(name, value, squares[name].reshape(value.shape), width, factors.get(name))
             alone = name if factors.get(name) is None else ""
             stacks.setdefault((value.shape, alone), []).append(name)
         else:
-            steps[name] = spanning_steps(c, name, value)
+            steps[name] = spanning_steps(name, value)
             symbols[name] = np.rint(value / powers(steps[name][0])[:, None]).astype(np.int16)
     for (_, alone), names in stacks.items():
         parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
@@ -2205,7 +2188,7 @@ def spread_coder(spread: int, shape: int, odd: int) -> tuple[int, object]:
         raise ValueError(f"spread {spread}, shape {shape}")
     frequencies = spread_model(spread, shape, odd)[0]
     probabilities = frequencies / frequencies.sum()
-    return len(frequencies) // 2, need_constriction().stream.model.Categorical(probabilities, perfect=False)
+    return len(frequencies) // 2, constriction.stream.model.Categorical(probabilities, perfect=False)
 
 
 class Writer:
@@ -2315,13 +2298,12 @@ def checksum(tables: dict[str, Table]) -> int:
 
 def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, dict[str, float]]:
     """The bytes of the artifact, and the bits of every tensor in it."""
-    ans, bits = need_constriction().stream.stack.AnsCoder(), {}
+    ans, bits, trellis = constriction.stream.stack.AnsCoder(), {}, calibrates(c)
     for name, table in reversed(tables.items()):
-        writer, trellis = Writer(), on_trellis(c, name)
+        writer = Writer()
         code_table(writer, facts_of(table, trellis), table, trellis)
         bits[name] = writer.finish(ans)
-    header = {"model": {field: getattr(c, field) for field in MODEL_FIELDS}, "loops": loops, "quantizer": c.quantizer,
-              "embed_float16": c.embed_float16, "crc": checksum(tables)}  # fmt: skip
+    header = about(c, loops) | {"quantizer": c.quantizer, "crc": checksum(tables)}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head
     body += ans.get_compressed().astype("<u4").tobytes()
@@ -2353,30 +2335,9 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     dense = f"at most {WEIGHTS_A_BYTE} weights a byte"
     require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")
     matrices = [name for name in tables if not is_vector(name)]
-    coded = sum(tables[name].symbols.size for name in matrices)
-    entropy = sum(entropy_bits(tables[name].symbols) for name in matrices) / coded
-    per_weight = sum(bits[name] for name in matrices) / coded
+    per_weight = sum(bits[name] for name in matrices) / sum(tables[name].symbols.size for name in matrices)
     plain = sum(factor is None for factor in factors.values())
-    return Export(data, len(data), bytes_by_group(c, bits, len(data)), per_weight, entropy, aimed, len(sizes), plain)
-
-
-def entropy_bits(symbols: np.ndarray) -> float:
-    counts = np.unique(symbols, return_counts=True)[1]
-    return float((counts * np.log2(counts.sum() / counts)).sum())
-
-
-def bytes_by_group(c: Config, bits: dict[str, float], size: int) -> dict[str, int]:
-    """Bytes of the parts of the model; the rest is the header and the checksum."""
-    groups = dict.fromkeys(("embed", "prelude", "core", "coda", "lora", "vectors"), 0.0)
-    layout = parse_layout(c.layout)
-    for name, some in bits.items():
-        group = "vectors" if is_vector(name) else param_group(name)
-        if group == "matrix":
-            block = int(name.split(".")[1])
-            group = "prelude" if block < layout.prelude else "core" if block < layout.prelude + layout.core else "coda"
-        groups[group] += some / 8
-    found = {group: round(some) for group, some in groups.items() if some}
-    return found | {"header": size - sum(found.values())}
+    return Export(data, len(data), per_weight, aimed, len(sizes), plain)
 
 
 def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
@@ -2403,7 +2364,6 @@ def read_artifact(path: Path) -> Artifact:
     require(version == ARTIFACT_VERSION, path, f"version {ARTIFACT_VERSION}", version, older)
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, path, "its SHA-256 at the end", "another (cut short or changed)", mend)
-    need_constriction()
     start = ARTIFACT_HEAD.size + head_bytes
     try:
         return read_body(data[ARTIFACT_HEAD.size : start], data[start:-32], len(data))
@@ -2421,21 +2381,22 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
         raise ValueError("a header without its end, or half a word")
     header = json.loads(text)
     c, loops = model_config(Config(), header["model"]), int(header["loops"])
-    c = dataclasses.replace(c, quantizer=header["quantizer"], embed_float16=bool(header["embed_float16"]))
+    c = dataclasses.replace(c, quantizer=header["quantizer"])
     if count_params(c) > WEIGHTS_A_BYTE * size:
         raise ValueError(f"{size} bytes for {count_params(c)} parameters")
     if c.quantizer not in CHOICES["quantizer"] or not 1 <= loops <= parse_layout(c.layout).loops:
         raise ValueError(f"quantizer {c.quantizer}, {loops} passes")
-    ans, tables, bits, weights = need_constriction().stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
+    trellis = calibrates(c)
+    ans, tables, bits, weights = constriction.stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
     for name, shape in param_shapes(c).items():
         n, m, before = math.prod(shape[:-1]), shape[-1], ans.num_valid_bits()
         tables[name] = Table(*(np.zeros(part, np.int16) for part in (n, m, n, (n, m))))
-        code_table(Reader(ans), np.zeros(FACTS), tables[name], on_trellis(c, name))
+        code_table(Reader(ans), np.zeros(FACTS), tables[name], trellis)
         bits[name] = before - ans.num_valid_bits()
     if not ans.is_empty() or checksum(tables) != header["crc"]:
         raise ValueError("bytes that are left over, or another CRC-32")
     for name, shape in param_shapes(c).items():
-        weights[name] = values_of(tables[name], on_trellis(c, name)).reshape(shape)
+        weights[name] = values_of(tables[name], trellis).reshape(shape)
         if not np.isfinite(weights[name]).all():
             raise ValueError(f"numbers that are not finite in {name}")
     return Artifact(header["model"], loops, c.quantizer, weights, bits)
@@ -2511,7 +2472,6 @@ def finish(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Sco
         "bytes_total": total,
         "fits": total <= c.bytes_cap,
         "bits_per_weight": made.bits_per_weight,
-        "entropy_bits_per_weight": made.entropy_bits_per_weight,
         "complete": not score.partial,
     }
     if not math.isfinite(loss):
@@ -2548,7 +2508,7 @@ def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature
 # ======================================================================================================================
 RESULT_KEYS = """run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
     train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw val_bpb_raw
-    val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight entropy_bits_per_weight
+    val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight
     quantizer count_code device world_size versions commit script_sha256 config_sha256 dataset dataset_sha256
     complete""".split()
 
@@ -2748,8 +2708,6 @@ def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score
     log.line(script_source() + "\n" + "=" * 120, console=False)
     log.line("config: " + json.dumps(dataclasses.asdict(c)), console=False)
     log.line(f"run: {log.folder}  script: {FRAMEWORK}  sha256: {source_sha256()}  commit: {source_commit()}")
-    for group, names in GROUPS.items():
-        log.line(f"{group}: " + " ".join(f"{name}={getattr(c, name)}" for name in names.split()), console=False)
     order = "shuffled" if c.shuffle else "contiguous"
     log.line(f"""\
 versions: {json.dumps(versions())}
@@ -2783,7 +2741,7 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, scor
         "peak_mem_bytes": engine.peak_memory(),
         "val_tokens": len(score.tokens) - 1,
         "bytes_cap": c.bytes_cap,
-        "quantizer": c.quantizer + " embed_float16" * c.embed_float16,
+        "quantizer": c.quantizer,
         "count_code": c.count_code,
         "device": engine.device_name,
         "world_size": engine.world,
@@ -2814,8 +2772,6 @@ def report(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Sco
            seconds: float) -> None:  # fmt: skip
     """The closing block; `r` is what result.json says, `seconds` those of the export."""
     code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
-    over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
-    side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # the coder knows more than a histogram
     aimed = f", {made.loss_aimed:.5f} nats aimed at" if calibrates(c) else ""
     kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
     calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if calibrates(c) else ""
@@ -2823,9 +2779,7 @@ def report(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Sco
 score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {r["eval_loops"]} passes)\
 {score.label}
 size:     {r["bytes_total"]} bytes of {c.bytes_cap}: {"PASS" if r["bytes_total"] <= c.bytes_cap else "FAIL"} ({code} + \
-artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, \
-{side} it)
-bytes:    {", ".join(f"{group} {size}" for group, size in made.bytes_by_group.items())}
+artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight)
 export:   {r["quantizer"]}{aimed}, {seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
 training: {state.step} steps, {state.tokens} tokens, {state.flops:.3g} FLOPs, {state.seconds:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB

@@ -292,10 +292,10 @@ def summarize(
         gap, std = mean_std([line["gap"] for line in found])
         size = average(found, "bytes_artifact")
         aims = [line.get("loss_aimed", line.get("loss")) for line in found]  # "loss" in old lines
-        bits = [number(average(found, key), ".3f") for key in ("bits_per_weight", "entropy_bits_per_weight")]
+        bits = number(average(found, "bits_per_weight"), ".3f")
         scores = [number(average(found, "val_bpb")), number(gap), number(std)]
         aim = number(statistics.fmean(aims)) if all(aims) else ""
-        rows.append([run, f"`{found[0]['layout']}`", kind, settings, len(found), *bits, f"{size:,.0f}", *scores, aim])
+        rows.append([run, f"`{found[0]['layout']}`", kind, settings, len(found), bits, f"{size:,.0f}", *scores, aim])
         points.setdefault((run, kind), []).append((size / 1000, gap))
     return rows, points
 
@@ -327,7 +327,7 @@ def report(plan: Plan) -> str:
     if mixed := [key for key in same if len({line[key] for line in lines}) > 1]:
         raise InputError(f"{short(plan.lines)}: expected exports of one kind, found several: {', '.join(mixed)}")
     rows, points = summarize(plan, lines)
-    head = ["model", "layout", "kind", "settings", "n", "bits a weight", "entropy", "artifact bytes", "val_bpb", "gap"]
+    head = ["model", "layout", "kind", "settings", "n", "bits a weight", "artifact bytes", "val_bpb", "gap"]
     table, one = markdown_table([*head, "std of gap", "nats aimed at"], rows), lines[0]
     said = "".join(note + "\n\n" for note in notes(plan, done, len(wanted) - len(done)))
     partial = f" (partial: the first {one['val_tokens']:,} tokens)" if one["partial"] else ""
@@ -340,9 +340,9 @@ def report(plan: Plan) -> str:
 
 {plan.about.strip()}
 
-Bits a weight: of the coded matrices, their steps and models included; entropy: of each matrix's integers, order 0. Gap:
-bits per byte after export, read back from disk, less those of the weights before; nats aimed at: QUANT_LOSS, or what
-TARGET_BYTES made of it: what rounding would add to the loss, nats a token, if the Fisher information were all.
+Bits a weight: of the coded matrices, their steps and models included. Gap: bits per byte after export, read back from
+disk, less those of the weights before; nats aimed at: QUANT_LOSS, or what TARGET_BYTES made of it: what rounding would
+add to the loss, nats a token, if the Fisher information were all.
 
 {table}
 {said}![gap against the artifact's bytes](exports.png)

@@ -44,7 +44,7 @@ def made(data, tmp_path_factory):
              "twin": {"SEED": "1"}, "packed": {"SEED": "6", "COUNT_CODE": "packed"},
              "weights": {"SEED": "7", "COUNT_CODE": "0"}, "shown_often": {"SEED": "8", "TRAIN_LOG_EVERY": "2"},
              "other_stride": {"SEED": "9", "EVAL_STRIDE": "16"},
-             "other_export": {"SEED": "10", "EMBED_FLOAT16": "1"}}  # fmt: skip
+             "other_export": {"SEED": "10", "BYTES_CAP": "15000000"}}  # fmt: skip
     for name, settings in runs.items():
         assert run_in_process(module, **env | settings, RUN_ID=name).code == 0
     return root
@@ -232,7 +232,7 @@ def result(**values):
     (["partial"], break_nothing, [], "expected a score on the whole validation set"),
     (["seed1", "other_lr"], break_nothing, [], "matrix_lr=0.01 instead of 0.04"),
     (["seed1", "other_stride"], break_nothing, [], "eval_stride=16 instead of 0"),
-    (["seed1", "other_export"], break_nothing, [], "embed_float16=True instead of False"),
+    (["seed1", "other_export"], break_nothing, [], "bytes_cap=15000000 instead of 16000000"),
     (["seed1", "weights"], break_nothing, [], "count_code=0 instead of 1"),
     (["seed1", "twin"], break_nothing, [], "expected one run a seed"),
     (["seed1", "seed2"], result(dataset_sha256="0"), [], "expected dataset_sha256"),
