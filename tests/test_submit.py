@@ -323,8 +323,7 @@ def test_a_run_of_a_records_own_script_can_be_submitted(root):
     assert text.count('"submission": """') == 1 and "seed=9" in text
 
 
-OLD = 'PRESETS: dict[str, dict[str, object]] = {\n    "a": dict(),\n}\nDEFAULT_PRESET = "a"\n'
-NEW = 'PRESETS = {\n    # A remark.\n    "a": """layout=9""",\n}\nDEFAULT_PRESET = "a"\n'
+SCRIPT = 'PRESETS = {\n    # A remark.\n    "a": """layout=9""",\n}\nDEFAULT_PRESET = "a"\n'
 
 
 def test_baked_settings_survive_long_lines_and_other_alphabets():
@@ -336,22 +335,17 @@ def test_baked_settings_survive_long_lines_and_other_alphabets():
         "x": "",
     }
     settings |= {f"setting_{i}": i for i in range(40)}
-    for source in (OLD, NEW):
-        baked, names = submit.bake(source, settings), {}
-        exec(baked, names)
-        preset = names["PRESETS"]["submission"]
-        if source == NEW:
-            pairs = dict(pair.split("=", 1) for pair in preset.split())
-            assert (pairs["shuffle"], float(pairs["gate"]), pairs["x"]) == ("0", 1 / 3, "")
-            assert pairs["data_path"] == settings["data_path"] and pairs["setting_39"] == "39"
-        else:
-            assert preset == settings
-        assert names["DEFAULT_PRESET"] == "submission" and max(map(len, baked.splitlines())) <= 120
-        assert submit.BAKED.sub("", baked) == source.replace('= "a"', '= "submission"')
-        assert submit.bake(baked, {"seed": 1}).count("submission") == 2  # the preset and the default
+    baked, names = submit.bake(SCRIPT, settings), {}
+    exec(baked, names)
+    pairs = dict(pair.split("=", 1) for pair in names["PRESETS"]["submission"].split())
+    assert (pairs["shuffle"], float(pairs["gate"]), pairs["x"]) == ("0", 1 / 3, "")
+    assert pairs["data_path"] == settings["data_path"] and pairs["setting_39"] == "39"
+    assert names["DEFAULT_PRESET"] == "submission" and max(map(len, baked.splitlines())) <= 120
+    assert submit.BAKED.sub("", baked) == SCRIPT.replace('= "a"', '= "submission"')
+    assert submit.bake(baked, {"seed": 1}).count("submission") == 2  # the preset and the default
     for name in ("two words", 'quo"te', "back\\slash"):
         with pytest.raises(common.InputError, match="a value without blanks and quotes"):
-            submit.bake(NEW, {"data_path": name})
+            submit.bake(SCRIPT, {"data_path": name})
 
 
 def test_sigterm_ends_the_proof_too(root, tmp_path):
