@@ -22,7 +22,7 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import lzma
@@ -45,6 +45,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
+import constriction
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -134,7 +135,6 @@ class Config:
     target_bytes: int = 0  # trellis: tune QUANT_LOSS until code + artifact just fit into so many bytes; 0 = off
     quantizer: str = "absmax"  # absmax: int6, a row spans its largest weight | trellis: as coarse as the loss allows
     quant_loss: float = 0.0  # trellis: what rounding may add to the loss, nats a token, about; 0 = 0.005
-    embed_float16: bool = False  # keep the embedding as exact as float16
     calib_tokens: int = 131072  # trellis: training tokens whose activations and gradients it looks at
     calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds reserved for that; it stops when they end
     # log
@@ -215,7 +215,6 @@ REPLACED = {
     "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS",
     "EMBED_LR": "TIED_EMBED_LR",
     "HEAD_LR": "TIED_EMBED_LR",
-    "EMBED_BITS": "EMBED_FLOAT16=1",
     "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN",
     "OUT_DIR": "LOG_DIR",
 }
@@ -1077,7 +1076,7 @@ def check_data(c: Config) -> None:
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
 
 
-def open_shard(path: Path, vocab_size: int) -> np.ndarray:
+def open_shard(path: Path, vocab_size: int) -> np.memmap:
     """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
     head, repair = SHARD_HEADER_BYTES, "delete it and run the data tool again"
     require(path.is_file(), path, "a shard", "no file (a broken link?)", repair)
@@ -1099,25 +1098,23 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: object) -> None:
     require(top < vocab_size, where, known, top, "another tokenizer made this shard")
 
 
-def find_shards(data_path: str, split: str, vocab_size: int) -> list[Path]:
-    """The sorted shards of a split ("train" or "val"), each opened and checked. Raises InputError."""
+def find_shards(data_path: str, split: str, vocab_size: int) -> list[np.memmap]:
+    """The shards of a split ("train" or "val"), sorted by name, as `open_shard` gives them. Raises InputError."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
     require(paths, data_path, f"fineweb_{split}_*.bin", "none", f"set DATA_PATH, or {GET_DATA}")
-    for path in paths:
-        open_shard(path, vocab_size)
-    return paths
+    return [open_shard(path, vocab_size) for path in paths]
 
 
 class TokenStream:
     """The endless stream of training sequences; `total` is the number of tokens after which it begins anew."""
 
-    def __init__(self, paths: list[Path], c: Config):
-        self.paths, self.vocab_size, self.length = paths, c.vocab_size, c.train_seq_len
+    def __init__(self, shards: list[np.memmap], c: Config):
+        self.shards, self.vocab_size, self.length = shards, c.vocab_size, c.train_seq_len
         self.shuffle, self.seed = c.shuffle, c.seed
-        self.shards = [open_shard(path, c.vocab_size) for path in paths]
-        self.counts = [(len(shard) - 1) // self.length for shard in self.shards]  # sequences
+        self.counts = [(len(shard) - 1) // self.length for shard in shards]  # sequences
         self.starts = np.cumsum([0, *self.counts]).tolist()
-        require(self.starts[-1], paths[0].parent, f"a shard longer than TRAIN_SEQ_LEN={self.length}", "none")
+        home, longer = shards[0].filename.parent, f"a shard longer than TRAIN_SEQ_LEN={self.length}"
+        require(self.starts[-1], home, longer, "none")
         self.total = self.starts[-1] * self.length
         self.order = functools.lru_cache(maxsize=4)(self.permutation)
 
@@ -1134,7 +1131,7 @@ class TokenStream:
         shard = int(np.searchsorted(self.starts, place, side="right")) - 1
         start = int(self.order(epoch, shard)[place - self.starts[shard]]) * self.length
         tokens = self.shards[shard][start : start + self.length + 1]
-        check_ids(tokens, self.vocab_size, self.paths[shard])
+        check_ids(tokens, self.vocab_size, self.shards[shard].filename)
         return tokens
 
     def microbatches(self, start: int, batch: int, rank: int, world: int, largest: int) -> Iterator[tuple]:
@@ -1159,10 +1156,9 @@ def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[i
 
 def load_validation(c: Config) -> tuple[np.ndarray, bool]:
     """Validation tokens, uint16 [n * train_seq_len + 1], and whether VAL_MAX_TOKENS left some out."""
-    paths, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
-    shards = [open_shard(path, c.vocab_size) for path in paths]
-    for path, shard in zip(paths, shards):
-        check_ids(shard, c.vocab_size, path)
+    shards, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
+    for shard in shards:
+        check_ids(shard, c.vocab_size, shard.filename)
     tokens = np.concatenate(shards)
     usable = (len(tokens) - 1) // length * length
     longer = f"a validation set longer than TRAIN_SEQ_LEN={length}"
@@ -1341,16 +1337,13 @@ class Probe(torch.autograd.Function):
 
 def launched_as(environ: dict[str, str]) -> tuple[int, int, int]:
     """(rank, number of processes, rank on this host) as torchrun states them. Raises InputError for left-overs."""
-    values = []
+    values, mend = [], "unset RANK, WORLD_SIZE and LOCAL_RANK, or start with torchrun"
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", environ.get("RANK") or "0")):
         text = environ.get(name) or default
         whole = text.isdecimal() and len(text) < 7
-        require(
-            whole, name, "a whole number, as torchrun sets it", f'"{text}"', f"unset {name}, or start with torchrun"
-        )
+        require(whole, name, "a whole number, as torchrun sets it", f'"{text}"', mend)
         values.append(int(text))
     rank, world, local = values
-    mend = "unset RANK, WORLD_SIZE and LOCAL_RANK, or start with torchrun"
     for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
         require(world > value, name, f"a number below WORLD_SIZE={world}", value, mend)
     there = world == 1 or (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"))
@@ -1480,7 +1473,7 @@ class Engine:
                     break
         for total in totals if self.world > 1 else ():
             dist.all_reduce(total)
-        tokens = int(self.sum(seen))
+        tokens = int(self.gather([seen]).sum())
         found = [(total / tokens).cpu().numpy() for total in totals]
         hessians = {f"{name}.weight": value for name, value in zip(linears, found[len(params) :])}
         return Curvature(hessians, dict(zip(params, found)), tokens)
@@ -1533,12 +1526,13 @@ class Engine:
         for name, p in self.model.named_parameters():
             p.copy_(torch.from_numpy(weights[name]))
 
-    def agree(self, seconds: float, stop: bool) -> tuple[float, bool]:
-        """Rank 0's clock for everyone, and a stop that anyone asked for."""
-        values = torch.tensor([seconds if self.rank == 0 else 0.0, float(stop)], dtype=torch.float64)
+    def gather(self, values: list[float]) -> np.ndarray:
+        """The numbers of all processes, float64 [world, n]."""
+        rows = torch.zeros(self.world, len(values), dtype=torch.float64)
+        rows[self.rank] = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values[0].item(), values[1].item() > 0
+            dist.all_reduce(rows)
+        return rows.numpy()
 
     def exchange(self, text: str) -> list[str]:
         """The texts of all processes, in the order of their ranks."""
@@ -1546,13 +1540,6 @@ class Engine:
         if self.world > 1:
             dist.all_gather_object(texts, text)  # over gloo
         return texts
-
-    def sum(self, value: float) -> float:
-        """Sum over the processes."""
-        total = torch.tensor(value, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.item()
 
     def sync(self) -> None:
         """Waits until the device has done all its work."""
@@ -1668,21 +1655,24 @@ def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int, stop: St
         windows = tokens[batch[:, None] + np.arange(length + 1)].astype(np.int64)
         losses = engine.token_losses(windows[:, :-1], windows[:, 1:], loops).astype(np.float64)
         total += sum(row[0 if s == 0 else length - stride :].sum() for s, row in zip(batch[: high - a], losses))
-    stopped = engine.sum(float(bool(stop and stop.number)))
-    total = engine.sum(total)
+    total, stopped = engine.gather([total, bool(stop and stop.number)]).sum(axis=0).tolist()
     return None if stopped else total / (len(tokens) - 1)
 
 
-class Trainer:
-    """The training loop of one run, from the state it is given to the end of a budget or a signal."""
+class Run:
+    """One run: what it works with, and the training loop, from the state it is given to the end of a budget or a
+    signal."""
 
-    def __init__(self, c: Config, engine: Engine, log: RunLog, stream: TokenStream, score: Score, state: TrainState,
-                 stop: StopSignal):  # fmt: skip
-        self.config, self.engine, self.log, self.stream, self.score, self.state = c, engine, log, stream, score, state
-        self.stop = stop
+    def __init__(self, c: Config, engine: Engine, score: Score, stream: TokenStream, state: TrainState,
+                 stop: StopSignal | None, notices: list[str]):  # fmt: skip
+        name = together(engine, lambda: c.run_id or run_name(c), first_only=True)
+        self.config = c = dataclasses.replace(c, run_id=name)
+        self.engine, self.score, self.stream, self.state, self.stop = engine, score, stream, state, stop
+        self.log = together(engine, lambda: RunLog(c, engine.rank))
         self.launched: Launched | None = None
         self.saved = state.step  # step of the last checkpoint
         self.restart_clock(state.seconds)
+        write_head(self, [*notices, *engine.notices, *score.notices()])
 
     def restart_clock(self, seconds: float) -> None:
         """The clock of training goes on from `seconds`; whatever came since it was read does not count."""
@@ -1692,9 +1682,10 @@ class Trainer:
 
     def clock(self) -> tuple[float, bool]:
         """(seconds of training, whether a signal came), the same on every process."""
-        return self.engine.agree(time.perf_counter() - self.started, bool(self.stop.number))
+        rows = self.engine.gather([time.perf_counter() - self.started, bool(self.stop.number)])
+        return rows[0, 0].item(), bool(rows[:, 1].any())
 
-    def run(self) -> bool:
+    def train(self) -> bool:
         """Trains until a budget is used up (True) or a signal comes (False)."""
         c, state = self.config, self.state
         while True:
@@ -1745,7 +1736,7 @@ class Trainer:
             whole = loss is not None
             if whole:
                 state.scored = state.step
-                write_score(c, log, state, self.score, loss, state.loops)
+                write_score(self, loss, state.loops)
         if ends or self.saves_now():
             state.loops = state.loops or loops  # none are in use before the first step
             if save_checkpoint(c, self.engine, log, state):
@@ -1816,24 +1807,22 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, state = together(engine, lambda: starting_point(c))
-    c, log = open_log(c, engine)
-    with log.noting_crashes():
+    run = Run(c, engine, score, stream, state, stop, notices)
+    with run.log.noting_crashes():
         engine.build(weights)
         if optimizer_state:
             engine.optimizer.load_state(optimizer_state, state.step)
-            log.forget_after(state.step)
-            log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run and are done again")
-        write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
-        trainer = Trainer(c, engine, log, stream, score, state, stop)
+            run.log.forget_after(state.step)
+            run.log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run, done again")
         for loops in loop_counts(c):
-            if not engine.agree(0.0, bool(stop.number))[1]:
+            if not run.clock()[1]:
                 began = time.perf_counter()
                 engine.warm_up(stream, loops)
-                log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
-        trainer.restart_clock(state.seconds)
-        if trainer.run() and (code := finish(c, engine, log, state, score, stream, stop)) is not None:
+                run.log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
+        run.restart_clock(state.seconds)
+        if run.train() and (code := finish(run)) is not None:
             return code
-        return stopped(c, engine, log, score, trainer)
+        return stopped(run)
 
 
 def prepare(c: Config) -> list[str]:
@@ -1854,21 +1843,22 @@ def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
     return initial_weights(c), {}, TrainState()
 
 
-def stopped(c: Config, engine: Engine, log: RunLog, score: Score, trainer: Trainer) -> int:
+def stopped(run: Run) -> int:
     """The end of a run that a signal stopped; its checkpoint is written, if it can be. Returns the exit code."""
-    write_result(c, engine, log, trainer.state, score, {"complete": False})
-    step, saved = trainer.state.step, trainer.saved
-    again = "" if saved == step else f", from step {saved}"
-    log.line(f"stopped by a signal after step {step}; {log.advice()}{again if log.checkpoint.is_file() else ''}")
-    return 128 + (trainer.stop.number or signal.SIGTERM)
+    write_result(run, {})
+    step, log = run.state.step, run.log
+    again = f", from step {run.saved}" if run.saved < step and log.checkpoint.is_file() else ""
+    log.line(f"stopped by a signal after step {step}; {log.advice()}{again}")
+    return 128 + (run.stop.number or signal.SIGTERM)
 
 
-def write_score(c: Config, log: RunLog, state: TrainState, score: Score, loss: float, loops: int) -> None:
+def write_score(run: Run, loss: float, loops: int) -> None:
+    c, state, score = run.config, run.state, run.score
     step, ms, bpb = state.step, 1000 * state.seconds, score.bpb(loss)
-    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
-             f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
-    log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state.tokens,
-                flops=state.flops, partial=score.partial)  # fmt: skip
+    run.log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
+                 f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
+    run.log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state.tokens,
+                    flops=state.flops, partial=score.partial)  # fmt: skip
 
 
 def about(c: Config, loops: int) -> dict:
@@ -1900,16 +1890,16 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[
     """(weights, optimizer state, training state) for RESUME=1. Raises InputError if it is of another configuration."""
     none = "without RESUME set another RUN_ID, or delete the folder"
     require(path.is_file(), path, "a checkpoint to go on from", "none", none)
-    weights, model, _ = load_model_file(str(path))
+    tensors, note = load_tensors(path)
+    weights, model, _ = read_weights(path, tensors, note)
     mend = "resume with the run's own settings (its train.log states them), or use INIT_FROM in a new run"
     for name in MODEL_FIELDS:
         require(model[name] == getattr(c, name), path, f"{name.upper()}={getattr(c, name)}", model[name], mend)
-    tensors, note = load_tensors(path)
-    found = note["state"] if isinstance(note.get("state"), dict) else {}
+    found, mine = note["state"] if isinstance(note.get("state"), dict) else {}, identity(c)
     fields = [field.name for field in dataclasses.fields(TrainState)]
-    whole = {*fields, *identity(c)} <= found.keys()
+    whole = {*fields, *mine} <= found.keys()
     require(whole, path, "a checkpoint with training state", "weights only", "use INIT_FROM")
-    for name, value in identity(c).items():
+    for name, value in mine.items():
         require(found[name] == value, path, f"the {name} that it was trained with", f"{found[name]}, not {value}", mend)
     kept = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
     same = {name: value.shape for name, value in kept.items()} == optimizer_buffers(c)
@@ -1923,7 +1913,8 @@ def model_config(c: Config, model: dict) -> Config:
     for name, value in fields.items():
         kind = type(getattr(Config, name))
         require(type(value) is kind, name, f"a {kind.__name__}", repr(value))
-    found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="")
+    found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="",
+                                loop_sample=0, bptt_passes=0)  # fmt: skip
     check_config(found)
     return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
 
@@ -1953,7 +1944,11 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
     if is_artifact:
         found = read_artifact(Path(path))
         return found.weights, found.model, found.loops
-    tensors, note = load_tensors(Path(path))
+    return read_weights(path, *load_tensors(Path(path)))
+
+
+def read_weights(path: object, tensors: dict[str, np.ndarray], note: dict) -> tuple[dict[str, np.ndarray], dict, int]:
+    """(weights, model settings, passes) in what `load_tensors` has read. Raises InputError."""
     weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
     try:
         c = model_config(Config(), note["model"])
@@ -1977,7 +1972,7 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
 ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 8, struct.Struct("<4sII")
 LARGEST_HEADER = 1 << 20  # bytes, unpacked
 LARGEST_SYMBOL, LARGEST_EXPONENT = 2**15 - 1, 480  # of the integers, and of the steps in quarter octaves
-INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors, as float16
+INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors
 DEFAULT_LOSS = 0.005  # nats a token, where QUANT_LOSS is 0
 # 2 ** (exponent / 4) is one of these times a power of two, equal on every platform.
 QUARTERS = np.float32([1.0, 1.1892071, 1.4142135, 1.6817929])
@@ -2010,9 +2005,7 @@ class Export(NamedTuple):
 
     data: bytes
     size: int
-    bytes_by_group: dict[str, int]
     bits_per_weight: float  # of the coded matrices, with their steps
-    entropy_bits_per_weight: float  # order 0, of the integers of each matrix
     loss_aimed: float  # trellis: nats a token that rounding would add if the Fisher information were all
     rounds: int  # how often it was coded
     plain_rounded: int  # matrices whose Hessian could not be used
@@ -2056,18 +2049,8 @@ def calibration_tokens(c: Config, world: int) -> int:
     return max(c.calib_tokens // c.train_seq_len, world) * c.train_seq_len
 
 
-def need_constriction():
-    """The entropy coder, or an InputError that says how to get it."""
-    there = importlib.util.find_spec("constriction") is not None
-    require(there, "constriction", "the package, which codes the artifact", "none", "pip install constriction")
-    import constriction
-
-    return constriction
-
-
 def check_before_start(c: Config) -> list[str]:
     """Refuses what would fail after training; returns notices."""
-    need_constriction()
     code, cap = code_size(c.count_code), c.target_bytes or c.bytes_cap
     least, likely = (count_params(c) * bits[c.quantizer] / 8 for bits in (LEAST_BITS, LIKELY_BITS))
     name = "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
@@ -2084,18 +2067,14 @@ def is_vector(name: str) -> bool:
     return param_group(name) in ("scalar", "gate")
 
 
-def on_trellis(c: Config, name: str) -> bool:
-    return c.quantizer == "trellis" and not (c.embed_float16 and param_group(name) == "embed")
-
-
 def powers(exponents: np.ndarray) -> np.ndarray:
     """float32 2 ** (exponents / 4)."""
     return np.ldexp(QUARTERS[exponents % 4], (exponents // 4).astype(np.int32))
 
 
-def spanning_steps(c: Config, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spanning_steps(name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Steps of the rows [n] and columns [m] (all 1), of which so many span the largest number of a row."""
-    tops = {"matrix": INT6, "lora": INT8, "embed": FINE if c.embed_float16 else INT8}
+    tops = {"matrix": INT6, "lora": INT8, "embed": INT8}
     largest = np.abs(values).max(axis=1).astype(np.float64)
     rows = np.ceil(4 * np.log2(np.maximum(largest, 1e-30) / tops.get(param_group(name), FINE)))
     rows[largest == 0] = rows.max()  # whatever is nearest to the others
@@ -2240,12 +2219,12 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
     values, steps, symbols, stacks = {}, {}, {}, {}
     for name, weight in weights.items():
         values[name] = value = weight.reshape(-1, weight.shape[-1]).astype(np.float32)
-        if on_trellis(c, name):
+        if calibrates(c):
             steps[name] = loss_steps(name, value, squares[name].reshape(value.shape), width, factors.get(name))
             alone = name if factors.get(name) is None else ""
             stacks.setdefault((value.shape, alone), []).append(name)
         else:
-            steps[name] = spanning_steps(c, name, value)
+            steps[name] = spanning_steps(name, value)
             symbols[name] = np.rint(value / powers(steps[name][0])[:, None]).astype(np.int16)
     for (_, alone), names in stacks.items():
         parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
@@ -2303,7 +2282,7 @@ def spread_coder(spread: int, shape: int, odd: int) -> tuple[int, object]:
         raise ValueError(f"spread {spread}, shape {shape}")
     frequencies = spread_model(spread, shape, odd)[0]
     probabilities = frequencies / frequencies.sum()
-    return len(frequencies) // 2, need_constriction().stream.model.Categorical(probabilities, perfect=False)
+    return len(frequencies) // 2, constriction.stream.model.Categorical(probabilities, perfect=False)
 
 
 class Writer:
@@ -2413,13 +2392,12 @@ def checksum(tables: dict[str, Table]) -> int:
 
 def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, dict[str, float]]:
     """The bytes of the artifact, and the bits of every tensor in it."""
-    ans, bits = need_constriction().stream.stack.AnsCoder(), {}
+    ans, bits, trellis = constriction.stream.stack.AnsCoder(), {}, calibrates(c)
     for name, table in reversed(tables.items()):
-        writer, trellis = Writer(), on_trellis(c, name)
+        writer = Writer()
         code_table(writer, facts_of(table, trellis), table, trellis)
         bits[name] = writer.finish(ans)
-    header = {"model": {field: getattr(c, field) for field in MODEL_FIELDS}, "loops": loops, "quantizer": c.quantizer,
-              "embed_float16": c.embed_float16, "crc": checksum(tables)}  # fmt: skip
+    header = about(c, loops) | {"quantizer": c.quantizer, "crc": checksum(tables)}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head
     body += ans.get_compressed().astype("<u4").tobytes()
@@ -2451,32 +2429,9 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     dense = f"at most {WEIGHTS_A_BYTE} weights a byte"
     require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")
     matrices = [name for name in tables if not is_vector(name)]
-    coded = sum(tables[name].symbols.size for name in matrices)
-    entropy = sum(entropy_bits(tables[name].symbols) for name in matrices) / coded
-    per_weight = sum(bits[name] for name in matrices) / coded
+    per_weight = sum(bits[name] for name in matrices) / sum(tables[name].symbols.size for name in matrices)
     plain = sum(factor is None for factor in factors.values())
-    return Export(data, len(data), bytes_by_group(c, bits, len(data)), per_weight, entropy, aimed, len(sizes), plain)
-
-
-def entropy_bits(symbols: np.ndarray) -> float:
-    counts = np.unique(symbols, return_counts=True)[1]
-    return float((counts * np.log2(counts.sum() / counts)).sum())
-
-
-def bytes_by_group(c: Config, bits: dict[str, float], size: int) -> dict[str, int]:
-    """Bytes of the parts of the model; the rest is the header and the checksum."""
-    groups = dict.fromkeys(("embed", "prelude", "core", "coda", "lora", "vectors"), 0.0)
-    layout = parse_layout(c.layout)
-    for name, some in bits.items():
-        group = "vectors" if is_vector(name) else param_group(name)
-        if name == "inject.weight":
-            group = "core"
-        elif group == "matrix":
-            block = int(name.split(".")[1])
-            group = "prelude" if block < layout.prelude else "core" if block < layout.prelude + layout.core else "coda"
-        groups[group] += some / 8
-    found = {group: round(some) for group, some in groups.items() if some}
-    return found | {"header": size - sum(found.values())}
+    return Export(data, len(data), per_weight, aimed, len(sizes), plain)
 
 
 def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
@@ -2503,7 +2458,6 @@ def read_artifact(path: Path) -> Artifact:
     require(version == ARTIFACT_VERSION, path, f"version {ARTIFACT_VERSION}", version, older)
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, path, "its SHA-256 at the end", "another (cut short or changed)", mend)
-    need_constriction()
     start = ARTIFACT_HEAD.size + head_bytes
     try:
         return read_body(data[ARTIFACT_HEAD.size : start], data[start:-32], len(data))
@@ -2521,50 +2475,52 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
         raise ValueError("a header without its end, or half a word")
     header = json.loads(text)
     c, loops = model_config(Config(), header["model"]), int(header["loops"])
-    c = dataclasses.replace(c, quantizer=header["quantizer"], embed_float16=bool(header["embed_float16"]))
+    c = dataclasses.replace(c, quantizer=header["quantizer"])
     if count_params(c) > WEIGHTS_A_BYTE * size:
         raise ValueError(f"{size} bytes for {count_params(c)} parameters")
     if c.quantizer not in CHOICES["quantizer"] or not 1 <= loops <= parse_layout(c.layout).loops:
         raise ValueError(f"quantizer {c.quantizer}, {loops} passes")
-    ans, tables, bits, weights = need_constriction().stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
+    trellis = calibrates(c)
+    ans, tables, bits, weights = constriction.stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
     for name, shape in param_shapes(c).items():
         n, m, before = math.prod(shape[:-1]), shape[-1], ans.num_valid_bits()
         tables[name] = Table(*(np.zeros(part, np.int16) for part in (n, m, n, (n, m))))
-        code_table(Reader(ans), np.zeros(FACTS), tables[name], on_trellis(c, name))
+        code_table(Reader(ans), np.zeros(FACTS), tables[name], trellis)
         bits[name] = before - ans.num_valid_bits()
     if not ans.is_empty() or checksum(tables) != header["crc"]:
         raise ValueError("bytes that are left over, or another CRC-32")
     for name, shape in param_shapes(c).items():
-        weights[name] = values_of(tables[name], on_trellis(c, name)).reshape(shape)
+        weights[name] = values_of(tables[name], trellis).reshape(shape)
         if not np.isfinite(weights[name]).all():
             raise ValueError(f"numbers that are not finite in {name}")
     return Artifact(header["model"], loops, c.quantizer, weights, bits)
 
 
-def calibrate(c: Config, engine: Engine, stream: TokenStream, state: TrainState, loops: int) -> Curvature | None:
+def calibrate(run: Run, loops: int) -> Curvature | None:
     """The curvature on the tokens after those of training, in what is left of the wall clock; None where the quantizer
     needs none."""
+    c, left = run.config, math.inf
     if not calibrates(c):
         return None
-    left = math.inf
     if c.mode == "train" and c.max_wallclock_seconds:
-        left = 0.9 * (c.max_wallclock_seconds - state.seconds)  # a tenth for what comes after the last tokens
-    return engine.curvature(stream, state.tokens, loops, left)
+        left = 0.9 * (c.max_wallclock_seconds - run.state.seconds)  # a tenth for what comes after the last tokens
+    return run.engine.curvature(run.stream, run.state.tokens, loops, left)
 
 
-def write_export(c: Config, engine: Engine, log: RunLog, state: TrainState, curvature: Curvature | None) -> Export:
+def write_export(run: Run, curvature: Curvature | None) -> Export:
     """The first process writes the artifact and the model; all get what is said of them (without the bytes)."""
+    c, log, loops = run.config, run.log, run.state.loops
 
     def write() -> list:
-        weights = engine.weights()
-        made = export_model(c, weights, state.loops, curvature, code_size(c.count_code))
+        weights = run.engine.weights()
+        made = export_model(c, weights, loops, curvature, code_size(c.count_code))
         log.write_file(log.artifact, made.data)
         named = {f"weights.{name}": value for name, value in weights.items()}
-        note = {"recurrent_gpt": json.dumps(about(c, state.loops))}
+        note = {"recurrent_gpt": json.dumps(about(c, loops))}
         log.write_file(log.folder / "model.safetensors", pack_tensors(named, metadata=note), needed=False)
         return ["", *made[1:]]
 
-    return Export(*together(engine, write, first_only=True))
+    return Export(*together(run.engine, write, first_only=True))
 
 
 def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: int,
@@ -2574,61 +2530,61 @@ def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: 
     return evaluate(c, engine, score.tokens, loops, stop)
 
 
-def finish(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, stream: TokenStream,
-           stop: StopSignal | None = None) -> int | None:  # fmt: skip
+def finish(run: Run) -> int | None:
     """Scores the weights, exports them, scores what is on disk and closes the log. Returns the exit code; None where a
     signal came first."""
-    loops = c.eval_loops or state.loops
-    raw = evaluate(c, engine, score.tokens, loops, stop)
+    c, score, loops = run.config, run.score, run.config.eval_loops or run.state.loops
+    raw = evaluate(c, run.engine, score.tokens, loops, run.stop)
     if raw is None:
         return None
-    write_score(c, log, state, score, raw, loops)
+    write_score(run, raw, loops)
     result = {"val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "bytes_code": code_size(c.count_code)}
-    if not math.isfinite(raw):
-        return report_failure(c, engine, log, state, score, result)
-    began = time.perf_counter()
-    curvature = calibrate(c, engine, stream, state, loops)
-    calibrated = time.perf_counter()
     try:
-        made = write_export(c, engine, log, state, curvature)
-    except Agreed:  # a full disk, or weights that cannot be rounded: the result says that there is none
-        write_result(c, engine, log, state, score, result | {"complete": False})
+        must_be_finite(run, raw)
+        began = time.perf_counter()
+        curvature = calibrate(run, loops)
+        calibrated = time.perf_counter()
+        made = write_export(run, curvature)
+        exported = time.perf_counter()
+        loss = score_from_disk(c, run.engine, run.log.artifact, score, loops, run.stop)
+        if loss is None:
+            return None
+        result |= {
+            "calib_time_ms": round(1000 * (calibrated - began)) if curvature else None,
+            "eval_time_ms": round(1000 * (time.perf_counter() - exported)),
+            "val_loss": loss,
+            "val_bpb": score.bpb(loss),
+            "bytes_artifact": made.size,
+            "bytes_total": result["bytes_code"] + made.size,
+            "fits": result["bytes_code"] + made.size <= c.bytes_cap,
+            "bits_per_weight": made.bits_per_weight,
+        }
+        line = "final_int6_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{eval_time_ms}ms"
+        run.log.line(line.format(**result) + score.label)
+        line = "final_int6_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
+        run.log.line(line.format(**result) + score.label)
+        must_be_finite(run, loss)
+    except Agreed:  # no score, a full disk, or weights that cannot be rounded: the result says that there is none
+        write_result(run, result)
         raise
-    exported = time.perf_counter()
-    loss = score_from_disk(c, engine, log.artifact, score, loops, stop)
-    if loss is None:
-        return None
-    milliseconds = round(1000 * (time.perf_counter() - exported))
-    bpb, total = score.bpb(loss), result["bytes_code"] + made.size
-    log.line(f"final_int6_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{milliseconds}ms{score.label}")
-    log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}{score.label}")
-    result |= {
-        "eval_time_ms": milliseconds,
-        "calib_time_ms": round(1000 * (calibrated - began)) if curvature else None,
-        "val_loss": loss,
-        "val_bpb": bpb,
-        "bytes_artifact": made.size,
-        "bytes_total": total,
-        "fits": total <= c.bytes_cap,
-        "bits_per_weight": made.bits_per_weight,
-        "entropy_bits_per_weight": made.entropy_bits_per_weight,
-        "complete": not score.partial,
-    }
+    report(run, write_result(run, result | {"complete": not score.partial}), made, exported - began)
+    for notice in export_notices(run, made, curvature, c.target_bytes - result["bytes_total"]):
+        run.log.line(notice)
+    return 0 if result["bytes_total"] <= (c.target_bytes or c.bytes_cap) else 1
+
+
+def must_be_finite(run: Run, loss: float) -> None:
+    """Raises Agreed for a score that is no number, which is the same on every process."""
     if not math.isfinite(loss):
-        return report_failure(c, engine, log, state, score, result)
-    written = write_result(c, engine, log, state, score, result)
-    report(c, engine, log, state, score, written, made, exported - began)
-    for notice in export_notices(c, engine, made, curvature, c.target_bytes - total):
-        log.line(notice)
-    return 0 if total <= (c.target_bytes or c.bytes_cap) else 1
+        mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1"
+        raise Agreed(f"the score after step {run.state.step}: expected a finite loss, found {loss}; {mend}")
 
 
-def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature | None, spare: int) -> list[str]:
+def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: int) -> list[str]:
     """What a reader of the closing block should know of the export; `spare`: bytes of TARGET_BYTES that are left."""
-    found = []
-    if curvature and curvature.tokens < (asked := calibration_tokens(c, engine.world)):
-        text = f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS"
-        found.append(text)
+    c, found = run.config, []
+    if curvature and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
+        found.append(f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS")
     if made.plain_rounded:
         found.append(f"{made.plain_rounded} matrices were rounded without GPTQ, since their Hessians were none")
     if c.target_bytes and spare > 0.002 * c.target_bytes:
@@ -2646,14 +2602,9 @@ def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature
 # checkpoint.safetensors, model.safetensors, model.int6.rgpt. The first process writes; live progress goes to a terminal
 # only. A console that goes away or a full disk costs lines, never the run.
 # ======================================================================================================================
-RESULT_KEYS = """run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
-    train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw val_bpb_raw
-    val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight entropy_bits_per_weight
-    quantizer count_code device world_size versions commit script_sha256 config_sha256 dataset dataset_sha256
-    complete""".split()
-
-
 CHECKPOINT = "checkpoint.safetensors"
+SCORES = """val_loss_raw val_bpb_raw val_loss val_bpb bytes_code bytes_artifact bytes_total fits bits_per_weight
+    calib_time_ms eval_time_ms""".split()  # of result.json, null until the run has come to its end
 
 
 def run_name(c: Config) -> str:
@@ -2702,7 +2653,7 @@ class RunLog:
             free, need = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
             require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
-            self.file = open(self.folder / "train.log", "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+            open(self.folder / "train.log", "a").close()  # it can be written
         except FileExistsError:
             mend = "set another RUN_ID, or delete the folder" + ", or RESUME=1 to go on" * self.checkpoint.is_file()
             require(False, "RUN_ID", "a new name", self.folder, mend)
@@ -2719,18 +2670,16 @@ class RunLog:
     def line(self, text: str, console: bool = True) -> None:
         """One line to train.log and to the console."""
         if self.rank == 0:
-            self.append(self.folder / "train.log", text)
+            self.append("train.log", text)
             if console:
                 say(text)
 
-    def append(self, path: Path, text: str) -> None:
+    def append(self, name: str, text: str) -> None:
+        """A line to a file of the run, if the disk takes it."""
+        path = self.folder / name
         try:
-            if path.name == "train.log":
-                self.file.write(text + "\n")
-                self.file.flush()
-            else:
-                with open(path, "a", encoding="utf-8", newline="\n") as file:
-                    file.write(text + "\n")
+            with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                file.write(text + "\n")
         except OSError as error:
             if not self.lost:
                 say(f"notice: {path}: {error.strerror or error}; lines are lost, the run goes on")
@@ -2738,7 +2687,7 @@ class RunLog:
 
     def metrics(self, **values: object) -> None:
         if self.rank == 0:
-            self.append(self.folder / "metrics.jsonl", finite_json(values))
+            self.append("metrics.jsonl", finite_json(values))
 
     def write_file(self, path: Path, content: bytes, needed: bool = True) -> None:
         """Writes a file of the run; one that is not needed may fail with a notice. Raises InputError."""
@@ -2772,21 +2721,11 @@ class RunLog:
             self.line(f"stopped: {error}", console=False)
             raise
         except Exception:
-            path = self.folder / ("train.log" if self.rank == 0 else f"crash_rank{self.rank}.log")
-            self.append(path, traceback.format_exc())
+            self.append("train.log" if self.rank == 0 else f"crash_rank{self.rank}.log", traceback.format_exc())
             raise
         finally:
             if self.bar is not None:
                 self.bar.close()
-            if self.rank == 0:
-                with contextlib.suppress(OSError):  # a full disk
-                    self.file.close()
-
-
-def open_log(c: Config, engine: Engine) -> tuple[Config, RunLog]:
-    """The log of this run, with the name that the first process gives it; returns `c` with that name, too."""
-    c = dataclasses.replace(c, run_id=together(engine, lambda: c.run_id or run_name(c), first_only=True))
-    return c, together(engine, lambda: RunLog(c, engine.rank))
 
 
 def versions() -> dict[str, str]:
@@ -2842,19 +2781,18 @@ def peak_process_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score: Score, stream: TokenStream) -> None:
+def write_head(run: Run, notices: list[str]) -> None:
     """The first lines of train.log: source, settings, versions, what will be trained on what."""
+    c, engine, log, score, stream = run.config, run.engine, run.log, run.score, run.stream
     layout, dtype, val_tokens = parse_layout(c.layout), str(engine.dtype).split(".")[-1], len(score.tokens) - 1
     log.line(script_source() + "\n" + "=" * 120, console=False)
     log.line("config: " + json.dumps(dataclasses.asdict(c)), console=False)
     log.line(f"run: {log.folder}  script: {FRAMEWORK}  sha256: {source_sha256()}  commit: {source_commit()}")
-    for group, names in GROUPS.items():
-        log.line(f"{group}: " + " ".join(f"{name}={getattr(c, name)}" for name in names.split()), console=False)
     order = "shuffled" if c.shuffle else "contiguous"
     log.line(f"""\
 versions: {json.dumps(versions())}
 device: {engine.device_name}  processes: {engine.world}  dtype: {dtype}  compiled: {engine.compiled}
-data: {c.data_path}  train tokens: {stream.total} in {len(stream.paths)} shards, {order}  val tokens: {val_tokens}  \
+data: {c.data_path}  train tokens: {stream.total} in {len(stream.shards)} shards, {order}  val tokens: {val_tokens}  \
 val bytes: {score.bytes}{score.label}
 model: {c.layout} ({layout.blocks} blocks, {layout.depth} applied)  parameters: {count_params(c)} stored, \
 {effective_params(c)} applied  loops: {c.loop_schedule or layout.loops}  skips: {c.skips}""")
@@ -2862,11 +2800,12 @@ model: {c.layout} ({layout.blocks} blocks, {layout.depth} applied)  parameters: 
         log.line(notice)
 
 
-def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, more: dict) -> dict:
+def write_result(run: Run, scores: dict) -> dict:
     """result.json: always the same keys, null where something does not apply or is not finite. Without a score a run
     ends as well without it."""
-    result = dict.fromkeys(RESULT_KEYS) | {
-        "run_id": log.folder.name,
+    c, engine, state = run.config, run.engine, run.state
+    result = {
+        "run_id": run.log.folder.name,
         "framework": FRAMEWORK,
         "layout": c.layout,
         "loops": state.loops,
@@ -2881,9 +2820,9 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, scor
         "train_time_ms": round(1000 * state.seconds),
         "tok_s": round(state.tokens / max(state.seconds, 1e-9)),
         "peak_mem_bytes": engine.peak_memory(),
-        "val_tokens": len(score.tokens) - 1,
+        "val_tokens": len(run.score.tokens) - 1,
         "bytes_cap": c.bytes_cap,
-        "quantizer": c.quantizer + " embed_float16" * c.embed_float16,
+        "quantizer": c.quantizer,
         "count_code": c.count_code,
         "device": engine.device_name,
         "world_size": engine.world,
@@ -2893,39 +2832,27 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, scor
         "config_sha256": config_sha256(c),
         "dataset": Path(c.data_path).name,
         "dataset_sha256": dataset_sha256(c),
+        "complete": False,
     }
-    result = json.loads(finite_json(result | more))
-    assert list(result) == RESULT_KEYS
+    result = json.loads(finite_json(result | dict.fromkeys(SCORES) | scores))
     if engine.rank == 0:
         content = (json.dumps(result, indent=1) + "\n").encode()
-        log.write_file(log.folder / "result.json", content, needed=result["val_bpb"] is not None)
+        run.log.write_file(run.log.folder / "result.json", content, needed=result["val_bpb"] is not None)
     return result
 
 
-def report_failure(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, result: dict) -> int:
-    """The end of a run whose score is no number: writes its result and raises Agreed."""
-    write_result(c, engine, log, state, score, result | {"complete": False})
-    loss = result.get("val_loss", result["val_loss_raw"])
-    mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1"
-    raise Agreed(f"the score after step {state.step}: expected a finite loss, found {loss}; {mend}")
-
-
-def report(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, r: dict, made: Export,
-           seconds: float) -> None:  # fmt: skip
+def report(run: Run, r: dict, made: Export, seconds: float) -> None:
     """The closing block; `r` is what result.json says, `seconds` those of the export."""
+    c, state, log = run.config, run.state, run.log
     code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
-    over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
-    side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # the coder knows more than a histogram
     aimed = f", {made.loss_aimed:.5f} nats aimed at" if calibrates(c) else ""
     kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
     calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if calibrates(c) else ""
     log.line(f"""---
 score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {r["eval_loops"]} passes)\
-{score.label}
-size:     {r["bytes_total"]} bytes of {c.bytes_cap}: {"PASS" if r["bytes_total"] <= c.bytes_cap else "FAIL"} ({code} + \
-artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, \
-{side} it)
-bytes:    {", ".join(f"{group} {size}" for group, size in made.bytes_by_group.items())}
+{run.score.label}
+size:     {r["bytes_total"]} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} ({code} + \
+artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight)
 export:   {r["quantizer"]}{aimed}, {seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
 training: {state.step} steps, {state.tokens} tokens, {state.flops:.3g} FLOPs, {state.seconds:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
@@ -2992,10 +2919,9 @@ def export_file(c: Config, engine: Engine, notices: list[str], loops: int) -> in
     notices = notices + together(engine, lambda: check_before_start(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
-    c, log = open_log(c, engine)
-    write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
-    with log.noting_crashes():
-        return finish(c, engine, log, TrainState(loops=loops), score, stream)
+    run = Run(c, engine, score, stream, TrainState(loops=loops), None, notices)
+    with run.log.noting_crashes():
+        return finish(run)
 
 
 def use_file(c: Config, engine: Engine, notices: list[str], weights: dict[str, np.ndarray], loops: int) -> int:

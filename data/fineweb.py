@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import layout
-from tool import InputError, Parser, read_json, run_tool, sha256_of, write_json
+from tool import InputError, Parser, need, read_json, run_tool, sha256_of, write_json
 
 REPO = "willdepueoai/parameter-golf"
 PREFIX = "datasets"  # everything of the export lies below this folder of the repository
@@ -43,15 +43,11 @@ def one_line(where: str):
         if status in (401, 403):
             raise InputError(f"{where}: access refused (HTTP {status}); log in with: hf auth login") from None
         if status == 404:
-            raise InputError(
-                f"{where}: not found (HTTP 404, {found}); check --repo, --revision and --endpoint"
-            ) from None
+            raise InputError(f"{where}: not found ({found}); check --repo, --revision and --endpoint") from None
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a full disk, a folder that may not be written
-        raise InputError(
-            f"cannot get data from {where} ({found}); what has arrived is kept: run the same command again later; "
-            f"{WITHOUT_NETWORK}"
-        ) from None
+        again = "what has arrived is kept: run the same command again later"
+        raise InputError(f"cannot get data from {where} ({found}); {again}; {WITHOUT_NETWORK}") from None
 
 
 def plan(manifest: dict, variant: str, shards: int | None, where: str) -> tuple[str, int, int, str]:
@@ -66,10 +62,8 @@ def plan(manifest: dict, variant: str, shards: int | None, where: str) -> tuple[
             counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
             published[entry["name"].rpartition("_")[2]] = (entry["name"], *counts, models.get(entry["tokenizer_name"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        found = f"{type(error).__name__} {error}"
-        raise InputError(
-            f"{where}: expected the challenge's datasets and tokenizers, found {found}; check --repo"
-        ) from None
+        found = f"found {type(error).__name__} {error}; check --repo"
+        raise InputError(f"{where}: expected the challenge's datasets and tokenizers, {found}") from None
     known = ", ".join(sorted(short for short, entry in published.items() if entry[3])) or "none"
     name, train, val, model = published.get(variant, (None, 0, 0, None))
     if model is None:
@@ -77,8 +71,7 @@ def plan(manifest: dict, variant: str, shards: int | None, where: str) -> tuple[
         raise InputError(f"--variant {variant}: {problem} in {where}; there are: {known}")
     if not re.fullmatch(r"\w[\w.-]*", name) or not re.fullmatch(r"tokenizers/\w[\w.-]*", str(model)):
         raise InputError(f"{where}: refusing {name!r} with {model!r}, which may lead out of the data folder")
-    if shards is not None and shards > train:
-        raise InputError(f"--train-shards: expected at most {train} of variant {variant}, found {shards}")
+    need((shards or 0) <= train, "--train-shards", f"at most {train} of variant {variant}", shards)
     return name, min(shards or DEFAULT_SHARDS, train), val, model
 
 
@@ -117,8 +110,8 @@ class Hub:
         with one_line(self.where):
             found = self.api.get_paths_info(self.repo, remote, revision=self.commit, repo_type="dataset")
         stated = {file.path.removeprefix(f"{PREFIX}/"): (file.size, file.lfs and file.lfs.sha256) for file in found}
-        if missing := [path for path in paths if path not in stated]:
-            raise InputError(f"{self.where}: expected {missing[0]}, found no such file; ask for fewer --train-shards")
+        missing = next((path for path in paths if path not in stated), None)
+        need(missing is None, self.where, missing, "no such file", "ask for fewer --train-shards")
         return stated
 
     def place(self, path: str, size: int, sha256: str | None) -> None:
@@ -160,8 +153,8 @@ def download(args) -> tuple[Path, Path, tuple[int, int, int]]:
     manifest = hub.manifest()
     name, train, val, model = plan(manifest, args.variant, args.train_shards, f"the manifest of {hub.where}")
     folder = root / "datasets" / name
-    if layout.manifest_of(folder).get("made_by", MADE_BY) != MADE_BY:
-        raise InputError(f"{layout.show(folder)}: expected downloaded shards, found your own; choose another --out")
+    downloaded = layout.manifest_of(folder).get("made_by", MADE_BY) == MADE_BY
+    need(downloaded, layout.show(folder), "downloaded shards", "your own", "choose another --out")
     paths = [model]
     paths += [f"datasets/{name}/fineweb_val_{number:06d}.bin" for number in range(val)]
     paths += [f"datasets/{name}/fineweb_train_{number:06d}.bin" for number in range(train)]
@@ -195,17 +188,13 @@ def parse(argv: list[str] | None = None):
     add("--out", default=str(layout.DATA_ROOT), help="root of datasets/ and tokenizers/ (default: data/)")
     add("--endpoint", metavar="URL", help="the hub or a mirror (default: HF_ENDPOINT, else huggingface.co)")
     add("--repo", default=REPO, help=f"dataset repository (default {REPO})")
-    add(
-        "--revision",
-        metavar="COMMIT",
-        help="state of the repository; manifest.json says which you have (default newest)",
-    )
+    state = "state of the repository; manifest.json says which you have (default newest)"
+    add("--revision", metavar="COMMIT", help=state)
     add("--verify", action="store_true", help="compare the SHA-256 of every file that is here, not only its size")
     args = parser.parse_args(argv)
-    if args.endpoint and not re.match("https?://", args.endpoint):
-        raise InputError(f"--endpoint: expected an address of http:// or https://, found {args.endpoint!r}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo):
-        raise InputError(f"--repo: expected owner/name, found {args.repo!r}")
+    address = not args.endpoint or re.match("https?://", args.endpoint)
+    need(address, "--endpoint", "an address of http:// or https://", repr(args.endpoint))
+    need(re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo), "--repo", "owner/name", repr(args.repo))
     return args
 
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tool import ROOT, InputError, atomic, read_json, sha256_of
+from tool import ROOT, InputError, atomic, need, read_json, sha256_of
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -49,11 +49,10 @@ def shard_tokens(path: Path) -> int:
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
     magic, version, tokens = np.frombuffer(header.ljust(12, b"\0")[:12], dtype="<i4").tolist()
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise InputError(f"{show(path)}: expected a shard of magic {SHARD_MAGIC}, found another kind of file")
+    is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION)
+    need(is_shard, show(path), f"a shard of magic {SHARD_MAGIC}", "another kind of file")
     expected, found = HEADER_BYTES + 2 * tokens, Path(path).stat().st_size
-    if found != expected:
-        raise InputError(f"{show(path)}: expected {expected} bytes for {tokens} tokens, found {found}; make it again")
+    need(found == expected, show(path), f"{expected} bytes for {tokens} tokens", found, "make it again")
     return tokens
 
 
@@ -74,8 +73,8 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """Appends tokens, integers of shape [n] that fit in uint16, to the stream."""
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < MAX_VOCAB:
-            raise InputError(f"tokens: expected ids of 0..{MAX_VOCAB - 1}, found {tokens.min()}..{tokens.max()}")
+        low, high = (tokens.min(), tokens.max()) if tokens.size else (0, 0)
+        need(0 <= low and high < MAX_VOCAB, "tokens", f"ids of 0..{MAX_VOCAB - 1}", f"{low}..{high}")
         while tokens.size:
             if self.file is None:
                 self.path = self.folder / f"fineweb_{self.split}_{len(self.entries):06d}.bin"
@@ -158,13 +157,9 @@ def claim_tokenizer(root: Path, path: Path, dataset: str, sha256: str, mend: str
         if isinstance(entry, dict) and Path(str(entry.get("path"))).name == path.name:
             users.add(folder.name)
     others = ", ".join(sorted(users - {dataset}))
-    if others:
-        raise InputError(f"{show(path)}: expected no other dataset's tokenizer, found the one of {others}; {mend}")
-    if not users:
-        raise InputError(
-            f"{show(path)}: expected no file, found a tokenizer that no dataset's manifest names; "
-            f"{mend}, or move that file away"
-        )
+    need(not others, show(path), "no other dataset's tokenizer", f"the one of {others}", mend)
+    mend += ", or move that file away"
+    need(users, show(path), "no file", "a tokenizer that no dataset's manifest names", mend)
 
 
 def place_tokenizer(path: Path, model: bytes) -> None:
@@ -178,18 +173,15 @@ def load_sentencepiece(path: Path):
     """The SentencePieceProcessor of a `.model` file. Raises InputError if it is missing, foreign or too large."""
     import sentencepiece
 
-    if not Path(path).is_file():
-        raise InputError(f"{show(path)}: expected a SentencePiece .model file, found no such file")
+    wanted = "a SentencePiece .model file"
+    need(Path(path).is_file(), show(path), wanted, "no such file")
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         pieces = model.vocab_size()
     except Exception as error:  # the library raises RuntimeError or OSError with text over several lines
         found = str(error).splitlines()[0][:80]
-        raise InputError(
-            f"{show(path)}: expected a SentencePiece .model file, found something else ({found})"
-        ) from None
-    if pieces > MAX_VOCAB:
-        raise InputError(f"{show(path)}: expected at most {MAX_VOCAB} pieces (tokens are uint16), found {pieces}")
+        raise InputError(f"{show(path)}: expected {wanted}, found something else ({found})") from None
+    need(pieces <= MAX_VOCAB, show(path), f"at most {MAX_VOCAB} pieces (tokens are uint16)", pieces)
     return model
 
 
@@ -245,9 +237,8 @@ def check_text(folder: Path, model) -> None:
     """Raises InputError if the validation set in `folder`, made by the SentencePieceProcessor `model`, has no bytes."""
     with judged_by_trainer() as trainer:
         shards = trainer.find_shards(str(folder), "val", model.vocab_size())
-        blocks = (np.fromfile(path, "<u2", offset=HEADER_BYTES) for path in shards)
-        if not any(trainer.count_bytes(block, model) for block in blocks):
-            raise InputError("validation set: expected text, found documents that stand for no bytes; give others")
+        any_bytes = any(trainer.count_bytes(np.array(shard), model) for shard in shards)
+        need(any_bytes, "validation set", "text", "documents that stand for no bytes", "give others")
 
 
 def check_dataset(data_path: Path, tokenizer_path: Path) -> tuple[int, int, int]:
@@ -259,7 +250,7 @@ def check_dataset(data_path: Path, tokenizer_path: Path) -> tuple[int, int, int]
     with judged_by_trainer() as trainer:
         trainer.load_tokenizer(str(tokenizer_path), pieces, str(data_path))
         train, val = (trainer.find_shards(str(data_path), split, pieces) for split in ("train", "val"))
-    return pieces, sum(map(shard_tokens, train)), sum(map(shard_tokens, val))
+    return pieces, sum(map(len, train)), sum(map(len, val))
 
 
 def finish(data_path: Path, tokenizer_path: Path, checked: tuple[int, int, int]) -> None:

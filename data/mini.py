@@ -15,7 +15,7 @@ from pathlib import Path
 
 import layout
 import numpy as np
-from tool import InputError, Parser, run_tool, write_json
+from tool import InputError, Parser, need, run_tool, write_json
 
 SOURCE, NAME = "fineweb10B_sp1024", "mini_sp1024"
 HELD_OUT = 1_000_000  # bytes of text, at least
@@ -25,8 +25,7 @@ def first_documents(shards: list[Path], model, least: int) -> np.ndarray:
     """Tokens of the first documents that make `least` bytes. Raises InputError if there are not so many."""
     tokens = np.concatenate([np.fromfile(path, "<u2", offset=layout.HEADER_BYTES) for path in shards])
     starts = np.flatnonzero(tokens == model.bos_id()).tolist()
-    if not starts:
-        raise InputError("validation set: expected documents that begin with the tokenizer's BOS id, found none")
+    need(starts, "validation set", "documents that begin with the tokenizer's BOS id", "none")
     size = 0
     for start, end in zip(starts, [*starts[1:], len(tokens)]):
         size += len(model.decode(tokens[start:end].tolist()).encode())
@@ -46,9 +45,8 @@ def link(path: Path, place: Path) -> None:
 def build(source: Path, name: str, force: bool) -> tuple[Path, Path]:
     """Makes datasets/<name> beside `source`; returns its folder and the path of its tokenizer."""
     manifest = layout.manifest_of(source)
-    if "tokenizer" not in manifest:
-        mend = "run python data/fineweb.py --train-shards 1, or name a dataset with --source"
-        raise InputError(f"{layout.show(source)}: expected a dataset with a manifest.json, found none; {mend}")
+    mend = "run python data/fineweb.py --train-shards 1, or name a dataset with --source"
+    need("tokenizer" in manifest, layout.show(source), "a dataset with a manifest.json", "none", mend)
     tokenizer = source.parent.parent / manifest["tokenizer"]["path"]
     layout.check_dataset(source, tokenizer)
     model, folder = layout.load_sentencepiece(tokenizer), source.with_name(name)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import layout
 import numpy as np
-from tool import InputError, Parser, run_tool, write_json
+from tool import InputError, Parser, need, run_tool, write_json
 
 BATCH_BYTES = 4 << 20  # text encoded at once; memory grows with it
 MAX_DOCUMENT = 16_000_000  # bytes; SentencePiece takes 45 times as much memory for a document
@@ -43,17 +43,12 @@ class Source:
         self.doc_bytes = doc_bytes
         self.separator = separator.encode() if separator else None
         kind = (self.path.with_suffix("") if self.path.suffix in (".xz", ".gz") else self.path).suffix
-        if kind not in JSON_ENDS + TEXT_ENDS:
-            known = ", ".join(JSON_ENDS + TEXT_ENDS)
-            raise InputError(
-                f"input {layout.show(path)}: expected {known}, each also .xz or .gz, found the ending {kind!r}"
-            )
+        what, known = f"input {layout.show(path)}", ", ".join(JSON_ENDS + TEXT_ENDS)
+        need(kind in JSON_ENDS + TEXT_ENDS, what, f"{known}, each also .xz or .gz", f"the ending {kind!r}")
         self.json = kind in JSON_ENDS
-        if not self.path.is_file():
-            raise InputError(f"input {layout.show(path)}: no such file")
+        need(self.path.is_file(), what, "a file", "no such file")
         self.bytes = self.path.stat().st_size
-        if not self.bytes:
-            raise InputError(f"input {layout.show(path)}: expected documents, found an empty file")
+        need(self.bytes, what, "documents", "an empty file")
 
     def where(self, line: int) -> str:
         return f"input {layout.show(self.path)} line {line}"
@@ -70,9 +65,8 @@ class Source:
                     bar.update(raw.tell() - bar.n)
                     yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
-                raise InputError(
-                    f"{self.where(number)}: damaged or truncated after it ({error}); copy or download the file again"
-                ) from None
+                mend = "copy or download the file again"
+                raise InputError(f"{self.where(number)}: damaged or truncated after it ({error}); {mend}") from None
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """Yields (number of the first line, bytes) of the documents: JSON lines, or stretches of plain text."""
@@ -94,9 +88,8 @@ class Source:
 
     def __iter__(self) -> Iterator[str]:
         for number, raw in self.pieces():
-            if len(raw) > MAX_DOCUMENT:
-                limit = f"documents of at most {layout.size(MAX_DOCUMENT)}"
-                raise InputError(f"{self.where(number)}: expected {limit}, found more; cut it into several")
+            limit = f"documents of at most {layout.size(MAX_DOCUMENT)}"
+            need(len(raw) <= MAX_DOCUMENT, self.where(number), limit, "more", "cut it into several")
             if raw.strip():
                 yield self.text(number, raw)
 
@@ -111,11 +104,8 @@ class Source:
         except (ValueError, RecursionError) as error:
             raise InputError(f'{self.where(number)}: not JSON ({error}); expected one {{"text": ...}} a line') from None
         text = value.get("text") if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            found = f"the keys {list(value)[:5]}" if isinstance(value, dict) else f"a {type(value).__name__}"
-            raise InputError(
-                f'{self.where(number)}: no "text" string, found {found}; expected one {{"text": ...}} a line'
-            )
+        found = f"the keys {list(value)[:5]}" if isinstance(value, dict) else f"a {type(value).__name__}"
+        need(isinstance(text, str), self.where(number), 'one {"text": ...} a line, a string', found)
         # JSON can spell half of a surrogate pair, which UTF-8 cannot carry.
         return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -191,10 +181,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     except RuntimeError as error:
         found = str(error).splitlines()[0][:120]
-    if found != vocab_size:
-        raise InputError(
-            f"tokenizer: expected {vocab_size} pieces, found {found}; give more text or a smaller --vocab-size"
-        )
+    mend = "give more text or a smaller --vocab-size"
+    need(found == vocab_size, "tokenizer", f"{vocab_size} pieces", found, mend)
     return model.getvalue()
 
 
@@ -246,21 +234,16 @@ def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, facts: di
 
 def tokenize(args) -> tuple[Path, Path]:
     """Does the whole job of the command line; returns (dataset folder, tokenizer path)."""
-    inputs, held_out = (
-        [Source(path, args.doc_bytes, args.separator) for path in paths] for paths in (args.inputs, args.val)
-    )
+    inputs = [Source(path, args.doc_bytes, args.separator) for path in args.inputs]
+    held_out = [Source(path, args.doc_bytes, args.separator) for path in args.val]
     for source in held_out:
-        if any(source.path.samefile(other.path) for other in inputs):
-            raise InputError(
-                f"{layout.show(source.path)}: expected --val to be held out, found it among the inputs too"
-            )
+        both = any(source.path.samefile(other.path) for other in inputs)
+        need(not both, layout.show(source.path), "--val to be held out", "it among the inputs too")
     root = Path(args.out)
     pieces = layout.load_sentencepiece(args.tokenizer).vocab_size() if args.tokenizer else args.vocab_size
     name = args.name or f"docs_sp{pieces}"
-    folder, kept = (
-        root / "datasets" / name,
-        root / "tokenizers" / f"{name}_{'given' if args.tokenizer else 'bpe'}.model",
-    )
+    folder = root / "datasets" / name
+    kept = root / "tokenizers" / f"{name}_{'given' if args.tokenizer else 'bpe'}.model"
     layout.refuse_existing(folder, args.force)
     if args.tokenizer:
         layout.check_tokenizer(args.tokenizer)
@@ -303,11 +286,10 @@ def parse(argv: list[str] | None = None):
     add("--force", action="store_true", help="replace an existing dataset of this name")
     args = parser.parse_args(argv)
     if args.vocab_size and not 300 <= args.vocab_size <= layout.MAX_VOCAB:
-        least = "300 (4 control and 256 byte pieces come first)"
-        most = f"{layout.MAX_VOCAB} (tokens are uint16)"
-        raise InputError(f"--vocab-size: expected {least} to {most}, found {args.vocab_size}")
-    if args.name and (Path(args.name).name != args.name or args.name.startswith(".")):
-        raise InputError(f"--name: expected a plain folder name, found {args.name!r}")
+        bounds = f"300 (4 control and 256 byte pieces come first) to {layout.MAX_VOCAB} (tokens are uint16)"
+        need(False, "--vocab-size", bounds, args.vocab_size)
+    plain = not args.name or Path(args.name).name == args.name and not args.name.startswith(".")
+    need(plain, "--name", "a plain folder name", repr(args.name))
     return args
 
 

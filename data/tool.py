@@ -15,6 +15,12 @@ class InputError(ValueError):
     """A mistake that the user can mend. The message is one line: what, where, expected, found, how to mend."""
 
 
+def need(holds: object, what: object, expected: str, found: object, mend: str = "") -> None:
+    """Raises InputError "what: expected ..., found ...; mend" unless `holds`."""
+    if not holds:
+        raise InputError(f"{what}: expected {expected}, found {found}" + (f"; {mend}" if mend else ""))
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a wrong argument as an InputError; its description keeps its line breaks."""
 
@@ -30,7 +36,8 @@ def run_tool(main, argv: list[str] | None = None) -> int:
     try:
         return main(argv) or 0
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())  # which may quote a foreign file
+        print("error:", "".join(letter if letter.isprintable() else "?" for letter in text), file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

@@ -53,6 +53,7 @@ from common import (
     is_number,
     markdown_table,
     mean_std,
+    need,
     number,
     p_text,
     read_json,
@@ -145,9 +146,8 @@ class Run:
         if not path.is_file():
             return read_json(settled, "the reason of a run that diverged") if settled.is_file() else None
         result = read_json(path, "the result of a finished run")
-        if missing := [key for key in NEEDED if key not in result]:
-            found = f"no {', '.join(missing)}; {self.mend}"
-            raise InputError(f"{short(path)}: expected the keys of result.json, found {found}")
+        missing = [key for key in NEEDED if key not in result]
+        need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", self.mend)
         reason = why_diverged(result)
         return {"diverged": reason} if reason else result
 
@@ -171,8 +171,8 @@ def why_diverged(result: dict) -> str | None:
     """Why a finished result is none, in words: a score that is null or not finite. Raises InputError for a text."""
     for key in ("val_bpb_raw", "val_bpb"):
         value = result.get(key)
-        if isinstance(value, (str, list, dict, bool)):
-            raise InputError(f"result.json: {key}: expected a number or null, found {value!r}; delete the run's folder")
+        text = isinstance(value, (str, list, dict, bool))
+        need(not text, f"result.json: {key}", "a number or null", repr(value), "delete the run's folder")
         if not is_number(value):
             return f"expected a finite {key}, found {value}"
     return None
@@ -182,13 +182,8 @@ def why_diverged(result: dict) -> str | None:
 
 
 def checker(path: Path):
-    """`need(holds, what, expected, found)` for a TOML file: raises InputError where it does not hold."""
-
-    def need(holds, what, expected, found):
-        if not holds:
-            raise InputError(f"{path}: {what}: expected {expected}, found {found}; see --help")
-
-    return need
+    """`need` for what stands in a TOML file."""
+    return lambda holds, what, *rest: need(holds, f"{path}: {what}", *rest, "see --help")
 
 
 def check_keys(need, toml: dict, keys: dict[str, type]) -> None:
@@ -287,15 +282,15 @@ class Plan:
 def set_budget(matrix: Matrix, script, arm: str) -> None:
     """Turns the matrix's budget into settings of an arm."""
     kind, amount = matrix.budget
-    if twice := set(BUDGETS.values()) & (set(matrix.arms[arm]) | set(matrix.base)):
-        raise InputError(f"{', '.join(twice)}: expected the budget in [budget] alone; remove it")
+    twice = set(BUDGETS.values()) & (set(matrix.arms[arm]) | set(matrix.base))
+    need(not twice, ", ".join(twice), "the budget in [budget] alone", "another", "remove it")
     limits = matrix.limits[arm] = dict.fromkeys(BUDGETS.values(), "0") | {BUDGETS[kind]: str(amount)}
     if kind == "tokens":
         limits["iterations"] = "1"
         batch = configure(matrix, script, arm).train_batch_tokens
         limits["iterations"] = str(round(amount / batch))
-        if abs(int(limits["iterations"]) * batch / amount - 1) > 0.01:
-            raise InputError(f"[budget] tokens: expected a multiple of {batch} tokens a step, found {amount}")
+        near = abs(int(limits["iterations"]) * batch / amount - 1) <= 0.01
+        need(near, "[budget] tokens", f"a multiple of {batch} tokens a step", amount)
 
 
 def configure(matrix: Matrix, script, arm: str):
@@ -322,8 +317,7 @@ def prepare(matrix: Matrix) -> Plan:
     seen = {}
     for arm, config in plan.configs.items():
         twin = seen.setdefault(json.dumps(dataclasses.asdict(config) | {"run_id": ""}), arm)
-        if twin != arm:
-            raise InputError(f"{matrix.path}: expected arms that differ, found {twin} and {arm} to be one")
+        need(twin == arm, matrix.path, "arms that differ", f"{twin} and {arm} to be one")
     return plan
 
 
@@ -335,28 +329,24 @@ def check_finished(matrix: Matrix, plan: Plan | None = None) -> None:
     datasets, sizes = set(), set()
     for run, result in matrix.finished():
         here, found = short(run.home), read_json(run.home / "run.json", "what a finished run was made of")
-        if plan and found.get("script_sha256") != sha256(plan.source):
-            commit = (result.get("commit") or "its commit").rstrip("+")
-            raise InputError(
-                f"{here}: expected a run of this {matrix.script}, found one of another version; runs of two scripts "
-                f"are no comparison: git checkout {commit} -- {matrix.script}, or start a new matrix"
-            )
+        commit = (result.get("commit") or "its commit").rstrip("+")
+        mend = f"two scripts are no comparison: git checkout {commit} -- {matrix.script}, or start a new matrix"
+        current = not plan or found.get("script_sha256") == sha256(plan.source)
+        need(current, here, f"a run of this {matrix.script}", "one of another version", mend)
         wanted = run.origin(found.get("script_sha256"))
         for name in wanted | found:
-            if wanted.get(name) != found.get(name):
-                mend = f"{run.mend}, or give the arm another name"
-                raise InputError(f"{here}: expected {name}={wanted.get(name)}, found {found.get(name)}; {mend}")
+            is_same, mend = wanted.get(name) == found.get(name), f"{run.mend}, or give the arm another name"
+            need(is_same, here, f"{name}={wanted.get(name)}", found.get(name), mend)
         if data := result.get("dataset_sha256"):
             datasets.add(data)
             if is_number(result.get("val_bpb")) and is_number(result.get("val_loss")):
                 sizes.add(bytes_implied(result["val_tokens"], result["val_loss"], result["val_bpb"]))
-            if plan and plan.data[run.arm] not in (None, data):
-                mend = "mend data_path, or start a new matrix"
-                raise InputError(f"{here}: expected runs on the data that is here, found one on other data; {mend}")
+            mend = "mend data_path, or start a new matrix"
+            known = not plan or plan.data[run.arm] in (None, data)
+            need(known, here, "runs on the data that is here", "one on other data", mend)
     one_text = sizes and max(sizes) < 1.001 * min(sizes)  # the last sequence may be cut elsewhere
-    if len(datasets) > 1 and not one_text:
-        found = f"{len(datasets)} that differ; run the matrix again on one"
-        raise InputError(f"{short(matrix.home)}: expected runs on one dataset, or one held-out text, found {found}")
+    one, found = len(datasets) < 2 or one_text, f"{len(datasets)} that differ"
+    need(one, short(matrix.home), "runs on one dataset, or one held-out text", found, "run the matrix again on one")
 
 
 # The queue -----------------------------------------------------------------------------------------------------------
@@ -378,12 +368,10 @@ def find_devices(matrix: Matrix, jobs: int) -> list[dict[str, str]]:
     if gpus:
         each = matrix.processes
         groups = [gpus[i : i + each] for i in range(0, len(gpus) - each + 1, each)]
-        if not groups:
-            raise InputError(f"processes: expected at most {len(gpus)} (the GPUs here), found {each}")
+        need(groups, "processes", f"at most {len(gpus)} (the GPUs here)", each)
         return [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for group in groups[: jobs or len(groups)]]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jobs > cores:
-        raise InputError(f"--jobs: expected at most {cores} (the cores here), found {jobs}")
+    need(jobs <= cores, "--jobs", f"at most {cores} (the cores here)", jobs)
     if jobs <= 1:
         return [{}]
     return [dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores // jobs))] * jobs
@@ -717,8 +705,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=0, help="processes at a time (default: one a GPU, else one)")
     args = parser.parse_args(argv)
     for flag, value in (("--max-minutes", args.max_minutes), ("--jobs", args.jobs)):
-        if not 0 <= value < 1e9:
-            raise InputError(f"{flag}: expected 0 or more, found {value}")
+        need(0 <= value < 1e9, flag, "0 or more", value)
     matrix = read_matrix(args.matrix)
     if args.report:
         print(report(matrix), end="")

@@ -24,7 +24,7 @@ import check_code  # noqa: F401  (their rules join the table)
 import check_files  # noqa: F401
 import check_logs  # noqa: F401
 import check_ours  # noqa: F401
-from common import TRACKS, InputError, Parser, run_tool
+from common import TRACKS, Parser, need, run_tool
 from folder import RULES, SEVERITIES, Submission
 
 EXIT_CODES = {"info": 0, "warning": 2, "error": 3}
@@ -69,16 +69,12 @@ def check_folder(folder: Path, track: str | None = None, beat: float | None = No
             cause = f"{type(error).__name__}: {one_line(error, 120)}"
             found.append((function.__name__, "warning", folder.name, "a folder that this rule can read", cause))
     found += [("readable", *problem) for problem in submission.problems]
-    findings = [
-        Finding(severity, name, str(where), one_line(expected), one_line(value))
-        for name, severity, where, expected, value in found
-    ]
+    findings = [Finding(severity, name, str(where), one_line(a), one_line(b)) for name, severity, where, a, b in found]
     return sorted(dict.fromkeys(findings), key=lambda finding: -SEVERITIES.index(finding.severity))
 
 
 def existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a submission folder, found {'a file' if folder.exists() else 'none'}")
+    need(folder.is_dir(), folder, "a submission folder", "a file" if folder.exists() else "none")
     return folder
 
 
@@ -103,8 +99,7 @@ def parse_args(argv: list[str] | None):
     parser.add_argument("--json", action="store_true", help="findings as JSON, for programs")
     parser.add_argument("--quiet", action="store_true", help="leave out findings of severity info")
     args = parser.parse_args(argv)
-    if args.beat is not None and not 0 < args.beat < 16:
-        raise InputError(f"--beat: expected a score in bits per byte, found {args.beat}")
+    need(args.beat is None or 0 < args.beat < 16, "--beat", "a score in bits per byte", args.beat)
     for folder in args.folders:
         existing(folder)
     return args

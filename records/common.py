@@ -19,6 +19,7 @@ from tool import (  # noqa: E402, F401  (handed on)
     InputError,
     Parser,
     atomic,
+    need,
     read_json,
     run_tool,
     sha256_of,

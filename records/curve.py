@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from common import InputError, Parser, is_number, read_json, run_tool
+from common import Parser, is_number, need, read_json, run_tool
 from draw import COLORS, canvas, draw_line, finite, save_picture, tidy, zoom
 from logs import read_metrics
 
@@ -45,18 +45,14 @@ def read_curve(folder: Path, axis: str, label: str) -> Curve:
     """The curve of one run folder. Raises InputError."""
     path, (key, unit, _) = folder / "metrics.jsonl", X_AXES[axis]
     rows = read_metrics(path)
-    if missing := next((row for row in rows if key not in row), None):
-        raise InputError(f"{path}: step {missing['step']}: expected {key}, found none; choose another --x")
+    missing = next((row["step"] for row in rows if key not in row), None)
+    need(missing is None, f"{path}: step {missing}", key, "none", "choose another --x")
     trained, scored = ([row for row in rows if name in row] for name in ("train_loss", "val_bpb"))
     train = finite([(row[key] / unit, row["train_loss"]) for row in trained])
     good = [row for row in scored if is_number(row["val_bpb"]) and is_number(row.get("val_loss"))]
-    if not train and not good:
-        raise InputError(f"{path}: expected a finite loss, found none among {len(rows)} lines; let the run go on")
-    counts = (
-        (len(scored) - len(good), len(scored), "validations"),
-        (len(trained) - len(train), len(trained), "losses"),
-    )
-    remarks = [f"{bad} of {count} {what} are not finite" for bad, count, what in counts if bad]
+    need(train or good, path, "a finite loss", f"none among {len(rows)} lines", "let the run go on")
+    kinds = (("validations", scored, good), ("losses", trained, train))
+    remarks = [f"{len(a) - len(b)} of {len(a)} {what} are not finite" for what, a, b in kinds if len(a) > len(b)]
     remarks += [] if scored else ["no validation yet"]
     result = folder / "result.json"
     final = read_json(result, "the result of a run").get("val_bpb") if result.is_file() else None
@@ -145,10 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the PNG (default: curve.png in the first run's folder)")
     parser.add_argument("--label", action="append", default=[], help="name of a run in the legend, one for each run")
     args = parser.parse_args(argv)
-    if args.label and len(args.label) != len(args.runs):
-        raise InputError(f"--label: expected one for each of {len(args.runs)} runs, found {len(args.label)}")
-    if len(args.runs) > LARGEST_RUNS:
-        raise InputError(f"RUN: expected at most {LARGEST_RUNS} runs in one picture, found {len(args.runs)}")
+    named, count = len(args.label) in (0, len(args.runs)), len(args.runs)
+    need(named, "--label", f"one for each of {count} runs", len(args.label))
+    need(count <= LARGEST_RUNS, "RUN", f"at most {LARGEST_RUNS} runs in one picture", count)
     out = args.out or args.runs[0] / "curve.png"
     labels = args.label or labels_of(args.runs)
     curves = [read_curve(run, args.x, label) for run, label in zip(args.runs, labels)]

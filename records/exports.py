@@ -41,6 +41,7 @@ from common import (
     is_number,
     markdown_table,
     mean_std,
+    need,
     number,
     read_json,
     read_toml,
@@ -84,12 +85,8 @@ class Plan:
 
     def wanted(self) -> list[dict]:
         """The beginning of every line that the plan asks for, model by model."""
-        models = itertools.product(self.seeds, self.runs)
-        return [
-            {"run": run, "seed": seed, "kind": kind, "settings": settings}
-            for seed, run in models
-            for kind, settings in self.exports
-        ]
+        every = itertools.product(self.seeds, self.runs, self.exports)
+        return [{"run": run, "seed": seed, "kind": kind, "settings": made} for seed, run, (kind, made) in every]
 
 
 def read_plan(path: Path) -> Plan:
@@ -152,9 +149,8 @@ class Model:
         self.script, self.sha256 = script, sha256_of(path)  # FileNotFoundError where it was not trained
         left_out = {*NOT_EXPORTED, *script.GROUPS["artifact"].split()}
         fields = {item.name for item in dataclasses.fields(script.Config)} - left_out
-        trained = {
-            name: value for name, value in (read_log(folder / "train.log").config or {}).items() if name in fields
-        }
+        logged = read_log(folder / "train.log").config or {}
+        trained = {name: value for name, value in logged.items() if name in fields}
         self.weights, _, self.loops = script.load_model_file(str(path))
         base = dataclasses.replace(script.Config(**trained), compile=False, **plan.base)
         paths = {name: str(ROOT / getattr(base, name)) for name in ("data_path", "tokenizer_path")}
@@ -229,16 +225,14 @@ def append(plan: Plan, line: dict) -> None:
 
 def work(plan: Plan) -> None:
     """Exports what is missing. Raises InputError, at the end where only some models are missing."""
-    if plan.closed:
-        raise InputError(f"{short(plan.path)}: expected an open plan, found a record: {plan.closed}")
+    need(not plan.closed, short(plan.path), "an open plan", f"a record: {plan.closed}")
     script = load_script(plan.script)
     check_settings(plan, script)
     source, lines = sha256(script.script_source()), read_lines(plan)
-    if {line["script_sha256"] for line in lines} - {source}:
-        commits = ", ".join(sorted({str(line.get("commit"))[:12] for line in lines}))
-        mend = "check that out to go on with it, delete it, or give the plan another name"
-        expected = f"expected exports of this {plan.script}, found some of another version ({commits})"
-        raise InputError(f"{short(plan.lines)}: {expected}; {mend}")
+    mine = {line["script_sha256"] for line in lines} <= {source}
+    found = f"some of another version ({', '.join(sorted({str(line.get('commit'))[:12] for line in lines}))})"
+    mend = "check that out to go on with it, delete it, or give the plan another name"
+    need(mine, short(plan.lines), f"exports of this {plan.script}", found, mend)
     done = {key_of(line) for line in lines}
     todo = [line for line in plan.wanted() if key_of(line) not in done]
     origin = {"script_sha256": source, "commit": script.source_commit(), "versions": script.versions()}
@@ -258,13 +252,8 @@ def work(plan: Plan) -> None:
                 append(plan, line | found | origin | {"device": model.engine.device_name if model else None})
     finally:
         scratch.unlink(missing_ok=True)
-    if missing:
-        train = " and ".join(
-            f"python records/ablate.py records/ablations/{name}.toml" for name in set(missing.values())
-        )
-        raise InputError(
-            f"{', '.join(missing)}: expected the weights of finished runs, found none; train them with {train}"
-        )
+    train = " and ".join(f"python records/ablate.py records/ablations/{name}.toml" for name in set(missing.values()))
+    need(not missing, ", ".join(missing), "the weights of finished runs", "none", f"train them with {train}")
 
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -278,9 +267,7 @@ def average(lines: list[dict], key: str) -> float:
     return statistics.fmean(line[key] for line in lines)
 
 
-def summarize(
-    plan: Plan, lines: list[dict]
-) -> tuple[list[list[str]], dict[tuple[str, str], list[tuple[float, float]]]]:
+def summarize(plan: Plan, lines: list[dict]) -> tuple[list[list[str]], dict[tuple[str, str], list[tuple]]]:
     """Rows of the table, and {(run, kind): (kilobytes, gap) of each of its settings} for the picture."""
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
@@ -292,10 +279,10 @@ def summarize(
         gap, std = mean_std([line["gap"] for line in found])
         size = average(found, "bytes_artifact")
         aims = [line.get("loss_aimed", line.get("loss")) for line in found]  # "loss" in old lines
-        bits = [number(average(found, key), ".3f") for key in ("bits_per_weight", "entropy_bits_per_weight")]
+        bits = number(average(found, "bits_per_weight"), ".3f")
         scores = [number(average(found, "val_bpb")), number(gap), number(std)]
         aim = number(statistics.fmean(aims)) if all(aims) else ""
-        rows.append([run, f"`{found[0]['layout']}`", kind, settings, len(found), *bits, f"{size:,.0f}", *scores, aim])
+        rows.append([run, f"`{found[0]['layout']}`", kind, settings, len(found), bits, f"{size:,.0f}", *scores, aim])
         points.setdefault((run, kind), []).append((size / 1000, gap))
     return rows, points
 
@@ -308,10 +295,8 @@ def notes(plan: Plan, lines: list[dict], left: int) -> list[str]:
     if left:
         state = "were not made" if plan.closed else "are still to be done"
         said.append(f"**{left} of {len(plan.wanted())} exports {state}.**")
-    skipped = dict.fromkeys(
-        f"`{line['run']}` seed {line['seed']}: {line['skipped']}" for line in lines if "skipped" in line
-    )
-    if skipped:
+    skipped = [f"`{line['run']}` seed {line['seed']}: {line['skipped']}" for line in lines if "skipped" in line]
+    if skipped := dict.fromkeys(skipped):
         said.append(f"**Left out:** {'; '.join(skipped)}.")
     return said
 
@@ -324,10 +309,10 @@ def report(plan: Plan) -> str:
     if not lines:
         return "nothing exported yet\n"
     same = ("dataset_sha256", "val_tokens", "script_sha256")
-    if mixed := [key for key in same if len({line[key] for line in lines}) > 1]:
-        raise InputError(f"{short(plan.lines)}: expected exports of one kind, found several: {', '.join(mixed)}")
+    mixed = [key for key in same if len({line[key] for line in lines}) > 1]
+    need(not mixed, short(plan.lines), "exports of one kind", f"several: {', '.join(mixed)}")
     rows, points = summarize(plan, lines)
-    head = ["model", "layout", "kind", "settings", "n", "bits a weight", "entropy", "artifact bytes", "val_bpb", "gap"]
+    head = ["model", "layout", "kind", "settings", "n", "bits a weight", "artifact bytes", "val_bpb", "gap"]
     table, one = markdown_table([*head, "std of gap", "nats aimed at"], rows), lines[0]
     said = "".join(note + "\n\n" for note in notes(plan, done, len(wanted) - len(done)))
     partial = f" (partial: the first {one['val_tokens']:,} tokens)" if one["partial"] else ""
@@ -340,9 +325,9 @@ def report(plan: Plan) -> str:
 
 {plan.about.strip()}
 
-Bits a weight: of the coded matrices, their steps and models included; entropy: of each matrix's integers, order 0. Gap:
-bits per byte after export, read back from disk, less those of the weights before; nats aimed at: QUANT_LOSS, or what
-TARGET_BYTES made of it: what rounding would add to the loss, nats a token, if the Fisher information were all.
+Bits a weight: of the coded matrices, their steps and models included. Gap: bits per byte after export, read back from
+disk, less those of the weights before; nats aimed at: QUANT_LOSS, or what TARGET_BYTES made of it: what rounding would
+add to the loss, nats a token, if the Fisher information were all.
 
 {table}
 {said}![gap against the artifact's bytes](exports.png)

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import InputError
+from common import InputError, need
 
 SOURCE_END = "=" * 120  # stands in our logs between the script's source and what the run says
 TOKENIZERS = {  # name: how a log names it
@@ -312,7 +312,5 @@ def read_metrics(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError, RecursionError):
             if number == len(lines):  # empty where the file ends as it should
                 break
-            raise InputError(
-                f"{path}: line {number}: expected a JSON object with a step, found {line[:40]!r}"
-            ) from None
+            need(False, f"{path}: line {number}", "a JSON object with a step", repr(line[:40]))
     return rows

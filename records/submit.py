@@ -40,6 +40,7 @@ from common import (
     is_number,
     markdown_table,
     mean_std,
+    need,
     read_json,
     run_tool,
     short,
@@ -82,18 +83,12 @@ class Run:
 
     @property
     def count_code(self) -> str:
-        """How the run counted its code: 1, packed or 0; earlier scripts had PACK_CODE."""
-        packed = self.log.config.get("pack_code")
-        return str(self.log.config.get("count_code", "packed" if packed else "1"))
+        """How the run counted its code: 1, packed or 0."""
+        return str(self.log.config.get("count_code", "1"))
 
     @property
     def train_ms(self) -> float:
         return self.result["train_time_ms"] + (self.result["calib_time_ms"] or 0)
-
-
-def need(holds: object, what: object, expected: str, found: object, mend: str = "") -> None:
-    if not holds:
-        raise InputError(f"{what}: expected {expected}, found {found}" + (f"; {mend}" if mend else ""))
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -155,8 +150,7 @@ def load_script(source: bytes, what: str):
 def check_together(runs: list[Run], script) -> None:
     """Runs of one submission differ in their seed and in nothing else that was trained, scored or exported."""
     first, others = runs[0], runs[1:]
-    groups = getattr(script, "GROUPS", {})  # early scripts hash what is scored and exported, too
-    settled = f"{groups.get('score', '')} {groups.get('artifact', '')}".split()
+    settled = f"{script.GROUPS['score']} {script.GROUPS['artifact']}".split()
     for run in others:
         old, new = first.log.config, run.log.config
         differs = {key for key in old if old[key] != new.get(key)} - {"seed", "run_id", "log_dir", "resume"}
@@ -220,12 +214,6 @@ def preset_text(settings: dict[str, object]) -> str:
     return "\n".join(lines) + '""",\n'
 
 
-def preset_call(settings: dict[str, object]) -> str:
-    """A preset as the scripts before those of text had it."""
-    listed = "".join(f"        {key}={value!r},\n" for key, value in settings.items())
-    return f'    "{PRESET}": dict(\n{listed}    ),\n'
-
-
 def bake(source: str, settings: dict[str, object]) -> str:
     """The script with one more preset, which is what it runs without flags. Nothing else changes.
 
@@ -235,9 +223,7 @@ def bake(source: str, settings: dict[str, object]) -> str:
     one = len(table.findall(source)) == 1 == len(default.findall(source))
     need(one, "train.log", "a script with one PRESETS table and one DEFAULT_PRESET", "another")
     start = table.search(source).end()
-    calls = re.search(r"[\w\"]+: *dict\(", source[start : source.find("\n}", start)])
-    preset = (preset_call if calls else preset_text)(settings)
-    return default.sub(f'DEFAULT_PRESET = "{PRESET}"', source[:start] + preset + source[start:])
+    return default.sub(f'DEFAULT_PRESET = "{PRESET}"', source[:start] + preset_text(settings) + source[start:])
 
 
 def prove_configuration(baked: bytes, run: Run):
@@ -247,8 +233,7 @@ def prove_configuration(baked: bytes, run: Run):
     mend = "was the log's config line or source changed?"
     for key, value in recorded_settings(run).items():
         need(getattr(config, key) == value, f"the baked {run.script}", f"{key}={value}", getattr(config, key), mend)
-    logged = dataclasses.replace(config, preset=run.log.config["preset"])  # early scripts hash the preset's name, too
-    found, stated = module.config_sha256(logged), run.result["config_sha256"]
+    found, stated = module.config_sha256(config), run.result["config_sha256"]
     need(found == stated, f"the baked {run.script}", f"the run's configuration ({stated[:12]})", found[:12], mend)
     need(config.seed == run.seed, f"the baked {run.script}", f"seed {run.seed}", config.seed, mend)
     return module
@@ -334,14 +319,8 @@ def seed_result(run: Run) -> dict:
     """A seed's entry in submission.json."""
     same = {key: run.result[key] for key in ("val_loss", "val_bpb", "steps", "tokens", "train_flops")}
     times = {"train_time_s": run.result["train_time_ms"] / 1000, "eval_time_s": run.result["eval_time_ms"] / 1000}
-    return (
-        same
-        | times
-        | {
-            "val_bpb_before_export": run.result["val_bpb_raw"],
-            "artifact_bytes": run.result["bytes_artifact"],
-        }
-    )
+    sizes = {"val_bpb_before_export": run.result["val_bpb_raw"], "artifact_bytes": run.result["bytes_artifact"]}
+    return same | times | sizes
 
 
 def summary(runs: list[Run], args, code_bytes: int) -> dict:

@@ -23,9 +23,9 @@ AIM = 0.02  # nats: a switch that raises the loss by more is a shock
 
 
 def make_probed(script):
-    """The script's Trainer, which notes the loss on the probe around every switch in `found`."""
+    """The script's Run, which notes the loss on the probe around every switch in `found`."""
 
-    class Probed(script.Trainer):
+    class Probed(script.Run):
         found: list[dict] = []
 
         def probe(self, loops: int) -> float:
@@ -58,20 +58,20 @@ def train(run: Run, source: str) -> None:
     """One run, in this process; what was seen goes to its place. Raises InputError where it did not end."""
     shutil.rmtree(run.work, ignore_errors=True)  # of an interrupted try
     script = load_script(run.matrix.script)
-    script.Trainer = make_probed(script)
+    script.Run = make_probed(script)
     sys.argv = [run.matrix.script, *run.flags()]
     try:
         script.main()
     except SystemExit as stop:
         if stop.code:
             raise InputError(f"{run.name}: expected exit code 0, found {stop.code}; see {short(run.work)}") from None
-    if not script.Trainer.found:
+    if not script.Run.found:
         raise InputError(f"{run.matrix.path}: arm {run.arm}: expected a LOOP_SCHEDULE that switches, found none")
     result = read_json(run.work / "result.json", "the result of the run")
     kept = {
         key: result[key] for key in ("val_bpb_raw", "val_bpb", "steps", "tokens", "train_flops", "device", "commit")
     }
-    write_json(place(run), run.origin(sha256(source)) | kept | {"switches": script.Trainer.found})
+    write_json(place(run), run.origin(sha256(source)) | kept | {"switches": script.Run.found})
 
 
 def rises(seen: dict, after: int) -> float | None:

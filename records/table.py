@@ -14,11 +14,11 @@ from ablate import read_matrix
 from common import (
     RECORDS,
     TRACKS,
-    InputError,
     Parser,
     is_number,
     markdown_table,
     mean_std,
+    need,
     number,
     p_text,
     read_json,
@@ -257,8 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     path, text = args.home / "README.md", build(args.home)
     if args.check:
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            raise InputError(f"{short(path)}: expected what the folders say, found another text; run records/table.py")
+        current = path.is_file() and path.read_text(encoding="utf-8") == text
+        need(current, short(path), "what the folders say", "another text", "run records/table.py")
         print(f"{short(path)} is current")
         return 0
     for track in TRACKS:

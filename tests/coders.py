@@ -77,6 +77,12 @@ def line(name: str, size: float, entropy: float, first: float, second: float) ->
     print(f"{name:12} {size:12,.0f} {100 * (size / entropy - 1):8.2f}% {first:7.1f}s {second:7.1f}s", flush=True)
 
 
+def entropy_bits(symbols: np.ndarray) -> float:
+    """Order 0, of all integers together."""
+    counts = np.unique(symbols, return_counts=True)[1]
+    return float((counts * np.log2(counts.sum() / counts)).sum())
+
+
 def time_quantizer(c: script.Config, weights: dict[str, np.ndarray], seen: script.Curvature) -> dict:
     """Prints one line, in processor seconds; returns the tables."""
     began = time.process_time()
@@ -84,17 +90,17 @@ def time_quantizer(c: script.Config, weights: dict[str, np.ndarray], seen: scrip
     curvatures = [np.median(part) for part in seen.squares.values()]
     width = 0.6 * float(np.median([value.std() for value in weights.values()]) * np.sqrt(np.median(curvatures)))
     tables = script.make_tables(c, weights, width, factors, seen.squares)
-    ans = script.need_constriction().stream.stack.AnsCoder()
-    for name, table in reversed(tables.items()):
-        writer, trellis = script.Writer(), script.on_trellis(c, name)
+    ans = script.constriction.stream.stack.AnsCoder()
+    for table in reversed(tables.values()):
+        writer, trellis = script.Writer(), script.calibrates(c)
         script.code_table(writer, script.facts_of(table, trellis), table, trellis)
         writer.finish(ans)
     middle, size = time.process_time(), ans.num_valid_bits() / 8
-    for name, table in tables.items():
+    for table in tables.values():
         found = script.Table(*(np.zeros_like(part) for part in table))
-        script.code_table(script.Reader(ans), np.zeros(script.FACTS), found, script.on_trellis(c, name))
+        script.code_table(script.Reader(ans), np.zeros(script.FACTS), found, script.calibrates(c))
         assert np.array_equal(found.symbols, table.symbols)
-    entropy = sum(script.entropy_bits(table.symbols) for table in tables.values()) / 8
+    entropy = sum(entropy_bits(table.symbols) for table in tables.values()) / 8
     line(f"ours {c.quantizer}", size, entropy, middle - began, time.process_time() - middle)
     return tables
 
@@ -132,10 +138,10 @@ def main() -> None:
     print(f"{platform.machine()} {script.cpu_name()}, one thread, numpy {np.__version__}")
     print(f"{'coder':12} {'bytes':>12} {'overhead':>9} {'encode':>8} {'decode':>8}")
     time_quantizer(dataclasses.replace(c, quantizer="trellis", target_bytes=0), matrices, curvature)
-    plain = dataclasses.replace(c, quantizer="absmax", target_bytes=0, quant_loss=0.0, embed_float16=False)
+    plain = dataclasses.replace(c, quantizer="absmax", target_bytes=0, quant_loss=0.0)
     tables = time_quantizer(plain, matrices, script.Curvature({}, curvature.squares, 0))
     data = b"".join(table.symbols.astype(np.int8).tobytes() for table in tables.values())
-    entropy = sum(script.entropy_bits(table.symbols) for table in tables.values()) / 8
+    entropy = sum(entropy_bits(table.symbols) for table in tables.values()) / 8
     for name, compress, decompress in compressors():
         began = time.perf_counter()
         packed = compress(data)

@@ -124,10 +124,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     c = module.Config(vocab_size=VOCAB, data_path=str(folder / "all"), tokenizer_path=str(folder / "bpe.model"))
     module.make_smoke_data(c)
-    train, val = (
-        np.array(module.open_shard(module.find_shards(c.data_path, split, VOCAB)[0], VOCAB))
-        for split in ("train", "val")
-    )
+    train, val = (np.array(module.find_shards(c.data_path, split, VOCAB)[0]) for split in ("train", "val"))
     train, val = train[:3001], val[:1500]
     path = write_dataset(folder / "tiny", [train[:1111], train[1111:1400], train[1400:]], [val[:1000], val[1000:]])
     env = {"DATA_PATH": str(path), "TOKENIZER_PATH": c.tokenizer_path}

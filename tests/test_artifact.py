@@ -68,19 +68,19 @@ def check_round_trip(module, c, weights, path):
     found = module.read_artifact(path)
     assert found.loops == module.parse_layout(c.layout).loops and found.quantizer == c.quantizer
     assert found.model == {field: getattr(c, field) for field in module.MODEL_FIELDS}
-    assert made.size == len(made.data) == sum(made.bytes_by_group.values())
+    assert made.size == len(made.data)
     assert {name: value.shape for name, value in found.weights.items()} == module.param_shapes(c)
     assert found.bits.keys() == found.weights.keys() and made.size - sum(found.bits.values()) / 8 < 400
     for name, value in found.weights.items():
         weight, group = weights[name], module.param_group(name)
         assert value.dtype == np.float32 and np.isfinite(value).all(), name
-        if module.on_trellis(c, name):
+        if module.calibrates(c):
             squares = curvature_of(module, weights).squares[name]
             width = module.width_of(c.quant_loss, module.count_params(c))
             cost = (squares * np.square(value.astype(np.float64) - weight)).mean()
             assert cost <= 1.5 * width**2 / 12 * 2**2, name  # the steps of a row and a column are of their means
             continue
-        top = {"matrix": 31, "lora": 127, "embed": 2047 if c.embed_float16 else 127}.get(group, 2047)
+        top = {"matrix": 31, "lora": 127, "embed": 127}.get(group, 2047)
         rows, back = weight.reshape(-1, weight.shape[-1]), value.reshape(-1, weight.shape[-1])
         largest = np.abs(rows).max(axis=1, keepdims=True).astype(np.float64)
         assert (np.abs(rows - back) <= 0.5001 * 2**0.25 * largest / top + 1e-30).all(), name
@@ -92,9 +92,7 @@ def check_round_trip(module, c, weights, path):
     "fields",
     [
         {},
-        {"embed_float16": True},
         TRELLIS,
-        TRELLIS | {"embed_float16": True},
         RICH,
         RICH | TRELLIS,
         {"layout": "4", "loop_schedule": "", "skips": "none", "num_heads": 1},
@@ -113,7 +111,7 @@ def test_round_trip(script, config, tmp_path, fields):
     assert path.read_bytes() == first  # nothing of time, place or chance in it
 
 
-@pytest.mark.parametrize("fields", [{}, {"embed_float16": True}, TRELLIS], ids=["absmax", "float16", "trellis"])
+@pytest.mark.parametrize("fields", [{}, TRELLIS], ids=["absmax", "trellis"])
 def test_initial_and_extreme_weights(script, config, tmp_path, fields):
     """Rows of zeros, constants, one large value, values beyond float16, tiny values: none becomes nan or infinite."""
     c, path = config(script, **RICH, **fields), tmp_path / "a.rgpt"
@@ -160,7 +158,7 @@ def test_scripts_write_the_same_bytes_and_read_each_other(both, config, tmp_path
 def test_the_stream_is_the_same_on_every_machine(any_script, config, tmp_path):
     """CRC-32 of a file of made-up integers, which depends on the coder and its models only. Files of another machine
     could not be read if it changed: a change needs another ARTIFACT_VERSION."""
-    ans = any_script.need_constriction().stream.stack.AnsCoder()
+    ans = any_script.constriction.stream.stack.AnsCoder()
     for i, shape in enumerate(((300, 20), (1, 50), (2, 9))):
         n, m = shape
         numbers = (np.arange(n * m) * 7919 % 23 - 11).reshape(shape).astype(np.int16)
@@ -188,28 +186,6 @@ def test_model_of_long_sequences(any_script, config, tmp_path):
     c = config(any_script, train_seq_len=2**18, train_batch_tokens=2**18)
     assert c.calib_tokens < c.train_seq_len
     check_round_trip(any_script, c, random_weights(any_script, c), tmp_path / "a.rgpt")
-
-
-def test_without_constriction_nothing_begins(script, tiny, config, tmp_path, monkeypatch):
-    """Neither a run, which could not write its artifact, nor a reader; and what is read is not called damaged."""
-    write(script, tmp_path / "a", config(script))
-    find = script.importlib.util.find_spec
-    monkeypatch.setattr(
-        script.importlib.util, "find_spec", lambda name, *rest: None if name == "constriction" else find(name, *rest)
-    )
-    before = tree(tmp_path)
-    for flags in ((), ("--preset=smoke",), ("--mode=eval", f"--artifact={tmp_path / 'a'}")):
-        monkeypatch.chdir(tmp_path)
-        env = tiny | {"PRESET": "", "DATA_PATH": "", "TOKENIZER_PATH": ""} if "--preset=smoke" in flags else tiny
-        env = {name: value for name, value in env.items() if value}
-        outcome = run_in_process(script, *flags, **env)
-        assert_refused(outcome, "^error: constriction: expected the package", "pip install constriction")
-        left = {
-            path: kept for path, kept in tree(tmp_path).items() if not path.startswith("data")
-        }  # of the smoke preset
-        assert left == before
-    with pytest.raises(script.InputError, match="^constriction: expected the package"):
-        script.read_artifact(tmp_path / "a")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +305,6 @@ CHANGES = {
     "quantizer null": set_at("quantizer", to=None),
     "quantizer list": set_at("quantizer", to=["absmax"]),
     "quantizer missing": without("quantizer"),
-    "embed_float16 missing": without("embed_float16"),
     "crc": set_at("crc", to=0),
     "crc text": set_at("crc", to="0"),
     "crc null": set_at("crc", to=None),
@@ -406,18 +381,18 @@ def test_signed_code_that_is_damaged(script, config, tmp_path, quantizer):
 
 def forged(module, c, path, change):
     """An artifact of all zeros in which `change` has altered tables and facts, with a right CRC-32 and checksum."""
-    tables, ans = {}, module.need_constriction().stream.stack.AnsCoder()
+    tables, ans = {}, module.constriction.stream.stack.AnsCoder()
     for name, shape in module.param_shapes(c).items():
         n, m = math.prod(shape[:-1]), shape[-1]
         tables[name] = module.Table(*(np.zeros(size, np.int16) for size in (n, m, n, (n, m))))
-    facts = {name: module.facts_of(table, module.on_trellis(c, name)) for name, table in tables.items()}
+    facts = {name: module.facts_of(table, module.calibrates(c)) for name, table in tables.items()}
     change(tables, facts)
     for name, table in reversed(tables.items()):
         writer = module.Writer()
-        module.code_table(writer, facts[name], table, module.on_trellis(c, name))
+        module.code_table(writer, facts[name], table, module.calibrates(c))
         writer.finish(ans)
     header = {"model": {field: getattr(c, field) for field in module.MODEL_FIELDS}, "loops": 1, "crc": 0}
-    header |= {"quantizer": c.quantizer, "embed_float16": False, "crc": module.checksum(tables)}
+    header |= {"quantizer": c.quantizer, "crc": module.checksum(tables)}
     path.write_bytes(signed(module, header, ans.get_compressed().astype("<u4").tobytes()))
 
 

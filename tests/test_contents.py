@@ -22,10 +22,10 @@ def tiny_script():
 
 @pytest.fixture
 def artifact(config, tmp_path, monkeypatch, tiny_script):
-    c = config(tiny_script, layout="1+2x2+1", lora_rank=3, embed_float16=True)
+    c = config(tiny_script, layout="1+2x2+1", lora_rank=3)
     path = tmp_path / "model.int6.rgpt"
     path.write_bytes(tiny_script.export_model(c, random_weights(tiny_script, c), 2).data)
-    monkeypatch.setattr(contents, "load_script", lambda name: tiny_script)
+    monkeypatch.setattr(contents.layout, "load_trainer", lambda: tiny_script)
     return path
 
 
@@ -46,25 +46,14 @@ def test_lists_every_tensor_and_every_byte(artifact, capsys, tiny_script):
     sizes = {entry.name: entry for entry in entries}
     assert len(sizes) == len(found.weights) + 1 and 0 < sizes["header"].size < 3000
     embedding = sizes["tok_emb.weight"]
-    assert 10 < 8 * embedding.size / embedding.weights < 17 and embedding.place == "embedding"
+    assert 6 < 8 * embedding.size / embedding.weights < 13 and embedding.place == "embedding"
     query = sizes["blocks.1.attn.q.weight"]
     assert 4 < 8 * query.size / query.weights < 9 and (query.place, query.kind) == ("block 1", "attention")
-    assert {entry.kind for entry in entries} == set(contents.KINDS)
-    assert artifact.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_mlx_reads_where_torch_is_missing(monkeypatch):
-    """The first trainer whose packages are here."""
-    asked = []
-
-    def load(name):
-        asked.append(name)
-        if name == "train_gpt.py":
-            raise common.InputError(f"{name}: expected its packages, found none")
-        return "mlx"
-
-    monkeypatch.setattr(contents, "load_script", load)
-    assert contents.any_script() == "mlx" and asked == ["train_gpt.py", "train_gpt_mlx.py"]
+    assert {entry.kind for entry in entries} == {"attention", "MLP", "LoRA", "embedding", "vectors", "header"}
+    for key in ("kind", "place"):
+        shown = [float(line.split(" bytes ")[1].split("%")[0]) for line in contents.sums(entries, key)[1:]]
+        assert sum(shown) == pytest.approx(100, abs=0.5)
+    assert "\nblock 3 " in out
 
 
 @pytest.mark.parametrize(

@@ -491,7 +491,7 @@ def test_command_line_ends_in_one_line_and_exit_code_1(tmp_path):
                           capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "error: input gone.jsonl: no such file\n"
+    assert done.stderr == "error: input gone.jsonl: expected a file, found no such file\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,20 +31,16 @@ def test_repeats_the_artifact_and_makes_others(script, maker, trained, data, tmp
     if maker != script.__name__:
         return
     results = {}
-    for name, more in (
-        ("near", ()),
-        ("far", ("--quant_loss=0.5",)),
-        ("float16", ("--quant_loss=0.5", "--embed_float16")),
-    ):
+    for name, more in (("near", ()), ("far", ("--quant_loss=0.5",))):
         chosen = ("--quantizer=trellis", "--quant_loss=0.00001", "--calib_tokens=512", *more)
         outcome = run_in_process(script, *flags, f"--run_id={name}", *chosen, **env)
         assert outcome.code == 0 and "export:   trellis" in outcome.out, outcome
         results[name] = json.loads((tmp_path / name / "result.json").read_text())
         assert results[name]["val_bpb_raw"] == now["val_bpb_raw"] and results[name]["calib_time_ms"] > 0
-    assert results["near"]["quantizer"] == "trellis" and results["float16"]["quantizer"] == "trellis embed_float16"
+    assert results["near"]["quantizer"] == results["far"]["quantizer"] == "trellis"
     assert results["near"]["val_bpb"] == pytest.approx(now["val_bpb_raw"], abs=0.02)
-    far, float16, near = (results[name]["bytes_artifact"] for name in ("far", "float16", "near"))
-    assert far < 0.2 * near and far < 0.2 * float16 and near < now["bytes_artifact"]
+    far, near = (results[name]["bytes_artifact"] for name in ("far", "near"))
+    assert far < 0.2 * near and near < now["bytes_artifact"]
 
 
 def test_refuses_rounded_weights_and_a_used_name(script, trained, data, tmp_path):

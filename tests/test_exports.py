@@ -19,10 +19,9 @@ seeds = [1, 2]
 calib_tokens = 512
 [exports.absmax]
 quantizer = "absmax"
-embed_float16 = [false, true]
 [exports.trellis]
 quantizer = "trellis"
-quant_loss = 0.01
+quant_loss = [0.01, 0.1]
 """
 CONTIGUOUS = "**Made with contiguous data: every step read one chapter of the text."
 
@@ -88,17 +87,17 @@ def test_exports_resume_and_report(data, plan, capsys, monkeypatch):
         assert line["val_bpb_raw"] == pytest.approx(result["val_bpb_raw"], abs=1e-4) and not line["partial"]
         assert line["gap"] == line["val_bpb"] - line["val_bpb_raw"] and 0.3 < line["bits_per_weight"] < 9
         assert line["shuffle"] and line["bytes_code"] == len((ROOT / "train_gpt.py").read_bytes())
-    by = {(line["kind"], line["settings"].get("embed_float16"), line["seed"]): line for line in found}
+    by = {(line["kind"], line["settings"].get("quant_loss"), line["seed"]): line for line in found}
     for seed in (1, 2):  # as at the end of the runs, which export with absmax
         result = json.loads((exports.LOGS / f"tiny/loop_seed{seed}/result.json").read_text())
-        assert by["absmax", False, seed]["bytes_artifact"] == result["bytes_artifact"]
-        assert by["absmax", False, seed]["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-4)
-        assert by["absmax", True, seed]["bytes_artifact"] > result["bytes_artifact"] + 1000
-    assert by["trellis", None, 2]["loss_aimed"] == pytest.approx(0.01) and by["trellis", None, 2]["calib_seconds"] > 0
+        assert by["absmax", None, seed]["bytes_artifact"] == result["bytes_artifact"]
+        assert by["absmax", None, seed]["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-4)
+        assert by["trellis", 0.1, seed]["bytes_artifact"] < by["trellis", 0.01, seed]["bytes_artifact"]
+    assert by["trellis", 0.01, 2]["loss_aimed"] == pytest.approx(0.01) and by["trellis", 0.01, 2]["calib_seconds"] > 0
     table = (plan.with_suffix("") / "README.md").read_text()
-    mean = sum(by["trellis", None, seed]["gap"] for seed in (1, 2)) / 2
-    row = next(line for line in table.splitlines() if "| trellis |" in line)
-    assert f"| {mean:.4f} |" in row and "| loss=0.01 | 2 |" in row and row.endswith("| 0.0100 |")
+    mean = sum(by["trellis", 0.01, seed]["gap"] for seed in (1, 2)) / 2
+    row = next(line for line in table.splitlines() if "| loss=0.01 | 2 |" in line)
+    assert f"| {mean:.4f} |" in row and "| trellis |" in row and row.endswith("| 0.0100 |")
     assert (plan.with_suffix("") / "exports.png").stat().st_size > 5000
     assert "still to be done" not in table and CONTIGUOUS not in table
     lines.write_text(lines.read_text().replace('"shuffle": true, ', "").replace("loss_aimed", "loss"))  # as before
@@ -123,7 +122,7 @@ def test_a_model_that_diverged_is_skipped_with_a_line(data, plan, capsys, monkey
     found = export(plan)
     assert len(found) == 12 and [line["seed"] for line in found if "gap" in line] == [1, 1, 1]
     out = capsys.readouterr().out
-    assert "loop 2 absmax {'quantizer': 'absmax', 'embed_float16': False}: skipped: its weights score nan" in out
+    assert "loop 2 absmax {'quantizer': 'absmax'}: skipped: its weights score nan" in out
     assert "skipped: its training diverged (step 3: expected a finite loss)" in out
     text = (plan.with_suffix("") / "README.md").read_text()
     assert "**Left out:** `loop` seed 2: its weights score nan before export; `loop` seed 3: its training" in text
@@ -159,8 +158,8 @@ def test_other_script_and_missing_weights(data, plan):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("quant_loss = 0.01", "matrix_lr = 1", r"\[exports.trellis\] matrix_lr: expected one of bytes_cap"),
-        ("quant_loss = 0.01", "quant_sigma = 1", r"\[exports.trellis\] quant_sigma: expected one of"),
+        ("quant_loss = [0.01, 0.1]", "matrix_lr = 1", r"\[exports.trellis\] matrix_lr: expected one of bytes_cap"),
+        ("quant_loss = [0.01, 0.1]", "quant_sigma = 1", r"\[exports.trellis\] quant_sigma: expected one of"),
         ('quantizer = "trellis"', 'quantizer = "gptq"', "QUANTIZER: expected one of absmax, trellis"),
         ("calib_tokens = 512", "seed = 1", r"\[base\] seed: expected one of"),
         ('models = "tiny"', "", "models: expected a value, found none"),

@@ -31,9 +31,9 @@ def bases(module):
     module.make_tables = lambda *args: made.append(make(*args)) or made[-1]
     for more in (
         dict(lora_rank=2, loop_gate="gain"),
-        dict(embed_float16=True),
+        dict(vocab_size=300),
         dict(lora_rank=2, quantizer="trellis", quant_loss=100.0),
-        dict(quantizer="trellis", quant_loss=1.0, embed_float16=True),
+        dict(quantizer="trellis", quant_loss=1.0),
         dict(quantizer="trellis", quant_loss=10.0, vocab_size=300),
     ):
         sizes = dict(vocab_size=48, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16)
@@ -43,8 +43,8 @@ def bases(module):
         content = module.export_model(c, weights, 2, module.Curvature({}, squares, 1)).data
         size = struct.unpack_from("<4sII", content)[2]
         header, code = json.loads(zlib.decompress(content[12 : 12 + size])), content[12 + size : -32]
-        read = {name: module.values_of(table, module.on_trellis(c, name)) for name, table in made[-1].items()}
-        facts = {name: module.facts_of(table, module.on_trellis(c, name)) for name, table in made[-1].items()}
+        read = {name: module.values_of(table, module.calibrates(c)) for name, table in made[-1].items()}
+        facts = {name: module.facts_of(table, module.calibrates(c)) for name, table in made[-1].items()}
         found.append((c, header, code, (made[-1], facts), read, content))
     module.make_tables = make
     return found
@@ -96,7 +96,7 @@ def changed_header(rng, header):
     """One or two values anywhere in the header are others, or missing; seldom those that decide nothing of the numbers,
     such as how a gate works, which no checksum can know."""
     header = json.loads(json.dumps(header))
-    free = ("loop_gate", "train_seq_len", "skips", "loops", "embed_float16", "layout")
+    free = ("loop_gate", "train_seq_len", "skips", "loops", "layout")
     for _ in range(rng.choice([1, 1, 1, 2])):
         holder = rng.choice([header, header["model"], header["model"]])
         key = rng.choice([key for key in holder if key not in free or rng.random() < 0.2])
@@ -122,9 +122,9 @@ def other_model(rng, header):
 
 def coded(module, c, tables, facts):
     """The code of tables, with facts that may be others than a writer would state."""
-    ans = module.need_constriction().stream.stack.AnsCoder()
+    ans = module.constriction.stream.stack.AnsCoder()
     for name, table in reversed(tables.items()):
-        writer, trellis = module.Writer(), module.on_trellis(c, name)
+        writer, trellis = module.Writer(), module.calibrates(c)
         chosen = facts[name] if name in facts else module.facts_of(table, trellis)
         module.code_table(writer, chosen, table, trellis)
         writer.finish(ans)

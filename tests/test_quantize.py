@@ -457,7 +457,7 @@ def table_of(module, name, value, squares, width, factor=None, quantizer="trelli
 
 def coded(module, table, trellis=True):
     """(bits of a table, what a reader makes of them)."""
-    ans, (n, m) = module.need_constriction().stream.stack.AnsCoder(), table.symbols.shape
+    ans, (n, m) = module.constriction.stream.stack.AnsCoder(), table.symbols.shape
     writer, kept = module.Writer(), [part.copy() for part in table]
     module.code_table(writer, module.facts_of(table, trellis), table, trellis)
     assert all(np.array_equal(part, was) for part, was in zip(table, kept))
@@ -605,6 +605,12 @@ def test_spread_models_are_the_mixture(any_script):
             assert np.allclose(bits, -np.log2(half / frequencies.sum()), rtol=1e-9)
 
 
+def entropy_bits(symbols) -> float:
+    """Order 0, of all integers together."""
+    counts = np.unique(symbols, return_counts=True)[1]
+    return float((counts * np.log2(counts.sum() / counts)).sum())
+
+
 @pytest.mark.parametrize("heavy", [False, True], ids=["normal", "Laplace"])
 @pytest.mark.parametrize("width", [4e-4, 1e-4])
 @pytest.mark.parametrize("size", [1, 1e-6], ids=["", "tiny"])
@@ -616,19 +622,19 @@ def test_size_of_a_table_is_the_ideal_one(any_script, width, heavy, size):
     contexts = 2 * (table.rows[:, None].astype(int) + table.columns) + any_script.half_levels(table.symbols)
     ideal = 0.0
     for context in np.unique(contexts):
-        ideal += any_script.entropy_bits(table.symbols[contexts == context])
+        ideal += entropy_bits(table.symbols[contexts == context])
     bits = coded(any_script, table)[0]
-    steps = any_script.entropy_bits(table.rows) + any_script.entropy_bits(table.columns)
+    steps = entropy_bits(table.rows) + entropy_bits(table.columns)
     assert 1 < ideal / rows.size < 4.5 and steps < 10 * sum(shape)
     assert bits <= 1.012 * ideal + 1.2 * steps + 200
-    assert bits - steps < 0.95 * any_script.entropy_bits(table.symbols)
+    assert bits - steps < 0.95 * entropy_bits(table.symbols)
 
 
 @pytest.mark.parametrize("name", [FC, "tok_emb.weight"])
 def test_size_of_absmax_is_the_entropy(any_script, name):
     rows = (0.02 * np.random.default_rng(0).standard_normal((512, 1024))).astype(np.float32)
     table = table_of(any_script, name, rows, None, 0, None, "absmax")
-    bits, entropy = coded(any_script, table, False)[0], any_script.entropy_bits(table.symbols)
+    bits, entropy = coded(any_script, table, False)[0], entropy_bits(table.symbols)
     assert entropy < bits < 1.005 * entropy
 
 
@@ -714,7 +720,6 @@ def test_target_bytes(any_script, tmp_path, bits):
     made = any_script.export_model(dataclasses.replace(c, target_bytes=target), weights, 2, curvature, code)
     assert made.size == len(made.data) and 0.998 * target <= code + made.size <= target
     assert 2 <= made.rounds <= 4 and made.loss_aimed > 0 and made.plain_rounded == 0
-    assert sum(made.bytes_by_group.values()) == made.size and made.bytes_by_group["header"] < 400
     assert made.bits_per_weight == pytest.approx(bits, rel=0.15)
     (tmp_path / "a").write_bytes(made.data)
     found = any_script.read_artifact(tmp_path / "a")  # and it is an artifact, not filled up with anything

@@ -44,7 +44,7 @@ def made(data, tmp_path_factory):
              "twin": {"SEED": "1"}, "packed": {"SEED": "6", "COUNT_CODE": "packed"},
              "weights": {"SEED": "7", "COUNT_CODE": "0"}, "shown_often": {"SEED": "8", "TRAIN_LOG_EVERY": "2"},
              "other_stride": {"SEED": "9", "EVAL_STRIDE": "16"},
-             "other_export": {"SEED": "10", "EMBED_FLOAT16": "1"}}  # fmt: skip
+             "other_export": {"SEED": "10", "BYTES_CAP": "15000000"}}  # fmt: skip
     for name, settings in runs.items():
         assert run_in_process(module, **env | settings, RUN_ID=name).code == 0
     return root
@@ -232,7 +232,7 @@ def result(**values):
     (["partial"], break_nothing, [], "expected a score on the whole validation set"),
     (["seed1", "other_lr"], break_nothing, [], "matrix_lr=0.01 instead of 0.04"),
     (["seed1", "other_stride"], break_nothing, [], "eval_stride=16 instead of 0"),
-    (["seed1", "other_export"], break_nothing, [], "embed_float16=True instead of False"),
+    (["seed1", "other_export"], break_nothing, [], "bytes_cap=15000000 instead of 16000000"),
     (["seed1", "weights"], break_nothing, [], "count_code=0 instead of 1"),
     (["seed1", "twin"], break_nothing, [], "expected one run a seed"),
     (["seed1", "seed2"], result(dataset_sha256="0"), [], "expected dataset_sha256"),
@@ -323,8 +323,7 @@ def test_a_run_of_a_records_own_script_can_be_submitted(root):
     assert text.count('"submission": """') == 1 and "seed=9" in text
 
 
-OLD = 'PRESETS: dict[str, dict[str, object]] = {\n    "a": dict(),\n}\nDEFAULT_PRESET = "a"\n'
-NEW = 'PRESETS = {\n    # A remark.\n    "a": """layout=9""",\n}\nDEFAULT_PRESET = "a"\n'
+SCRIPT = 'PRESETS = {\n    # A remark.\n    "a": """layout=9""",\n}\nDEFAULT_PRESET = "a"\n'
 
 
 def test_baked_settings_survive_long_lines_and_other_alphabets():
@@ -336,22 +335,17 @@ def test_baked_settings_survive_long_lines_and_other_alphabets():
         "x": "",
     }
     settings |= {f"setting_{i}": i for i in range(40)}
-    for source in (OLD, NEW):
-        baked, names = submit.bake(source, settings), {}
-        exec(baked, names)
-        preset = names["PRESETS"]["submission"]
-        if source == NEW:
-            pairs = dict(pair.split("=", 1) for pair in preset.split())
-            assert (pairs["shuffle"], float(pairs["gate"]), pairs["x"]) == ("0", 1 / 3, "")
-            assert pairs["data_path"] == settings["data_path"] and pairs["setting_39"] == "39"
-        else:
-            assert preset == settings
-        assert names["DEFAULT_PRESET"] == "submission" and max(map(len, baked.splitlines())) <= 120
-        assert submit.BAKED.sub("", baked) == source.replace('= "a"', '= "submission"')
-        assert submit.bake(baked, {"seed": 1}).count("submission") == 2  # the preset and the default
+    baked, names = submit.bake(SCRIPT, settings), {}
+    exec(baked, names)
+    pairs = dict(pair.split("=", 1) for pair in names["PRESETS"]["submission"].split())
+    assert (pairs["shuffle"], float(pairs["gate"]), pairs["x"]) == ("0", 1 / 3, "")
+    assert pairs["data_path"] == settings["data_path"] and pairs["setting_39"] == "39"
+    assert names["DEFAULT_PRESET"] == "submission" and max(map(len, baked.splitlines())) <= 120
+    assert submit.BAKED.sub("", baked) == SCRIPT.replace('= "a"', '= "submission"')
+    assert submit.bake(baked, {"seed": 1}).count("submission") == 2  # the preset and the default
     for name in ("two words", 'quo"te', "back\\slash"):
         with pytest.raises(common.InputError, match="a value without blanks and quotes"):
-            submit.bake(NEW, {"data_path": name})
+            submit.bake(SCRIPT, {"data_path": name})
 
 
 def test_sigterm_ends_the_proof_too(root, tmp_path):
