@@ -1607,7 +1607,7 @@ class Run:
     def is_done(self, at: float, seconds: float, flops: float) -> bool:
         """Whether a budget is used up, or would be by one more step."""
         c, state = self.config, self.state
-        average = seconds * flops / (state.flops or 1.0)  # of a step with so many passes
+        average = seconds * flops / state.flops if state.flops else 0.0  # of a step with so many passes
         pace = max(average, seconds - self.before)
         cap = seconds_to_train(c)
         late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap
