@@ -128,7 +128,8 @@ class Config:
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
     # score
-    eval_loops: int = 0  # passes when scoring and sampling; 0 = the number active at the end of training
+    eval_loops: str = ""  # passes when scoring and sampling; of a list "3,1,8" the first counts, the others are shown;
+    # "" = the number active at the end of training
     eval_stride: int = 0  # tokens between scoring windows (each token then sees more context); 0 = train_seq_len
     val_max_tokens: int = 0  # score only this many validation tokens; the score is then labelled partial; 0 = all
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
@@ -383,8 +384,15 @@ def check_model(c: Config) -> None:
         value, one = getattr(c, name), f"{off} with one pass (LAYOUT={c.layout})"
         require(value == off or layout.loops > 1, name.upper(), one, value)
     most = f"at most {layout.loops} passes with SKIPS=official (the shortcuts of more were never trained)"
-    trained = c.eval_loops <= layout.loops or c.skips != "official"
+    whole = re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?", c.eval_loops)
+    require(whole, "EVAL_LOOPS", 'passes such as "3" or "3,1,8"', f'"{c.eval_loops}"')
+    trained = max(eval_passes(c, 0)) <= layout.loops or c.skips != "official"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
+
+
+def eval_passes(c: Config, trained: int) -> list[int]:
+    """EVAL_LOOPS as numbers, the one that counts first; for none, and for 0, the number that was trained."""
+    return [int(passes) or trained for passes in (c.eval_loops or "0").split(",")]
 
 
 class Visit(NamedTuple):
@@ -2431,7 +2439,7 @@ def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: 
 def finish(run: Run) -> int | None:
     """Scores the weights, exports them, scores what is on disk and closes the log. Returns the exit code; None where a
     signal came first."""
-    c, score, loops = run.config, run.score, run.config.eval_loops or run.state.loops
+    c, score, (loops, *others) = run.config, run.score, eval_passes(run.config, run.state.loops)
     raw = evaluate(c, run.engine, score.tokens, loops, run.stop)
     if raw is None:
         return None
@@ -2462,6 +2470,7 @@ def finish(run: Run) -> int | None:
         line = "final_int6_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
         run.log.line(line.format(**result) + score.label)
         must_be_finite(run, loss)
+        result["val_bpb_by_loops"] = {str(loops): score.bpb(loss)} | score_passes(run, others)
     except Agreed:  # no score, a full disk, or weights that cannot be rounded: the result says that there is none
         write_result(run, result)
         raise
@@ -2469,6 +2478,17 @@ def finish(run: Run) -> int | None:
     for notice in export_notices(run, made, curvature, c.target_bytes - result["bytes_total"]):
         run.log.line(notice)
     return 0 if result["bytes_total"] <= (c.target_bytes or c.bytes_cap) else 1
+
+
+def score_passes(run: Run, others: list[int]) -> dict[str, float]:
+    """Bits per byte of what is on the device with other numbers of passes; less of them where a signal comes."""
+    found = {}
+    for loops in others:
+        loss = evaluate(run.config, run.engine, run.score.tokens, loops, run.stop)
+        if loss is not None:
+            found[str(loops)] = run.score.bpb(loss)
+            run.log.line(f"loops:{loops} val_loss:{loss:.4f} val_bpb:{found[str(loops)]:.4f}{run.score.label}")
+    return found
 
 
 def must_be_finite(run: Run, loss: float) -> None:
@@ -2501,8 +2521,8 @@ def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: i
 # only. A console that goes away or a full disk costs lines, never the run.
 # ======================================================================================================================
 CHECKPOINT = "checkpoint.safetensors"
-SCORES = """val_loss_raw val_bpb_raw val_loss val_bpb bytes_code bytes_artifact bytes_total fits bits_per_weight
-    calib_time_ms eval_time_ms""".split()  # of result.json, null until the run has come to its end
+SCORES = """val_loss_raw val_bpb_raw val_loss val_bpb val_bpb_by_loops bytes_code bytes_artifact bytes_total fits
+    bits_per_weight calib_time_ms eval_time_ms""".split()  # of result.json, null until the run has come to its end
 
 
 def run_name(c: Config) -> str:
@@ -2707,7 +2727,7 @@ def write_result(run: Run, scores: dict) -> dict:
         "framework": FRAMEWORK,
         "layout": c.layout,
         "loops": state.loops,
-        "eval_loops": c.eval_loops or state.loops,
+        "eval_loops": eval_passes(c, state.loops)[0],
         "eval_stride": c.eval_stride or c.train_seq_len,
         "params_stored": count_params(c),
         "params_effective": effective_params(c),
@@ -2803,13 +2823,18 @@ def sample(c: Config, engine: Engine, loops: int) -> str:
 
 
 def score_file(c: Config, engine: Engine, loops: int) -> str:
-    """MODE=eval: the line that says the score."""
+    """MODE=eval: for every number of passes the line that says the score."""
     score = together(engine, lambda: Score(c))
     warn(engine, score.notices())
-    loss, count = evaluate(c, engine, score.tokens, loops), len(score.tokens) - 1
-    if not math.isfinite(loss):  # the same on every process
-        raise Agreed(f"{c.artifact or c.checkpoint}: expected a model with a finite loss, found {loss}")
-    return f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
+    count, lines = len(score.tokens) - 1, []
+    for passes in eval_passes(c, loops):
+        loss = evaluate(c, engine, score.tokens, passes)
+        if not math.isfinite(loss):  # the same on every process
+            raise Agreed(f"{c.artifact or c.checkpoint}: expected a model with a finite loss, found {loss}")
+        lines.append(
+            f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{passes} tokens:{count}{score.label}"
+        )
+    return "\n".join(lines)
 
 
 def export_file(c: Config, engine: Engine, notices: list[str], loops: int) -> int:
@@ -2827,9 +2852,8 @@ def use_file(c: Config, engine: Engine, notices: list[str], weights: dict[str, n
     engine.build(weights, training=False)
     if c.mode == "export":
         return export_file(c, engine, notices, loops)
-    loops = c.eval_loops or loops
     warn(engine, [*notices, *engine.notices])
-    text = sample(c, engine, loops) if c.mode == "sample" else score_file(c, engine, loops)
+    text = sample(c, engine, eval_passes(c, loops)[0]) if c.mode == "sample" else score_file(c, engine, loops)
     if engine.rank == 0:
         say(text)
     return 0

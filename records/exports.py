@@ -183,7 +183,7 @@ class Model:
         """One export, from weights to the score of what is on disk; {"skipped": reason} where there is no score."""
         c = dataclasses.replace(self.config, **settings)
         self.script.check_config(dataclasses.replace(c, mode="export", checkpoint="given"))
-        loops = c.eval_loops or self.loops
+        loops = self.script.eval_passes(c, self.loops)[0]
         raw = self.raw_bpb(loops)
         if not is_number(raw):
             return {"skipped": f"its weights score {raw} before export"}

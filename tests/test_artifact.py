@@ -627,8 +627,12 @@ def test_eval_with_other_settings(script, trained, data):
         "--compile=0",
     )
     plain = scored(run_in_process(script, *flags, **data.env))
-    for more in ("--eval_loops=1", "--eval_loops=4", "--eval_stride=8"):
-        assert scored(run_in_process(script, *flags, more, **data.env)) != plain
+    others = [scored(run_in_process(script, *flags, m, **data.env)) for m in ("--eval_loops=1", "--eval_stride=8")]
+    assert plain not in others
+    listed = run_in_process(script, *flags, "--eval_loops=1,0,4", **data.env).out.splitlines()
+    assert [re.search(r"loops:(\d+)", line)[1] for line in listed] == ["1", "2", "4"]
+    scores = [re.search(r"val_bpb:([\d.]+)", line)[1] for line in listed]
+    assert len(set(scores)) == 3 and [float(score) for score in scores[:2]] == [others[0][1], plain[1]]
     outcome = run_in_process(
         script, *flags, "--val_max_tokens=320", **data.env | {"TRAIN_SEQ_LEN": "32", "TRAIN_BATCH_TOKENS": "32"}
     )

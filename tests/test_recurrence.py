@@ -221,7 +221,14 @@ def test_flops_are_those_of_the_formula():
 def test_a_run_draws_its_passes_and_counts_them(name, data, tmp_path):
     """Every step has the passes that its seed and number draw, no draw is a switch, and FLOPs are added up as drawn."""
     script = SCRIPTS[name]
-    flags = ("--loop_sample=4", "--bptt_passes=1", "--inject=concat", "--loop_schedule=0:1,0.25:2", "--run_id=a")
+    flags = (
+        "--eval_loops=2,1,4",
+        "--loop_sample=4",
+        "--bptt_passes=1",
+        "--inject=concat",
+        "--loop_schedule=0:1,0.25:2",
+        "--run_id=a",
+    )
     outcome = run_in_process(script, *flags, LOG_DIR=tmp_path, **TINY | data.env)
     assert outcome.code == 0, outcome
     log = (tmp_path / "a" / "train.log").read_text()
@@ -234,4 +241,7 @@ def test_a_run_draws_its_passes_and_counts_them(name, data, tmp_path):
     flops = np.cumsum([script.train_flops_per_token(c, n) * 256 for n in expected])
     assert np.allclose([row["flops"] for row in steps], flops, rtol=1e-12)
     result = json.loads((tmp_path / "a" / "result.json").read_text())
+    by_loops = result["val_bpb_by_loops"]
+    assert list(by_loops) == ["2", "1", "4"] and by_loops["2"] == result["val_bpb"]
+    assert all(f"loops:{n} val_loss:" in log and f"val_bpb:{by_loops[n]:.4f}" in log for n in "14")
     assert result["eval_loops"] == 2 and math.isclose(result["train_flops"], flops[-1])

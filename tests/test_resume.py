@@ -503,7 +503,8 @@ def test_what_a_run_leaves_behind(script, config, tiny, tmp_path):
     keys = """
         run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
         train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw
-        val_bpb_raw val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight
+        val_bpb_raw val_loss val_bpb val_bpb_by_loops bytes_code bytes_artifact bytes_total bytes_cap fits
+        bits_per_weight
         quantizer count_code device world_size versions commit script_sha256 config_sha256
         dataset dataset_sha256 complete
     """.split()
