@@ -151,49 +151,48 @@ def without_own(y: mx.array, v: mx.array) -> mx.array:
     return (y - (y * own).mean(axis=-1, keepdims=True) * own).reshape(n, h, t, d)
 
 
-class LoopLinear(nn.Module):
-    """W x + B[pass] A[pass] x: a small change of its own for every pass."""
+class LoopChange(nn.Module):
+    """B[pass] A[pass] x: what a pass adds to a linear layer."""
 
     def __init__(self, out_dim: int, in_dim: int, passes: int, rank: int):
         super().__init__()
-        self.linear = nn.Linear(in_dim, out_dim, bias=False)
-        # Not lora_a and lora_b, which mlx-lm takes for the weights of an adapter.
-        self.loop_a = mx.zeros((passes, rank, in_dim))
-        self.loop_b = mx.zeros((passes, out_dim, rank))
+        self.a = mx.zeros((passes, rank, in_dim))
+        self.b = mx.zeros((passes, out_dim, rank))
 
     def __call__(self, x: mx.array, loop: int) -> mx.array:
-        row = min(loop, self.loop_a.shape[0] - 1)  # passes beyond the trained ones reuse the last
-        return self.linear(x) + x @ self.loop_a[row].T @ self.loop_b[row].T
+        row = min(loop, self.a.shape[0] - 1)  # passes beyond the trained ones reuse the last
+        return x @ self.a[row].T @ self.b[row].T
 
 
-def make_linear(out_dim: int, in_dim: int, passes: int, rank: int) -> nn.Module:
-    return LoopLinear(out_dim, in_dim, passes, rank) if rank else nn.Linear(in_dim, out_dim, bias=False)
+class Linears(nn.Module):
+    """Linear layers by name, and in the core of a model with LoRA the changes of the passes. They lie apart, so that
+    every block has the same plain layers, which mlx-lm quantizes and adapts by name."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], passes: int, rank: int):
+        super().__init__()
+        for name, (out_dim, in_dim) in shapes.items():
+            setattr(self, name, nn.Linear(in_dim, out_dim, bias=False))
+        self.changes = {name: LoopChange(*shape, passes, rank) for name, shape in shapes.items() if rank}
+
+    def linear(self, name: str, x: mx.array, loop: int) -> mx.array:
+        """W x, plus B[pass] A[pass] x where there are changes."""
+        y = self[name](x)
+        return y + self.changes[name](x, loop) if self.changes else y
 
 
-def apply(linear: nn.Module, x: mx.array, loop: int) -> mx.array:
-    """A linear layer of ours, or what mlx-lm has put in its place (quantized, or with an adapter)."""
-    return linear(x, loop) if isinstance(linear, LoopLinear) else linear(x)
-
-
-class Attention(nn.Module):
+class Attention(Linears):
     """Causal grouped-query attention; queries and keys are normed per head, turned, and queries scaled per head."""
 
     def __init__(self, args: ModelArgs, passes: int, rank: int):
-        super().__init__()
-        self.head_dim, self.xsa = args.model_dim // args.num_heads, args.xsa
-        dim, kv_dim = args.model_dim, self.head_dim * args.num_kv_heads
-        self.q = make_linear(dim, dim, passes, rank)
-        self.k = make_linear(kv_dim, dim, passes, rank)
-        self.v = make_linear(kv_dim, dim, passes, rank)
-        self.proj = make_linear(dim, dim, passes, rank)
+        head_dim, dim = args.model_dim // args.num_heads, args.model_dim
+        kv_dim = head_dim * args.num_kv_heads
+        super().__init__({"q": (dim, dim), "k": (kv_dim, dim), "v": (kv_dim, dim), "proj": (dim, dim)}, passes, rank)
         self.q_gain = mx.ones((args.num_heads,))
+        self.head_dim, self.xsa = head_dim, args.xsa
 
     def __call__(self, x: mx.array, loop: int, mask: mx.array | str | None, cache: KVCache | None) -> mx.array:
         n, t, _ = x.shape
-        q, k, v = (
-            apply(linear, x, loop).reshape(n, t, -1, self.head_dim).transpose(0, 2, 1, 3)
-            for linear in (self.q, self.k, self.v)
-        )
+        q, k, v = (self.linear(name, x, loop).reshape(n, t, -1, self.head_dim).transpose(0, 2, 1, 3) for name in "qkv")
         offset = 0 if cache is None else cache.offset  # a batch of unequal prompts has one a sequence
         q, k = self.rotate(rms_norm(q), offset), self.rotate(rms_norm(k), offset)
         q, own = q * self.q_gain[:, None, None], v
@@ -201,24 +200,22 @@ class Attention(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.head_dim**-0.5, mask=mask)
         y = without_own(y, own) if self.xsa else y
-        return apply(self.proj, y.transpose(0, 2, 1, 3).reshape(n, t, -1), loop)
+        return self.linear("proj", y.transpose(0, 2, 1, 3).reshape(n, t, -1), loop)
 
     def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
         """Turns the pairs (i, i + d/2) of [n, h, t, d] by minus the angle of their position: hence the scale of -1."""
         return mx.fast.rope(x, self.head_dim, traditional=False, base=ROPE_BASE, scale=-1.0, offset=offset)
 
 
-class MLP(nn.Module):
+class MLP(Linears):
     """proj(relu(fc(x))^2)."""
 
     def __init__(self, args: ModelArgs, passes: int, rank: int):
-        super().__init__()
         dim, hidden = args.model_dim, args.mlp_mult * args.model_dim
-        self.fc = make_linear(hidden, dim, passes, rank)
-        self.proj = make_linear(dim, hidden, passes, rank)
+        super().__init__({"fc": (hidden, dim), "proj": (dim, hidden)}, passes, rank)
 
     def __call__(self, x: mx.array, loop: int) -> mx.array:
-        return apply(self.proj, mx.square(nn.relu(apply(self.fc, x, loop))), loop)
+        return self.linear("proj", mx.square(nn.relu(self.linear("fc", x, loop))), loop)
 
 
 class Block(nn.Module):
@@ -291,18 +288,11 @@ class Model(nn.Module):
         return x + (g - 1) * (x - x_in) if self.args.loop_gate == "gain" else g * x + (1 - g) * x0
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Weights by the names of this file. Those of a run's files have the prefix `weights.` (what has not, such as
-        a checkpoint's optimizer state, is left out), and per-pass changes called lora_a and lora_b."""
-        if any(name.startswith("weights.") for name in weights):
-            weights = {k.removeprefix("weights."): v for k, v in weights.items() if k.startswith("weights.")}
-        prelude, core = self.layout[:2]
-        looped = {str(i) for i in range(prelude, prelude + core)} if self.args.lora_rank else set()
+        """Weights by the names of this file. In a run's own file they have the prefix `weights.`, and the changes of
+        the passes are called lora_a and lora_b, which mlx-lm would take for an adapter."""
         found = {}
         for name, value in weights.items():
-            match = re.fullmatch(r"(blocks\.(\d+)\.(?:attn|mlp)\.\w+)\.(weight|lora_a|lora_b)", name)
-            if match and match[2] in looped:
-                new = {"weight": "linear.weight", "lora_a": "loop_a", "lora_b": "loop_b"}
-                name = f"{match[1]}.{new[match[3]]}"
+            name = re.sub(r"\.(\w+)\.lora_([ab])$", r".changes.\1.\2", name.removeprefix("weights."))
             found[name] = value
         return found
 
