@@ -264,6 +264,9 @@ class Model(nn.Module):
 
     def hidden(self, x: mx.array, cache: list) -> mx.array:
         """Embeddings [n, t, dim] and a cache for every visit -> normed activations [n, t, dim]."""
+        if len(cache) != len(self._visits):  # such as a prompt cache saved with another number of passes
+            raise ValueError(f"recurrent_gpt.py: cache: expected one for each of {len(self._visits)} visits (loops="
+                             f"{self.args.loops}), found {len(cache)}")  # fmt: skip
         x0 = x = rms_norm(x)
         mask = create_attention_mask(x, cache[0])
         looped = self.layout.loops > 1

@@ -111,6 +111,13 @@ def test_the_model_file_computes_the_scripts_logits_with_and_without_cache(scrip
     assert len(model.layers) == layout.blocks == len({id(block) for block in model.layers})
 
 
+def test_a_cache_of_another_number_of_passes_is_refused(script):
+    c = small(script, layout="1+2x2+1")
+    two, three = (exported_model(script, c, random_weights(script, c), loops) for loops in (2, 3))
+    with pytest.raises(ValueError, match="expected one for each of 8 visits .loops=3., found 6"):
+        three(mx.array([[1, 2]]), cache=make_prompt_cache(two))
+
+
 def test_the_two_scripts_and_the_model_file_are_one_model(both):
     """The other script, once; tests/test_parity.py has the rest."""
     torch_script, mlx_script = both
@@ -465,7 +472,7 @@ def test_server_answers_a_request(exported, monkeypatch):
             body = json.dumps({"prompt": TEXT, "max_tokens": 4, "temperature": 0}).encode()
             url = f"http://127.0.0.1:{httpd.server_port}/v1/completions"
             request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 answers.append(json.load(answer))
         finally:
             httpd.shutdown()
