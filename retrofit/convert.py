@@ -95,6 +95,8 @@ def read_parent(script, path: Path, passes: int) -> Parent:
     """Reads PARENT with the trainer's reader. Raises InputError."""
     weights, model, loops = script.load_model_file(str(path))
     check_known(script, model)
+    bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
+    require(not bad, path, "finite weights", f"others in {', '.join(bad[:3])}", "its training diverged")
     c = script.model_config(script.Config(), model)
     layout = script.parse_layout(c.layout)
     require(0 <= passes <= layout.loops, "--passes", f"1 to {layout.loops}, those of the parent", passes)
@@ -210,6 +212,8 @@ def child_config(script, parent: Parent, args):
     changes |= {"skips": args.skips or parent.config.skips, "loop_gate": args.loop_gate or parent.config.loop_gate}
     model = {name: getattr(parent.config, name) for name in script.MODEL_FIELDS} | changes
     c = script.model_config(script.Config(), model)
+    gated = "loop_gate" in script.param_shapes(c)
+    require(gated or args.gate_init == 1, "--gate-init", "1 where the child has no loop gate", args.gate_init)
     return dataclasses.replace(c, loop_gate_init=args.gate_init, seed=args.seed)
 
 

@@ -238,12 +238,15 @@ def test_a_run_starts_from_the_file_with_the_parents_loss(script, tool, config, 
 
 def test_an_artifact_and_a_checkpoint_are_parents_too(any_script, tool, config, tmp_path):
     c = config(any_script, layout="4", loop_schedule="")
-    weights = save(any_script, c, tmp_path / "a.safetensors")
+    weights = random_weights(any_script, c)
+    tensors = {f"weights.{name}": value for name, value in weights.items()}
+    tensors |= {f"exp_avg.{name}": value for name, value in weights.items()}  # a checkpoint has more than weights
+    any_script.save_tensors(tmp_path / "checkpoint.safetensors", tensors, any_script.about(c, 1))
     (tmp_path / "a.rgpt").write_bytes(any_script.export_model(c, weights, 1).data)
-    rounded = any_script.load_model_file(str(tmp_path / "a.rgpt"))[0]
-    assert tool("a.rgpt", "b.safetensors", "--layout=1+2x2+1", "--init=keep") == 0
-    found = any_script.load_model_file("b.safetensors")[0]
-    assert all(np.array_equal(found[name], rounded[name]) for name in rounded)
+    for parent in ("a.rgpt", "checkpoint.safetensors"):
+        assert tool(parent, f"{parent}.safetensors", "--layout=1+2x2+1", "--init=keep") == 0
+        found, expected = (any_script.load_model_file(name)[0] for name in (f"{parent}.safetensors", parent))
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 # ---- activations
@@ -311,6 +314,10 @@ REFUSALS = {
     ),
     "passes": (("b.safetensors", "--layout=1+2x2+1", "--init=keep", "--passes=2"), "--passes: expected 1 to 1"),
     "gate": (("b.safetensors", "--layout=1+2x2+1", "--init=keep", "--gate-init=nan"), "--gate-init: expected a number"),
+    "no gate": (
+        ("b.safetensors", "--layout=1+2x2+1", "--init=keep", "--loop-gate=none", "--gate-init=0"),
+        "no loop gate",
+    ),
     "sequences": (("--tokens=x", "--sequences=0"), "--sequences: expected 1 or more"),
     "tokens": (("--tokens=nowhere",), r"nowhere: expected fineweb_val_\*.bin, found none"),
     "fit": (("b.safetensors", "--layout=1+3x2+1", "--init=keep"), "--init keep: expected a target with 4 blocks"),
@@ -328,6 +335,15 @@ def test_bad_input_gets_one_line_and_writes_nothing(any_script, config, tmp_path
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and re.search(message, err), (case, err)
     assert tree(tmp_path) == before
+
+
+def test_a_parent_that_diverged_is_refused(any_script, tool, config, tmp_path, capsys):
+    c = config(any_script, layout="4", loop_schedule="")
+    weights = random_weights(any_script, c)
+    weights["blocks.1.mlp.fc.weight"][0, 0] = np.nan
+    save(any_script, c, tmp_path / "a.safetensors", weights=weights)
+    assert tool("a.safetensors", "b.safetensors", "--layout=2x2", "--init=average", "--lora-rank=2") == 1
+    assert "expected finite weights, found others in blocks.1.mlp.fc.weight" in capsys.readouterr().err
 
 
 def test_an_option_that_is_not_known_is_refused_by_name(any_script, tool, config, tmp_path, capsys, monkeypatch):
