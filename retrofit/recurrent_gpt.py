@@ -22,6 +22,7 @@ ROPE_BASE = 10000.0
 LOGIT_SOFTCAP = 30.0  # logits lie between -30 and 30
 SKIPS = ("per_loop", "official", "none")
 LOOP_GATES = ("x0", "gain", "none")
+INJECTIONS = ("none", "add", "concat", "gate")
 
 
 @dataclass
@@ -37,8 +38,10 @@ class ModelArgs(BaseModelArgs):
     skips: str
     loop_gate: str
     lora_rank: int
+    pass_vectors: bool
     train_seq_len: int  # tokens; positions beyond were never trained
     xsa: bool
+    inject: str
     loops: int  # passes to run: test-time depth
     model_type: str = "recurrent_gpt"
 
@@ -56,7 +59,7 @@ class ModelArgs(BaseModelArgs):
 
     def __post_init__(self):
         trained = parse_layout(self.layout).loops
-        for name, known in (("skips", SKIPS), ("loop_gate", LOOP_GATES)):
+        for name, known in (("skips", SKIPS), ("loop_gate", LOOP_GATES), ("inject", INJECTIONS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"recurrent_gpt.py: {name}: expected one of {', '.join(known)}, found {value!r}")
         if type(self.loops) is not int or self.loops < 1:
@@ -151,6 +154,16 @@ def without_own(y: mx.array, v: mx.array) -> mx.array:
     return (y - (y * own).mean(axis=-1, keepdims=True) * own).reshape(n, h, t, d)
 
 
+def vector(args: ModelArgs, passes: int, *shape: int) -> mx.array:
+    """A block's vector, ones; in the core of a model with `pass_vectors` a row a pass."""
+    return mx.ones((passes, *shape) if args.pass_vectors and passes > 1 else shape)
+
+
+def of_pass(vector: mx.array, loop: int, axes: int = 1) -> mx.array:
+    """The vector itself, of so many axes, or its row of a pass; passes beyond the trained ones reuse the last."""
+    return vector if vector.ndim == axes else vector[min(loop, vector.shape[0] - 1)]
+
+
 class LoopChange(nn.Module):
     """B[pass] A[pass] x: what a pass adds to a linear layer."""
 
@@ -187,7 +200,7 @@ class Attention(Linears):
         head_dim, dim = args.model_dim // args.num_heads, args.model_dim
         kv_dim = head_dim * args.num_kv_heads
         super().__init__({"q": (dim, dim), "k": (kv_dim, dim), "v": (kv_dim, dim), "proj": (dim, dim)}, passes, rank)
-        self.q_gain = mx.ones((args.num_heads,))
+        self.q_gain = vector(args, passes, args.num_heads)
         self.head_dim, self.xsa = head_dim, args.xsa
 
     def __call__(self, x: mx.array, loop: int, mask: mx.array | str | None, cache: KVCache | None) -> mx.array:
@@ -195,7 +208,7 @@ class Attention(Linears):
         q, k, v = (self.linear(name, x, loop).reshape(n, t, -1, self.head_dim).transpose(0, 2, 1, 3) for name in "qkv")
         offset = 0 if cache is None else cache.offset  # a batch of unequal prompts has one a sequence
         q, k = self.rotate(rms_norm(q), offset), self.rotate(rms_norm(k), offset)
-        q, own = q * self.q_gain[:, None, None], v
+        q, own = q * of_pass(self.q_gain, loop)[:, None, None], v
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
         y = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.head_dim**-0.5, mask=mask)
@@ -225,14 +238,15 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(args, passes, rank)
         self.mlp = MLP(args, passes, rank)
-        self.attn_scale = mx.ones((args.model_dim,))
-        self.mlp_scale = mx.ones((args.model_dim,))
-        self.resid_mix = mx.zeros((2, args.model_dim))
+        self.attn_scale = vector(args, passes, args.model_dim)
+        self.mlp_scale = vector(args, passes, args.model_dim)
+        self.resid_mix = vector(args, passes, 2, args.model_dim)
 
     def __call__(self, x: mx.array, x0: mx.array, loop: int, mask, cache) -> mx.array:
-        x = self.resid_mix[0] * x + self.resid_mix[1] * x0
-        x = x + self.attn_scale * self.attn(rms_norm(x), loop, mask, cache)
-        return x + self.mlp_scale * self.mlp(rms_norm(x), loop)
+        mix = of_pass(self.resid_mix, loop, 2)
+        x = mix[0] * x + mix[1] * x0
+        x = x + of_pass(self.attn_scale, loop) * self.attn(rms_norm(x), loop, mask, cache)
+        return x + of_pass(self.mlp_scale, loop) * self.mlp(rms_norm(x), loop)
 
 
 # The model -----------------------------------------------------------------------------------------------------------
@@ -247,14 +261,18 @@ class Model(nn.Module):
         self.layout = parse_layout(args.layout)
         prelude, core, passes, coda = self.layout
         self.tok_emb = nn.Embedding(args.vocab_size, args.model_dim)
-        ranks = [0] * prelude + [args.lora_rank] * core + [0] * coda
-        self.blocks = [Block(args, passes, rank) for rank in ranks]
+        once, looped = (1, 0), (passes, args.lora_rank)
+        self.blocks = [Block(args, *more) for more in [once] * prelude + [looped] * core + [once] * coda]
         if rows := skip_rows(self.layout, args.skips):
             self.skip_weights = mx.ones((len(rows), args.model_dim))
         if passes > 1:
             self.loop_embed = mx.zeros((passes, args.model_dim))
             if args.loop_gate != "none":
                 self.loop_gate = mx.ones((passes,))
+            if args.inject == "gate":
+                self.inject_gate = mx.ones((args.model_dim,))
+            if args.inject == "concat":
+                self.inject = nn.Linear(2 * args.model_dim, args.model_dim, bias=False)
         self._visits = visits(self.layout, args.skips, args.loops)  # the underscore: nothing to save or to train
 
     def __call__(self, inputs: mx.array, cache: list | None = None, input_embeddings: mx.array | None = None):
@@ -274,8 +292,11 @@ class Model(nn.Module):
         for number, visit in enumerate(self._visits):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
             if visit.opens and looped:
-                x = x + self.loop_embed[row]
-                x_in = x
+                if visit.loop == 0:
+                    entry = x
+                x = x_in = x + self.loop_embed[row]
+                if visit.loop > 0:
+                    x = self.injected(x, entry)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row] * saved.pop(visit.skip_from)
             x = self.blocks[visit.block](x, x0, visit.loop, mask, cache[number])
@@ -284,6 +305,16 @@ class Model(nn.Module):
             if visit.closes and visit.loop > 0 and looped and self.args.loop_gate != "none":
                 x = self.gate(x, x_in, x0, row)
         return rms_norm(x)
+
+    def injected(self, x: mx.array, entry: mx.array) -> mx.array:
+        """What a pass but the first starts from: its state x joined with `entry`, the prelude's output."""
+        if self.args.inject == "add":
+            return x + entry
+        if self.args.inject == "gate":
+            return x + (self.inject_gate - 1) * (x - entry)
+        if self.args.inject == "concat":
+            return self.inject(mx.concatenate([x, entry], axis=-1))
+        return x
 
     def gate(self, x: mx.array, x_in: mx.array, x0: mx.array, row: int) -> mx.array:
         """After every pass but the first. `gain`: x_in + g*(x - x_in); `x0`: g*x + (1-g)*x0."""

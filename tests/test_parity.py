@@ -336,6 +336,17 @@ def test_rows_a_pass_are_counted_and_start_as_those_of_a_parent():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_from_before_rows_a_pass_has_none(script, tmp_path):
+    """Its file does not state the setting."""
+    m, c, path = SCRIPTS[script], tiny("1+2x2+1"), tmp_path / "model.safetensors"
+    about = m.about(c, 2)
+    del about["model"]["pass_vectors"]
+    m.save_tensors(path, {f"weights.{name}": value for name, value in perturbed(c).items()}, about)
+    weights, model, _ = m.load_model_file(str(path))
+    assert model["pass_vectors"] is False and same(weights, perturbed(c))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_attention_says_nothing_of_its_own_value(script):
     """XSA takes off the part along v of the same position and group, and nothing else."""
     rng = np.random.RandomState(3)

@@ -168,7 +168,7 @@ START = 16 * 180  # of 186 sequences of 16: a calibration from here on begins ag
 def test_hessians_of_both_scripts_weigh_inputs_with_gradients(both, tmp_path, loops):
     """x x^T of every matrix's inputs times the squares of the gradient at its output, seen by hooks of PyTorch in every
     pass; gradients are those of the summed loss, so they do not depend on how sequences are put together."""
-    c = tiny_config(both[0], calib_tokens=200, layout="1+2x3+1", lora_rank=2, loop_gate="gain")
+    c = tiny_config(both[0], calib_tokens=200, layout="1+2x3+1", lora_rank=2, pass_vectors=True, loop_gate="gain")
     weights, torch = random_weights(both[0], c), both[0].torch
     stream, _ = stream_of(both[0], tmp_path, c)
     parts = np.stack([stream.sequence(START // 16 + i) for i in range(12)]).astype(np.int64)
