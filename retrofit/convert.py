@@ -323,7 +323,7 @@ def make_child(script, parent: Parent, plan: Plan, c, svd: bool) -> Child:
 
 def read_tokens(script, c, path: str, sequences: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets, int64 [sequences, train_seq_len], from the start of the validation text of a dataset."""
-    tokens, length = script.find_paths(path, "val", c.vocab_size)[0], c.train_seq_len
+    tokens, length = script.find_shards(path, "val", c.vocab_size)[0], c.train_seq_len
     count = min(sequences, (len(tokens) - 1) // length)
     require(count, path, f"more than TRAIN_SEQ_LEN={length} tokens", len(tokens))
     ids = np.array(tokens[: count * length + 1]).astype(np.int64)
