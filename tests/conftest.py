@@ -5,8 +5,11 @@ fixture `script` runs once for each script; the MLX one is skipped, with the rea
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -23,6 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_gpt", "train_gpt_mlx")
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only makes them slower
+
+
+def lend_matrix_library():
+    """Where there is no OpenBLAS, MLX on Linux falls back to a BLAS 20 to 50 times slower than torch's, whose symbols
+    are therefore made global before MLX is loaded."""
+    torch = sys.platform == "linux" and importlib.util.find_spec("torch")
+    if torch:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(Path(torch.origin).with_name("lib") / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+
+
+lend_matrix_library()
 
 VOCAB = 320
 # The smallest run that has everything: prelude, core, coda, two passes, a switch. As environment variables, so that a
@@ -52,6 +67,7 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", default="400", help="number of damaged artifacts that tests/test_fuzz.py reads")
 
 
+@functools.cache
 def load_script(name):
     """The module of a script, or why it cannot be had."""
     if not (ROOT / f"{name}.py").exists():
@@ -61,7 +77,9 @@ def load_script(name):
             import mlx.core  # noqa: F401
         except ImportError as error:
             return f"mlx cannot be imported here ({error})"
-    return importlib.import_module(name)
+    module = importlib.import_module(name)
+    module.versions = functools.cache(module.versions)  # reads every package's metadata, twice a run
+    return module
 
 
 def script_or_skip(name):
@@ -229,7 +247,7 @@ def tiny(data, tmp_path):
     return TINY | data.env | {"LOG_DIR": str(tmp_path / "logs")}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config(data):
     """`config(layout="5x3", ...)` is a Config of the tiny run with these fields."""
 
