@@ -7,12 +7,10 @@ import os
 import random
 import re
 import resource
-import runpy
 import stat
 import struct
 import subprocess
 import sys
-import types
 import zlib
 
 import numpy as np
@@ -22,7 +20,9 @@ from conftest import (
     SCRIPTS,
     TINY,
     assert_refused,
+    from_file,
     load_script,
+    quicker_script,
     random_weights,
     run_in_process,
     script_or_skip,
@@ -514,7 +514,7 @@ def bombs(module, c, folder):
 def test_allocation_bombs(config, tmp_path):
     """A few kilobytes that ask for terabytes: refused within a second, in a process whose memory is limited, because an
     allocation that fails inside the coder ends it. The reader is shared: the script that starts faster reads."""
-    name = "train_gpt" if isinstance(load_script("train_gpt_mlx"), str) else "train_gpt_mlx"
+    name = quicker_script()
     module = script_or_skip(name)
     paths = bombs(module, config(module), tmp_path / "bombs")
     assert len(paths) == 26
@@ -742,7 +742,7 @@ def test_packed_script_runs_and_counts_its_own_bytes(script, tiny, tmp_path):
     assert (
         path.stat().st_size == script.code_size("packed") < 0.5 * script.code_size("1") and script.code_size("0") == 0
     )
-    shipped = types.SimpleNamespace(__name__="train_gpt", main=lambda: runpy.run_path(str(path), run_name="__main__"))
+    shipped = from_file(path)
     assert run_in_process(shipped, "--help").out == script.help_text() + "\n"  # test_submit.py starts Python for it
     outcome = run_in_process(shipped, **tiny | {"COUNT_CODE": "packed", "RUN_ID": "packed", "ITERATIONS": "1"})
     assert outcome.code == 0, outcome
