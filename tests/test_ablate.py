@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 import ablate
 import common
+import draw
 import logs
 from conftest import ROOT, TINY, quicker_script
 
@@ -136,9 +137,18 @@ matrix_lr = 0.9
 """
 
 
+def sketch(figure, path):
+    """Lays a picture out, which finds what cannot be drawn, but paints nothing, which takes most of the time."""
+    figure.set_layout_engine("none")
+    figure.draw_without_rendering()
+    path.write_bytes(b"not painted")
+    draw.plotting().close(figure)
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A repository with the stand-in as its script."""
+    monkeypatch.setattr(ablate, "save_picture", sketch)
     (tmp_path / "train_gpt.py").write_text(STAND_IN)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     monkeypatch.setattr(common, "ROOT", tmp_path)
@@ -160,7 +170,8 @@ def starts(home: Path) -> list[str]:
     return (home / "starts.txt").read_text().splitlines()
 
 
-def test_runs_all_reports_and_does_nothing_twice(home, capsys):
+def test_runs_all_reports_and_does_nothing_twice(home, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "save_picture", draw.save_picture)
     path = write(home, MATRIX)
     assert run(path) == 0
     out = capsys.readouterr().out
@@ -445,7 +456,8 @@ def test_a_kept_result_without_a_score_counts_as_diverged(home, key, value):
     assert "| high | 2/3, 1 diverged |" in text and f"`high_seed2`: expected a finite {key}" in text
 
 
-def test_a_curve_with_holes_is_drawn(home):
+def test_a_curve_with_holes_is_drawn(home, monkeypatch):
+    monkeypatch.setattr(ablate, "save_picture", draw.save_picture)
     path = write(home, ONE)
     assert run(path) == 0
     metrics = path.with_suffix("") / "low_seed1" / "metrics.jsonl"
