@@ -5,14 +5,21 @@ fixture `script` runs once for each script; the MLX one is skipped, with the rea
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import importlib
+import importlib.util
 import io
+import multiprocessing
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +30,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_gpt", "train_gpt_mlx")
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: a second thread only makes them slower
+
+
+def lend_matrix_library():
+    """Where there is no OpenBLAS, MLX on Linux falls back to a BLAS 20 to 50 times slower than torch's, whose symbols
+    are therefore made global before MLX is loaded."""
+    torch = sys.platform == "linux" and importlib.util.find_spec("torch")
+    if torch:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(Path(torch.origin).with_name("lib") / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+
+
+lend_matrix_library()
 
 VOCAB = 320
 # The smallest run that has everything: prelude, core, coda, two passes, a switch. As environment variables, so that a
@@ -52,6 +71,7 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", default="400", help="number of damaged artifacts that tests/test_fuzz.py reads")
 
 
+@functools.cache
 def load_script(name):
     """The module of a script, or why it cannot be had."""
     if not (ROOT / f"{name}.py").exists():
@@ -61,7 +81,9 @@ def load_script(name):
             import mlx.core  # noqa: F401
         except ImportError as error:
             return f"mlx cannot be imported here ({error})"
-    return importlib.import_module(name)
+    module = importlib.import_module(name)
+    module.versions = functools.cache(module.versions)  # reads every package's metadata, twice a run
+    return module
 
 
 def script_or_skip(name):
@@ -168,11 +190,92 @@ def run_in_process(module, *args, **env):
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def from_file(path):
+    """What `run_in_process` takes to run the script in this file."""
+    return types.SimpleNamespace(__name__="train_gpt", main=lambda: runpy.run_path(str(path), run_name="__main__"))
+
+
+def quicker_script():
+    """The name of the script that starts in less time, for what both share."""
+    return "train_gpt" if isinstance(load_script("train_gpt_mlx"), str) else "train_gpt_mlx"
+
+
 def start_cli(module, *args, **env):
     """A script in an interpreter of its own; returns the Popen object."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / f"{module.__name__}.py"), *args],
         env=clean_environment(**env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def as_script(name, args, env, before, streams):
+    """In a forked process: runs a script as an interpreter of its own would, after the code `before`."""
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_NOCTTY), number)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [f"{name}.py", *args]
+    exec(before, {})
+    importlib.import_module(name).main()
+
+
+class Forked:
+    """Like a Popen object: a script's `main()` in a process of its own, forked from a server that has imported both
+    scripts already, which takes seconds. Standard output and standard error go to files."""
+
+    def __init__(self, module, *args, before="", streams=None, **env):
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = streams or [Path(self.folder.name, name) for name in ("out", "err")]
+        for path in self.streams:
+            open(path, "a").close()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["conftest", *SCRIPTS, "torch._dynamo"])
+        places = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [places])])
+        args = (module.__name__, args, clean_environment(**env), before, [str(path) for path in self.streams])
+        try:
+            self.process = context.Process(target=as_script, args=args)
+            self.process.start()
+        finally:
+            os.environ.pop("PYTHONPATH")
+            os.environ.update({"PYTHONPATH": places} if places else {})
+
+    def poll(self):
+        return self.process.exitcode
+
+    @property
+    def returncode(self):
+        return self.poll()
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        self.wait(timeout)
+        return tuple(path.read_text() for path in self.streams)
+
+
+def start_process(module, *args, before="", **env):
+    """A script in a process of its own, after the code `before`; where forks are not safe, in a new interpreter."""
+    if sys.platform == "linux":
+        return Forked(module, *args, before=before, **env)
+    code = f"exec({before!r}, {{}})\nimport {module.__name__} as script\nscript.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        env=clean_environment(**env) | {"PYTHONPATH": str(ROOT)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -226,7 +329,7 @@ def tiny(data, tmp_path):
     return TINY | data.env | {"LOG_DIR": str(tmp_path / "logs")}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def config(data):
     """`config(layout="5x3", ...)` is a Config of the tiny run with these fields."""
 

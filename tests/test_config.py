@@ -254,16 +254,16 @@ def test_smoke_never_replaces_a_dataset_or_a_tokenizer(any_script, data, there, 
     assert tokenizer.stat().st_mtime_ns == before and len(list(folder.iterdir())) == 2
 
 
-def test_smoke_data_cannot_be_made(script, tiny, tmp_path, quiet):
+def test_smoke_data_cannot_be_made(any_script, tiny, tmp_path, quiet):
     """The one preset that writes data: a vocabulary below the byte pieces, a folder that cannot be."""
     (quiet / "file").write_text("in the way")
     paths = {"DATA_PATH": quiet / "new" / "d", "TOKENIZER_PATH": quiet / "new" / "t.model", "PRESET": "smoke"}
-    outcome = run_in_process(script, "--vocab_size=100", **tiny | paths)
+    outcome = run_in_process(any_script, "--vocab_size=100", **tiny | paths)
     assert_refused(outcome, "VOCAB_SIZE", "100")
     assert not list(quiet.rglob("*.bin")) and not [
         p for p in quiet.rglob("*") if "model" in p.name or "vocab" in p.name
     ]
-    outcome = run_in_process(script, **tiny | paths | {"DATA_PATH": quiet / "file" / "d"})
+    outcome = run_in_process(any_script, **tiny | paths | {"DATA_PATH": quiet / "file" / "d"})
     assert_refused(outcome, re.escape(str(quiet / "file")))
 
 

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_refused, clean_environment, run_in_process, script_or_skip
+from conftest import ROOT, assert_refused, clean_environment, run_in_process, script_or_skip, start_process
 
-# Runs a script as a process of its own rank: a second later than the rank before, with a clock that is a second ahead,
-# and, in ranks above 0, with other settings or a fault.
-WRAPPER = """
-import os, runpy, sys, time
+# Makes a process that of its own rank: a second later than the rank before, with a clock that is a second ahead, and,
+# in ranks above 0, with other settings or a fault.
+BEFORE = """
+import os, time
 rank = int(os.environ.get("RANK") or os.environ.get("MLX_RANK") or 0)
 time.sleep(rank)
 strftime = time.strftime
@@ -28,6 +28,10 @@ if rank and "FAULT_OF_LATER_RANKS" in os.environ:
     def fail(*args):
         raise RuntimeError("this rank has a fault")
     numpy.stack = fail
+"""
+WRAPPER = f"""
+import runpy, sys
+{BEFORE}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -55,24 +59,14 @@ def torchrun(module, folder, processes, *flags, **env):
     return launch([*command, *wrapped(module, folder), *flags], env)
 
 
-def start_ranks(module, folder, processes, *flags, timeout=100, **env):
+def start_ranks(module, processes, *flags, timeout=100, **env):
     """The ranks without a launcher, which would be one more process to wait for, and which ends all when one ends.
     Returns [(exit code, standard output, standard error)] of each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": processes}
     env |= {"OMP_NUM_THREADS": 1}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, *wrapped(module, folder), *flags],
-            env=clean_environment(**env, RANK=rank, LOCAL_RANK=rank),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=ROOT,
-        )
-        for rank in range(processes)
-    ]
+    ranks = [start_process(module, *flags, before=BEFORE, **env, RANK=i, LOCAL_RANK=i) for i in range(processes)]
     ends = time.monotonic() + timeout
     try:
         said = [process.communicate(timeout=max(1, ends - time.monotonic())) for process in ranks]
@@ -149,8 +143,8 @@ def test_two_torch_ranks(tiny, tmp_path):
 def test_three_torch_ranks_with_unequal_shares(tiny, tmp_path):
     """8 sequences on 3 ranks, in microbatches of one or two."""
 
-    def several(*args, **env):
-        ranks = start_ranks(*args, **env)
+    def several(module, folder, *args, **env):
+        ranks = start_ranks(module, *args, **env)
         assert all(out == "" for _, out, _ in ranks[1:])
         return max(code for code, _, _ in ranks), ranks[0][1], "".join(err for _, _, err in ranks)
 
@@ -178,14 +172,14 @@ def assert_one_line_each(ranks, pattern):
 
 def test_a_refusal_on_one_rank_ends_both(tiny, tmp_path):
     module = script_or_skip("train_gpt")
-    ranks = start_ranks(module, tmp_path, 2, **tiny, OF_LATER_RANKS=f"DATA_PATH={tmp_path}/missing")
+    ranks = start_ranks(module, 2, **tiny, OF_LATER_RANKS=f"DATA_PATH={tmp_path}/missing")
     assert_one_line_each(ranks, f"error: {tmp_path}/missing: expected fineweb_")
     assert not (tmp_path / "logs").exists()
 
 
 def test_a_fault_on_one_rank_ends_both(tiny, tmp_path):
     module = script_or_skip("train_gpt")
-    ranks = start_ranks(module, tmp_path, 2, **tiny, FAULT_OF_LATER_RANKS=1)
+    ranks = start_ranks(module, 2, **tiny, FAULT_OF_LATER_RANKS=1)
     assert_one_line_each(ranks, "error: process 1: this rank has a fault")
 
 

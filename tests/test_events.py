@@ -16,7 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, clean_environment, random_weights, run_in_process, write_dataset
+from conftest import (
+    ROOT,
+    assert_refused,
+    clean_environment,
+    quicker_script,
+    random_weights,
+    run_in_process,
+    write_dataset,
+)
 
 RUN = {"RUN_ID": "a", "CHECKPOINT_EVERY": "3", "VAL_LOSS_EVERY": "4", "VAL_MAX_TOKENS": "640"}
 
@@ -185,9 +193,9 @@ def full_disk(patch, script, name, after=0):
     patch.setattr(script, "write_atomically", write)
 
 
-def test_disk_full_at_a_checkpoint(script, env, folder, monkeypatch):
-    full_disk(monkeypatch, script, "checkpoint.safetensors")
-    outcome = run_in_process(script, **env)
+def test_disk_full_at_a_checkpoint(any_script, env, folder, monkeypatch):
+    full_disk(monkeypatch, any_script, "checkpoint.safetensors")
+    outcome = run_in_process(any_script, **env)
     assert outcome.code == 0 and outcome.out.count("No space left on device; going on") == 3, outcome  # 3, 6 and 8
     assert "notice: no checkpoint at step 6" in (folder / "train.log").read_text()
     assert read_strictly(folder / "result.json")["complete"] is False and (folder / "model.int6.rgpt").exists()
@@ -212,18 +220,18 @@ def test_advice_of_a_stop_whose_checkpoint_is_lost(any_script, env, folder, monk
 
 
 @pytest.mark.parametrize("name", ["model.int6.rgpt", "result.json"])
-def test_disk_full_at_what_is_needed(script, env, folder, monkeypatch, name):
+def test_disk_full_at_what_is_needed(any_script, env, folder, monkeypatch, name):
     """One line, and the advice in it works."""
     with monkeypatch.context() as patch:
-        full_disk(patch, script, name)
-        outcome = run_in_process(script, **env)
+        full_disk(patch, any_script, name)
+        outcome = run_in_process(any_script, **env)
     assert outcome.code == 1 and outcome.err.count("\n") == 1, outcome
     assert name in outcome.err and "free some space, then go on with RUN_ID=a RESUME=1" in outcome.err
     assert "stopped: " in (folder / "train.log").read_text()
     if name == "model.int6.rgpt":
         result = read_strictly(folder / "result.json")
         assert result["complete"] is False and result["val_bpb"] is None and result["val_bpb_raw"] > 0
-    outcome = run_in_process(script, "--resume", **env)
+    outcome = run_in_process(any_script, "--resume", **env)
     assert outcome.code == 0 and (folder / name).exists(), outcome
 
 
@@ -255,10 +263,10 @@ def test_halves_of_rows_in_the_metrics(any_script, env, folder, monkeypatch):
     assert [row["step"] for row in steps if "train_loss" in row] == list(range(1, 9))
 
 
-def test_files_have_the_modes_of_the_umask(script, env, folder):
+def test_files_have_the_modes_of_the_umask(any_script, env, folder):
     before = os.umask(0o027)
     try:
-        assert run_in_process(script, **env).code == 0
+        assert run_in_process(any_script, **env).code == 0
     finally:
         os.umask(before)
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == dict.fromkeys(
@@ -271,11 +279,9 @@ def test_files_have_the_modes_of_the_umask(script, env, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start(env, *flags, **streams):
-    """train_gpt.py in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train_gpt.py"), *flags], env=clean_environment(**env), **streams
-    )
+def start(name, env, *flags, **streams):
+    """A script in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / f"{name}.py"), *flags], env=clean_environment(**env), **streams)
 
 
 def test_a_terminal_that_is_closed(env, folder):
@@ -284,9 +290,10 @@ def test_a_terminal_that_is_closed(env, folder):
     termios.tcsetwinsize(theirs, (24, 80))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the child inherits it
     flags = ("--iterations=40", "--checkpoint_every=0")
-    process = start(env, *flags, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL)
+    process = start("train_gpt", env, *flags, stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL)
     with open("/dev/full", "w") as full:
-        other = start(env, *flags, "--run_id=b", stdout=full, stderr=full, stdin=subprocess.DEVNULL)
+        flags = ("--iterations=8", "--checkpoint_every=0", "--run_id=b")
+        other = start(quicker_script(), env, *flags, stdout=full, stderr=full, stdin=subprocess.DEVNULL)
     os.close(theirs)
     seen = b""
     while b"step:3/" not in seen:
@@ -294,8 +301,8 @@ def test_a_terminal_that_is_closed(env, folder):
     os.close(ours)
     assert process.wait(60) == 0 and other.wait(60) == 0
     assert b"% |" in seen, "no progress bar: the test sees nothing of it"
-    for name in "ab":
-        assert read_strictly(folder.parent / name / "result.json")["steps"] == 40
+    for name, steps in (("a", 40), ("b", 8)):
+        assert read_strictly(folder.parent / name / "result.json")["steps"] == steps
         assert (folder.parent / name / "train.log").read_text().splitlines()[-1].startswith("files: ")
 
 
@@ -370,31 +377,31 @@ def test_left_over_rank_variables(any_script, env, tmp_path, variables, named):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_validation_without_bytes(script, env, data, tmp_path):
+def test_validation_without_bytes(any_script, env, data, tmp_path):
     """Refused before training, and nothing is left behind."""
-    tokenizer = script.load_tokenizer(str(data.tokenizer), 320)
+    tokenizer = any_script.load_tokenizer(str(data.tokenizer), 320)
     path = write_dataset(tmp_path / "empty", [data.train], [np.full(500, tokenizer.bos_id())])
-    outcome = run_in_process(script, **env | {"DATA_PATH": path})
+    outcome = run_in_process(any_script, **env | {"DATA_PATH": path})
     assert_refused(outcome, str(path), "expected validation tokens that stand for text")
     assert not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [1, 2])
-def test_a_last_score_that_is_no_number(script, env, folder, monkeypatch, which, value):
+def test_a_last_score_that_is_no_number(any_script, env, folder, monkeypatch, which, value):
     """The weights' score, or that of the artifact from disk: exit code 1, one line, and a result in valid JSON."""
-    real, calls = script.evaluate, []
+    real, calls = any_script.evaluate, []
 
     def evaluate(*args):
         calls.append(1)
         return value if len(calls) == which else real(*args)
 
-    monkeypatch.setattr(script, "evaluate", evaluate)
-    outcome = run_in_process(script, "--val_loss_every=0", **env)
+    monkeypatch.setattr(any_script, "evaluate", evaluate)
+    outcome = run_in_process(any_script, "--val_loss_every=0", **env)
     assert outcome.code == 1 and outcome.err.count("\n") == 1, outcome
     assert outcome.err.startswith(f"error: the score after step 8: expected a finite loss, found {value}; lower")
     result = read_strictly(folder / "result.json")
-    assert set(script.SCORES) < result.keys() and result["complete"] is False and result["val_bpb"] is None
+    assert set(any_script.SCORES) < result.keys() and result["complete"] is False and result["val_bpb"] is None
     assert (result["val_bpb_raw"] is None) == (which == 1) and result["steps"] == 8
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(row, parse_constant=pytest.fail) for row in rows)

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
 import exports
-from conftest import ROOT, TINY, run_in_process
+from conftest import ROOT, TINY, run_in_process, script_or_skip
 
 PLAN = """
 about = "Tiny models."
@@ -29,6 +29,7 @@ CONTIGUOUS = "**Made with contiguous data: every step read one chapter of the te
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     """A plan in a folder of its own, with the logs and the matrices that it looks for beside it."""
+    monkeypatch.setattr(exports, "load_script", lambda name: script_or_skip(Path(name).stem))  # loads it once
     monkeypatch.setattr(exports, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(exports, "MATRICES", tmp_path / "ablations")
     path = tmp_path / "plans" / "few.toml"

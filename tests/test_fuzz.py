@@ -30,14 +30,14 @@ def bases(module):
     found, made, make = [], [], module.make_tables
     module.make_tables = lambda *args: made.append(make(*args)) or made[-1]
     for more in (
-        dict(lora_rank=2, loop_gate="gain"),
+        dict(layout="1+2x2+1", lora_rank=2, loop_gate="gain"),
         dict(vocab_size=300),
         dict(lora_rank=2, quantizer="trellis", quant_loss=100.0),
-        dict(quantizer="trellis", quant_loss=1.0),
+        dict(layout="1+1x2+1", quantizer="trellis", quant_loss=1.0),
         dict(quantizer="trellis", quant_loss=10.0, vocab_size=300),
     ):
         sizes = dict(vocab_size=48, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16)
-        c, rng = module.Config(**dict(layout="1+2x2+1") | sizes | more), np.random.default_rng(0)
+        c, rng = module.Config(**dict(layout="2x2") | sizes | more), np.random.default_rng(0)
         weights = {k: rng.standard_normal(s).astype(np.float32) for k, s in module.param_shapes(c).items()}
         squares = {k: np.exp2(rng.uniform(-3, 3, v.shape)).astype(np.float32) for k, v in weights.items()}
         content = module.export_model(c, weights, 2, module.Curvature({}, squares, 1)).data
