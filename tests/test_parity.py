@@ -188,7 +188,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 2911, "mlx": 2812}
+LINES = {"torch": 2899, "mlx": 2800}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
