@@ -41,7 +41,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import distributions
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,7 +154,7 @@ class Config:
 
 
 PRESETS = {
-    # Needs no data: makes its own text and tokenizer; under a minute on two CPU cores.
+    # Needs no data: reads Python's own reference; under a minute on two CPU cores.
     "smoke": """data_path=./data/datasets/smoke_sp512 tokenizer_path=./data/tokenizers/smoke_512_bpe.model
         vocab_size=512 layout=1+2x2+1 model_dim=64 num_heads=4 num_kv_heads=2 train_seq_len=64 train_batch_tokens=2048
         iterations=120 max_wallclock_seconds=0 loop_schedule=0:1,0.5:2 lr_warmup_steps=10 val_loss_every=60
@@ -1255,20 +1255,25 @@ class Score:
 
 
 def make_smoke_data(c: Config) -> None:
-    """Writes about 1 MB of made-up English and a tokenizer for it, so that the smoke preset needs nothing."""
-    folder, path, documents = Path(c.data_path), Path(c.tokenizer_path), smoke_documents()
+    """Writes shards of Python's own reference, what help("LAMBDA") shows, and a tokenizer for them, so that the smoke
+    preset needs nothing."""
+    from pydoc_data.topics import topics
+
+    folder, path = Path(c.data_path), Path(c.tokenizer_path)
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     if list(folder.glob("fineweb_*.bin")):  # never replaces a dataset ...
         return
     try:
         if not path.exists():  # ... or a tokenizer
             model = io.BytesIO()
-            spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_writer=model, model_type="bpe",
-                                           vocab_size=c.vocab_size, byte_fallback=True, minloglevel=2)  # fmt: skip
+            spm.SentencePieceTrainer.train(sentence_iterator=iter(paragraphs), model_writer=model, model_type="bpe",
+                                           vocab_size=c.vocab_size, byte_fallback=True, character_coverage=0.98,
+                                           minloglevel=2)  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, model.getvalue())
         tokenizer = load_tokenizer(c.tokenizer_path, c.vocab_size)
         folder.mkdir(parents=True, exist_ok=True)
-        for split, texts in (("val", documents[:100]), ("train", documents[100:])):
+        for split, texts in (("val", paragraphs[:400]), ("train", paragraphs[400:])):
             ids = np.array([i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]], dtype="<u2")
             header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(ids)).ljust(SHARD_HEADER_BYTES, b"\0")
             write_atomically(folder / f"fineweb_{split}_000000.bin", header + ids.tobytes())
@@ -1277,23 +1282,6 @@ def make_smoke_data(c: Config) -> None:
     except OSError as error:
         where = error.filename or folder
         require(False, where, "a folder to write to", error.strerror, "set DATA_PATH and TOKENIZER_PATH")
-
-
-def smoke_documents() -> list[str]:
-    """2,000 documents of random sentences and sums, always the same."""
-    rng = np.random.RandomState(0)
-    words = """the a small deep shared early late quiet plain long identical loop block gate depth pass core stack
-        token layer curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens
-        measures""".split()
-    order = {word: rng.choice(words, 4) for word in words}  # each word has four that may follow
-
-    def sentence() -> str:
-        n, said = int(rng.randint(2, 60)), [words[rng.randint(len(words))]]
-        while len(said) < 4 + n % 6:
-            said.append(str(order[said[-1]][rng.randint(4)]))
-        return f"{n} plus {n} is {2 * n}." if n % 3 == 0 else " ".join(said).capitalize() + "."
-
-    return [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(2000)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -1467,7 +1455,7 @@ class Engine:
             name: part for name, part in self.model.named_modules() if isinstance(part, Linear) and name != "tok_emb"
         }
         batch, began, seen = calibration_tokens(self.config, self.world), time.perf_counter(), 0
-        with self.probed(linears) as sums, torch.compiler.set_stance("force_eager"):
+        with self.probed(linears) as sums, self.eager():
             sources = [*params.values(), *sums]
             totals = [torch.zeros_like(source, requires_grad=False) for source in sources]
             for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.config.train_seq_len):
@@ -1485,6 +1473,10 @@ class Engine:
         found = [(total / tokens).cpu().numpy() for total in totals]
         hessians = {f"{name}.weight": value for name, value in zip(linears, found[len(params) :])}
         return Curvature(hessians, dict(zip(params, found)), tokens)
+
+    def eager(self) -> contextlib.AbstractContextManager:
+        """In it nothing is compiled; without compilation its import, of seconds, is spared."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def probed(self, linears: dict[str, Linear]) -> Iterator[list[Tensor]]:
@@ -1523,7 +1515,7 @@ class Engine:
         last = len(ids) - 1
         if self.device.type == "cuda":  # whose attention may be planned anew for every length
             ids = np.pad(ids, (0, self.config.train_seq_len - len(ids)))
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+        with self.eager():  # every length would be compiled
             return self.model(self.tensor(ids[None]), loops)[0, last].cpu().numpy()
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -2749,9 +2741,12 @@ class RunLog:
 
 
 def versions() -> dict[str, str]:
-    found = {d.metadata["Name"]: d.version for d in distributions()} | {"python": platform.python_version()}
-    names = ("python", "torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction")
-    return {name: found[name] for name in names if name in found}
+    """Of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def source_commit() -> str | None:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_gpt", "train_gpt_mlx")
@@ -138,19 +139,40 @@ def write_dataset(folder, train_parts, val_parts):
     return folder
 
 
+def made_up_documents():
+    """Random sentences and sums, always the same."""
+    rng = np.random.RandomState(0)
+    words = """the a small deep shared early late quiet plain long identical loop block gate depth pass core stack
+        token layer curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens
+        measures""".split()
+    order = {word: rng.choice(words, 4) for word in words}  # each word has four that may follow
+
+    def sentence():
+        n, said = int(rng.randint(2, 60)), [words[rng.randint(len(words))]]
+        while len(said) < 4 + n % 6:
+            said.append(str(order[said[-1]][rng.randint(4)]))
+        return f"{n} plus {n} is {2 * n}." if n % 3 == 0 else " ".join(said).capitalize() + "."
+
+    return [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(2000)]
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """The smoke text with 320 pieces: three training shards of unequal, odd sizes and two validation shards, so short
+    """Made-up text with 320 pieces: three training shards of unequal, odd sizes and two validation shards, so short
     that a run crosses shards and begins again."""
-    module = script_or_skip("train_gpt")
-    folder = tmp_path_factory.mktemp("data")
-    c = module.Config(vocab_size=VOCAB, data_path=str(folder / "all"), tokenizer_path=str(folder / "bpe.model"))
-    module.make_smoke_data(c)
-    train, val = (np.array(module.find_shards(c.data_path, split, VOCAB)[0]) for split in ("train", "val"))
-    train, val = train[:3001], val[:1500]
+    folder, documents = tmp_path_factory.mktemp("data"), made_up_documents()
+    tokenizer_path = folder / "bpe.model"
+    with open(tokenizer_path, "wb") as file:
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_writer=file, model_type="bpe",
+                                       vocab_size=VOCAB, byte_fallback=True, minloglevel=2)  # fmt: skip
+    tokenizer = spm.SentencePieceProcessor(model_file=str(tokenizer_path))
+    val, train = (
+        np.array([i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]][:count], dtype="<u2")
+        for texts, count in ((documents[:100], 1500), (documents[100:300], 3001))
+    )
     path = write_dataset(folder / "tiny", [train[:1111], train[1111:1400], train[1400:]], [val[:1000], val[1000:]])
-    env = {"DATA_PATH": str(path), "TOKENIZER_PATH": c.tokenizer_path}
-    return Data(path, Path(c.tokenizer_path), train, val, env)
+    env = {"DATA_PATH": str(path), "TOKENIZER_PATH": str(tokenizer_path)}
+    return Data(path, tokenizer_path, train, val, env)
 
 
 def clean_environment(**more):
