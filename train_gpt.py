@@ -39,7 +39,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -111,6 +111,12 @@ class Config:
     loop_schedule: str = ""  # "0:1,0.35:3" and the like (above); "" = all passes throughout
     loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
     bptt_passes: int = 0  # gradients flow back through so many passes, the last; 0 = all
+    exit_weight: float = (
+        0.0  # of the loss of every earlier pass, as if the core ended there, against the last pass's words
+    )
+    teacher: str = ""  # artifact, checkpoint or model of the same vocabulary: its next tokens are learned as well
+    teacher_weight: float = 0.5  # of the teacher in the loss; the text has the rest
+    teacher_temperature: float = 1.0  # of teacher and model; above 1 unlikely tokens count more
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
@@ -200,9 +206,9 @@ CHOICES = {
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
                     artifact="bytes_cap", log="train_log_every", machine="device", sample="prompt")  # fmt: skip
 ABOVE_ZERO = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap
-    train_batch_tokens""".split()
+    train_batch_tokens teacher_temperature""".split()
 AT_MOST = dict(vocab_size=65536, train_seq_len=2**20, seed=2**32 - 1, warmdown_frac=1, muon_momentum=1,
-               muon_momentum_warmup_start=1)  # fmt: skip
+               muon_momentum_warmup_start=1, teacher_weight=1)  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9",
@@ -597,9 +603,12 @@ def flops_per_block(c: Config, rank: int) -> float:
 
 def train_flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of training per token: three times the forward pass, but once where BPTT_PASSES stops
-    the gradient. The optimizer is not counted."""
-    stopped = max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
-    return 3 * flops_per_token(c, loops) - 2 * stopped * parse_layout(c.layout).core * flops_per_block(c, c.lora_rank)
+    the gradient, and coda and output layer for every pass with EXIT_WEIGHT. The optimizer is not counted, and a teacher
+    elsewhere."""
+    layout, stopped = parse_layout(c.layout), max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
+    exits = (loops - 1) * (layout.coda * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim)
+    exits *= c.exit_weight > 0
+    return 3 * (flops_per_token(c, loops) + exits) - 2 * stopped * layout.core * flops_per_block(c, c.lora_rank)
 
 
 # ======================================================================================================================
@@ -744,6 +753,13 @@ class Block(nn.Module):
         return x + of_pass(self.mlp_scale, loop).to(x.dtype) * self.mlp(rms_norm(x), loop)
 
 
+def divergence(theirs: Tensor, mine: Tensor, temperature: float) -> Tensor:
+    """Forward Kullback-Leibler divergence of the distributions of two logits [n, t, vocab] at a temperature, times its
+    square (so that gradients keep their size), in nats [n, t]."""
+    p, q = (F.log_softmax(logits / temperature, dim=-1) for logits in (theirs, mine))
+    return temperature**2 * (p.exp() * (p - q)).sum(dim=-1)
+
+
 class RecurrentGPT(nn.Module):
     """Prelude blocks once, core blocks `loops` times, coda blocks once; input and output embedding are one."""
 
@@ -764,8 +780,9 @@ class RecurrentGPT(nn.Module):
         self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
         self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
 
-    def hidden(self, ids: Tensor, loops: int, bptt_passes: int = 0) -> Tensor:
-        """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all."""
+    def hidden(self, ids: Tensor, loops: int, bptt_passes: int = 0, exits: list | None = None) -> Tensor:
+        """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all.
+        `exits` gets the activations as they were if the core ended with each pass but the last."""
         x0 = x = rms_norm(F.embedding(ids, self.tok_emb.weight).to(self.dtype))
         looped, by_pass = self.layout.loops > 1, self.config.lora_rank or self.config.pass_vectors
         saved: dict[int, Tensor] = {}
@@ -787,6 +804,17 @@ class RecurrentGPT(nn.Module):
                 saved[number] = x
             if visit.closes and visit.loop > 0 and looped and self.config.loop_gate != "none":
                 x = self.gate(x, x_in, x0, row)
+            if visit.closes and exits is not None and visit.loop + 1 < loops:
+                exits.append(self.leave(x, x0, visit.loop + 1, saved))
+        return rms_norm(x)
+
+    def leave(self, x: Tensor, x0: Tensor, loops: int, saved: dict[int, Tensor]) -> Tensor:
+        """Normed activations [n, t, dim] of a core that ends at x, after `loops` passes: what the coda makes of it."""
+        plan = visits(self.layout, self.config.skips, loops)
+        for visit in plan[len(plan) - self.layout.coda :]:
+            if visit.skip_from >= 0:
+                x = x + self.skip_weights[visit.skip_row].to(x.dtype) * saved[visit.skip_from]
+            x = self.blocks[visit.block](x, x0, 0, (self.cos, self.sin))
         return rms_norm(x)
 
     def injected(self, x: Tensor, entry: Tensor) -> Tensor:
@@ -812,11 +840,18 @@ class RecurrentGPT(nn.Module):
         """Normed activations [n, t, dim] -> soft-capped logits, float32 [n, t, vocab]."""
         return LOGIT_SOFTCAP * torch.tanh(self.tok_emb(x, 0).float() / LOGIT_SOFTCAP)
 
-    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
-        logits = self.logits(x)
+    def losses(self, x: Tensor, targets: Tensor, exits: Sequence[Tensor] = (), teacher: Tensor | None = None) -> Tensor:
+        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]; with a teacher's
+        logits [n, t, vocab] mixed with their divergence, and with that of what earlier passes say from the last."""
+        c, logits = self.config, self.logits(x)
         is_target = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)  # no scatter backwards
-        return logits.exp().sum(dim=-1).log() - torch.where(is_target, logits, 0.0).sum(dim=-1)
+        loss = logits.exp().sum(dim=-1).log() - torch.where(is_target, logits, 0.0).sum(dim=-1)
+        if teacher is not None:
+            taught = divergence(teacher, logits, c.teacher_temperature)
+            loss = (1 - c.teacher_weight) * loss + c.teacher_weight * taught
+        for early in exits:
+            loss = loss + c.exit_weight * divergence(logits.detach(), self.logits(early), 1.0)
+        return loss
 
     def forward(self, ids: Tensor, loops: int) -> Tensor:
         """ids [n, t] -> logits, float32 [n, t, vocab]."""
@@ -825,6 +860,12 @@ class RecurrentGPT(nn.Module):
     def token_losses(self, ids: Tensor, targets: Tensor, loops: int, bptt_passes: int = 0) -> Tensor:
         """ids, targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
         return self.losses(self.hidden(ids, loops, bptt_passes), targets)
+
+    def objective(self, ids: Tensor, targets: Tensor, loops: int, bptt_passes: int, teacher: Tensor | None) -> Tensor:
+        """`token_losses` with what EXIT_WEIGHT and a teacher's logits add."""
+        exits = [] if self.config.exit_weight else None
+        x = self.hidden(ids, loops, bptt_passes, exits)
+        return self.losses(x, targets, exits or (), teacher)
 
 
 # ======================================================================================================================
@@ -860,9 +901,11 @@ def check_schedules(c: Config) -> None:
     loops = parse_layout(c.layout).loops
     parse_loop_schedule(c.loop_schedule, loops)
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
-    for name in ("loop_sample", "bptt_passes"):
+    for name in ("loop_sample", "bptt_passes", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
     most = loops if c.skips == "official" else 64  # shortcuts of more passes have no weights; a draw of more is a waste
+    official = c.skips != "official" or not c.exit_weight
+    require(official, "EXIT_WEIGHT", "0 with SKIPS=official (whose shortcuts end elsewhere)", c.exit_weight)
     expected = f"0, or from the {loops} passes of LAYOUT to {most}"
     require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
@@ -1406,14 +1449,23 @@ class Engine:
         self.model = RecurrentGPT(self.config, self.dtype).to(self.device)
         self.optimizer = Optimizer(self.model, self.config, self.rank, self.world) if training else None
         self.model.requires_grad_(training)
-        self.losses = self.model.token_losses
+        self.losses, self.teacher, self.teacher_flops = self.model.token_losses, None, 0.0
+        self.objective = self.model.objective
         if self.compiled and (self.device.type == "cpu" or self.config.loop_sample):  # one graph for all passes
             for block in self.model.blocks:
                 block.compile(dynamic=False)
             self.model.losses = torch.compile(self.model.losses, dynamic=False)
         elif self.compiled:
             self.losses = torch.compile(self.losses, dynamic=False)
+            self.objective = torch.compile(self.objective, dynamic=False)
         self.set_weights(weights)
+
+    def follow(self, c: Config, weights: dict[str, np.ndarray], loops: int) -> None:
+        """Trains from here on towards what a model of these weights says with so many passes as well."""
+        model = RecurrentGPT(c, self.dtype).to(self.device)
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+        model.requires_grad_(False)
+        self.teacher, self.teacher_flops = functools.partial(model, loops=loops), flops_per_token(c, loops)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """A copy on the device; to a GPU from pinned memory, so that the host need not wait for it."""
@@ -1425,7 +1477,7 @@ class Engine:
         """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
         total, batch = torch.zeros((), device=self.device), self.config.train_batch_tokens
         for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
-            loss = self.losses(self.tensor(ids), self.tensor(targets), loops, self.config.bptt_passes).sum() / batch
+            loss = self.loss(self.tensor(ids), self.tensor(targets), loops) / batch
             loss.backward()
             total += loss.detach()
         if self.world > 1:
@@ -1438,6 +1490,14 @@ class Engine:
         host.copy_(results, non_blocking=True)  # now: later it would queue behind the next step
         done.record()
         return host, done
+
+    def loss(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
+        """What training lowers, summed over tokens."""
+        c = self.config
+        if self.teacher is None and not c.exit_weight:
+            return self.losses(ids, targets, loops, c.bptt_passes).sum()
+        teacher = None if self.teacher is None else self.teacher(ids)
+        return self.objective(ids, targets, loops, c.bptt_passes, teacher).sum()
 
     def read(self, results: tuple) -> list[float]:
         """Loss and gradient norm of a step, once the device has done it."""
@@ -1693,7 +1753,7 @@ class Run:
             at = progress_of(c, state.step, seconds, state.flops)
             loops = loops_at(c, at)
             passes = draw_loops(c, loops, state.step)
-            flops = train_flops_per_token(c, passes) * c.train_batch_tokens
+            flops = (train_flops_per_token(c, passes) + self.engine.teacher_flops) * c.train_batch_tokens
             done = self.is_done(at, seconds, flops)
             self.before = seconds
             ends = done or stopped
@@ -1807,9 +1867,12 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, state = together(engine, lambda: starting_point(c))
+    teacher = together(engine, lambda: load_teacher(c))
     run = Run(c, engine, score, stream, state, stop, notices)
     with run.log.noting_crashes():
         engine.build(weights)
+        if teacher:
+            engine.follow(*teacher)
         if optimizer_state:
             engine.optimizer.load_state(optimizer_state, state.step)
             run.log.forget_after(state.step)
@@ -1841,6 +1904,16 @@ def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
         weights, model, _ = load_model_file(c.init_from)
         return transfer_weights(c, weights, model), {}, TrainState()
     return initial_weights(c), {}, TrainState()
+
+
+def load_teacher(c: Config) -> tuple[Config, dict[str, np.ndarray], int] | None:
+    """What `Engine.follow` needs of TEACHER, which reads sequences of our length. Raises InputError."""
+    if not c.teacher:
+        return None
+    weights, model, loops = load_model_file(c.teacher)
+    size, mend = model["vocab_size"], "a teacher must have learned with the same tokenizer"
+    require(size == c.vocab_size, f"TEACHER={c.teacher}", f"VOCAB_SIZE={c.vocab_size}", size, mend)
+    return dataclasses.replace(model_config(Config(), model), train_seq_len=c.train_seq_len), weights, loops
 
 
 def stopped(run: Run) -> int:

@@ -38,7 +38,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -115,6 +115,12 @@ class Config:
     loop_schedule: str = ""  # "0:1,0.35:3" and the like (above); "" = all passes throughout
     loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
     bptt_passes: int = 0  # gradients flow back through so many passes, the last; 0 = all
+    exit_weight: float = (
+        0.0  # of the loss of every earlier pass, as if the core ended there, against the last pass's words
+    )
+    teacher: str = ""  # artifact, checkpoint or model of the same vocabulary: its next tokens are learned as well
+    teacher_weight: float = 0.5  # of the teacher in the loss; the text has the rest
+    teacher_temperature: float = 1.0  # of teacher and model; above 1 unlikely tokens count more
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
@@ -204,9 +210,9 @@ CHOICES = {
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
                     artifact="bytes_cap", log="train_log_every", machine="device", sample="prompt")  # fmt: skip
 ABOVE_ZERO = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap
-    train_batch_tokens""".split()
+    train_batch_tokens teacher_temperature""".split()
 AT_MOST = dict(vocab_size=65536, train_seq_len=2**20, seed=2**32 - 1, warmdown_frac=1, muon_momentum=1,
-               muon_momentum_warmup_start=1)  # fmt: skip
+               muon_momentum_warmup_start=1, teacher_weight=1)  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9",
@@ -601,9 +607,12 @@ def flops_per_block(c: Config, rank: int) -> float:
 
 def train_flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of training per token: three times the forward pass, but once where BPTT_PASSES stops
-    the gradient. The optimizer is not counted."""
-    stopped = max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
-    return 3 * flops_per_token(c, loops) - 2 * stopped * parse_layout(c.layout).core * flops_per_block(c, c.lora_rank)
+    the gradient, and coda and output layer for every pass with EXIT_WEIGHT. The optimizer is not counted, and a teacher
+    elsewhere."""
+    layout, stopped = parse_layout(c.layout), max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
+    exits = (loops - 1) * (layout.coda * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim)
+    exits *= c.exit_weight > 0
+    return 3 * (flops_per_token(c, loops) + exits) - 2 * stopped * layout.core * flops_per_block(c, c.lora_rank)
 
 
 # ======================================================================================================================
@@ -746,6 +755,13 @@ class Block(nn.Module):
         return x + of_pass(self.mlp_scale, loop).astype(x.dtype) * self.mlp(rms_norm(x), loop)
 
 
+def divergence(theirs: mx.array, mine: mx.array, temperature: float) -> mx.array:
+    """Forward Kullback-Leibler divergence of the distributions of two logits [n, t, vocab] at a temperature, times its
+    square (so that gradients keep their size), in nats [n, t]."""
+    p, q = (nn.log_softmax(logits / temperature, axis=-1) for logits in (theirs, mine))
+    return temperature**2 * (mx.exp(p) * (p - q)).sum(axis=-1)
+
+
 class RecurrentGPT(nn.Module):
     """Prelude blocks once, core blocks `loops` times, coda blocks once; input and output embedding are one."""
 
@@ -765,8 +781,9 @@ class RecurrentGPT(nn.Module):
         cos, sin = rotary_tables(c.train_seq_len, c.model_dim // c.num_heads)
         self._cos, self._sin = mx.array(cos), mx.array(sin)  # the underscore keeps them out of the parameters
 
-    def hidden(self, ids: mx.array, loops: int, bptt_passes: int = 0) -> mx.array:
-        """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all."""
+    def hidden(self, ids: mx.array, loops: int, bptt_passes: int = 0, exits: list | None = None) -> mx.array:
+        """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all.
+        `exits` gets the activations as they were if the core ended with each pass but the last."""
         x0 = x = rms_norm(self.tok_emb.weight[ids].astype(self.dtype))
         looped, by_pass = self.layout.loops > 1, self.config.lora_rank or self.config.pass_vectors
         saved: dict[int, mx.array] = {}
@@ -788,6 +805,17 @@ class RecurrentGPT(nn.Module):
                 saved[number] = x
             if visit.closes and visit.loop > 0 and looped and self.config.loop_gate != "none":
                 x = self.gate(x, x_in, x0, row)
+            if visit.closes and exits is not None and visit.loop + 1 < loops:
+                exits.append(self.leave(x, x0, visit.loop + 1, saved))
+        return rms_norm(x)
+
+    def leave(self, x: mx.array, x0: mx.array, loops: int, saved: dict[int, mx.array]) -> mx.array:
+        """Normed activations [n, t, dim] of a core that ends at x, after `loops` passes: what the coda makes of it."""
+        plan = visits(self.layout, self.config.skips, loops)
+        for visit in plan[len(plan) - self.layout.coda :]:
+            if visit.skip_from >= 0:
+                x = x + self.skip_weights[visit.skip_row].astype(x.dtype) * saved[visit.skip_from]
+            x = self.blocks[visit.block](x, x0, 0, (self._cos, self._sin))
         return rms_norm(x)
 
     def injected(self, x: mx.array, entry: mx.array) -> mx.array:
@@ -813,10 +841,18 @@ class RecurrentGPT(nn.Module):
         """Normed activations [n, t, dim] -> soft-capped logits, float32 [n, t, vocab]."""
         return LOGIT_SOFTCAP * mx.tanh(self.tok_emb(x, 0).astype(mx.float32) / LOGIT_SOFTCAP)
 
-    def losses(self, x: mx.array, targets: mx.array) -> mx.array:
-        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
-        logits = self.logits(x)
-        return mx.log(mx.exp(logits).sum(axis=-1)) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    def losses(self, x: mx.array, targets: mx.array, exits: Sequence[mx.array] = (),
+               teacher: mx.array | None = None) -> mx.array:  # fmt: skip
+        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]; with a teacher's
+        logits [n, t, vocab] mixed with their divergence, and with that of what earlier passes say from the last."""
+        c, logits = self.config, self.logits(x)
+        loss = mx.log(mx.exp(logits).sum(axis=-1)) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        if teacher is not None:
+            taught = divergence(teacher, logits, c.teacher_temperature)
+            loss = (1 - c.teacher_weight) * loss + c.teacher_weight * taught
+        for early in exits:
+            loss = loss + c.exit_weight * divergence(mx.stop_gradient(logits), self.logits(early), 1.0)
+        return loss
 
     def __call__(self, ids: mx.array, loops: int) -> mx.array:
         """ids [n, t] -> logits, float32 [n, t, vocab]."""
@@ -825,6 +861,13 @@ class RecurrentGPT(nn.Module):
     def token_losses(self, ids: mx.array, targets: mx.array, loops: int, bptt_passes: int = 0) -> mx.array:
         """ids, targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
         return self.losses(self.hidden(ids, loops, bptt_passes), targets)
+
+    def objective(self, ids: mx.array, targets: mx.array, loops: int, bptt_passes: int,
+                  teacher: mx.array | None) -> mx.array:  # fmt: skip
+        """`token_losses` with what EXIT_WEIGHT and a teacher's logits add."""
+        exits = [] if self.config.exit_weight else None
+        x = self.hidden(ids, loops, bptt_passes, exits)
+        return self.losses(x, targets, exits or (), teacher)
 
 
 # ======================================================================================================================
@@ -860,9 +903,11 @@ def check_schedules(c: Config) -> None:
     loops = parse_layout(c.layout).loops
     parse_loop_schedule(c.loop_schedule, loops)
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
-    for name in ("loop_sample", "bptt_passes"):
+    for name in ("loop_sample", "bptt_passes", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
     most = loops if c.skips == "official" else 64  # shortcuts of more passes have no weights; a draw of more is a waste
+    official = c.skips != "official" or not c.exit_weight
+    require(official, "EXIT_WEIGHT", "0 with SKIPS=official (whose shortcuts end elsewhere)", c.exit_weight)
     expected = f"0, or from the {loops} passes of LAYOUT to {most}"
     require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
@@ -1326,17 +1371,25 @@ class Engine:
         self.model = RecurrentGPT(self.config, self.dtype)
         self.optimizer = Optimizer(self.model, self.config, self.compiled) if training else None
         self.functions: dict[tuple[str, int], Callable] = {}
+        self.teacher, self.teacher_flops = None, 0.0
         self.set_weights(weights)
+
+    def follow(self, c: Config, weights: dict[str, np.ndarray], loops: int) -> None:
+        """Trains from here on towards what a model of these weights says with so many passes as well."""
+        model = RecurrentGPT(c, self.dtype)
+        model.update(tree_unflatten([(name, mx.array(value)) for name, value in weights.items()]))
+        self.teacher, self.teacher_flops = functools.partial(model, loops=loops), flops_per_token(c, loops)
 
     def function(self, kind: str, loops: int) -> Callable:
         """`losses` or `gradients` (of the mean loss) with so many passes, made and compiled once for each number."""
 
         def losses(params: dict[str, mx.array], ids: mx.array, targets: mx.array) -> mx.array:
             self.model.update(tree_unflatten(list(params.items())))
-            return self.model.token_losses(ids, targets, loops, self.config.bptt_passes)
+            return self.model.token_losses(ids, targets, loops)
 
         def share(params: dict[str, mx.array], ids: mx.array, targets: mx.array) -> mx.array:
-            return losses(params, ids, targets).sum() / self.config.train_batch_tokens
+            self.model.update(tree_unflatten(list(params.items())))
+            return self.loss(ids, targets, loops) / self.config.train_batch_tokens
 
         if (kind, loops) not in self.functions:
             made = losses if kind == "losses" else mx.value_and_grad(share)
@@ -1359,6 +1412,14 @@ class Engine:
         self.params, norm = self.optimizer.update(self.params, grads, lr_mul, momentum)
         mx.eval(total, norm, self.params, self.optimizer.buffers())
         return total, norm
+
+    def loss(self, ids: mx.array, targets: mx.array, loops: int) -> mx.array:
+        """What training lowers, summed over tokens."""
+        c = self.config
+        if self.teacher is None and not c.exit_weight:
+            return self.model.token_losses(ids, targets, loops, c.bptt_passes).sum()
+        teacher = None if self.teacher is None else mx.stop_gradient(self.teacher(ids))
+        return self.model.objective(ids, targets, loops, c.bptt_passes, teacher).sum()
 
     def read(self, results: tuple) -> list[float]:
         """Loss and gradient norm of a step."""
@@ -1587,7 +1648,7 @@ class Run:
             at = progress_of(c, state.step, seconds, state.flops)
             loops = loops_at(c, at)
             passes = draw_loops(c, loops, state.step)
-            flops = train_flops_per_token(c, passes) * c.train_batch_tokens
+            flops = (train_flops_per_token(c, passes) + self.engine.teacher_flops) * c.train_batch_tokens
             done = self.is_done(at, seconds, flops)
             self.before = seconds
             ends = done or stopped
@@ -1701,9 +1762,12 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, state = together(engine, lambda: starting_point(c))
+    teacher = together(engine, lambda: load_teacher(c))
     run = Run(c, engine, score, stream, state, stop, notices)
     with run.log.noting_crashes():
         engine.build(weights)
+        if teacher:
+            engine.follow(*teacher)
         if optimizer_state:
             engine.optimizer.load_state(optimizer_state, state.step)
             run.log.forget_after(state.step)
@@ -1735,6 +1799,16 @@ def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
         weights, model, _ = load_model_file(c.init_from)
         return transfer_weights(c, weights, model), {}, TrainState()
     return initial_weights(c), {}, TrainState()
+
+
+def load_teacher(c: Config) -> tuple[Config, dict[str, np.ndarray], int] | None:
+    """What `Engine.follow` needs of TEACHER, which reads sequences of our length. Raises InputError."""
+    if not c.teacher:
+        return None
+    weights, model, loops = load_model_file(c.teacher)
+    size, mend = model["vocab_size"], "a teacher must have learned with the same tokenizer"
+    require(size == c.vocab_size, f"TEACHER={c.teacher}", f"VOCAB_SIZE={c.vocab_size}", size, mend)
+    return dataclasses.replace(model_config(Config(), model), train_seq_len=c.train_seq_len), weights, loops
 
 
 def stopped(run: Run) -> int:

@@ -11,10 +11,12 @@ from scipy import stats
 from test_parity import (
     SCRIPTS,
     Fixed,
+    array,
     assert_close,
     engine_of,
     gradients_of,
     logits_of,
+    numbers,
     only_rounding,
     perturbed,
     same,
@@ -153,6 +155,130 @@ def test_the_curvature_sees_every_pass(script):
         for kept in (0, 1)
     )
     assert same(whole.hessians, stopped.hessians) and same(whole.squares, stopped.squares)
+
+
+# ---- what else is learned from: a teacher, earlier passes
+
+
+def distributions(logits, temperature):
+    z = logits.astype(np.float64) / temperature
+    z = np.exp(z - z.max(axis=-1, keepdims=True))
+    return z / z.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+def test_divergence_is_kullback_and_leiblers(script, temperature):
+    rng = np.random.RandomState(0)
+    theirs, mine = (3 * rng.standard_normal((2, 5, 7)).astype(np.float32) for _ in range(2))
+    p, q = distributions(theirs, temperature), distributions(mine, temperature)
+    expected = temperature**2 * (p * np.log(p / q)).sum(axis=-1)
+    found = numbers(SCRIPTS[script].divergence(array(script, theirs), array(script, mine), temperature))
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def hidden(script, engine, ids, loops, exits=None):
+    if script == "torch":
+        with torch_script.torch.no_grad():
+            return engine.model.hidden(array(script, ids), loops, 0, exits)
+    engine.next_logits(ids[0], loops)  # puts the weights into the model
+    return engine.model.hidden(array(script, ids.astype(np.int32)), loops, 0, exits)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "layout,options",
+    [
+        ("2+2x3+2", dict()),
+        ("3x3", dict(skips="none", loop_gate="gain", lora_rank=2)),
+        ("1+3x3", dict(inject="gate", pass_vectors=True)),
+    ],
+)
+def test_an_exit_is_the_model_with_fewer_passes(script, layout, options):
+    c, ids = tiny(layout, **options), np.random.RandomState(3).randint(0, 48, (2, 16))
+    engine, exits = engine_of(script, c, perturbed(c)), []
+    last = numbers(hidden(script, engine, ids, 3, exits))
+    assert np.array_equal(last, numbers(hidden(script, engine, ids, 3))) and len(exits) == 2
+    for passes, found in enumerate(exits, 1):
+        assert np.array_equal(numbers(found), numbers(hidden(script, engine, ids, passes)))
+
+
+def test_a_teacher_and_exits_are_one_in_both_scripts():
+    """The loss is what its formula says, and both scripts take the same steps from it."""
+    c = tiny("1+2x3+1", exit_weight=0.1, teacher_weight=0.3, teacher_temperature=2.0)
+    wise = tiny("2", model_dim=16)
+    weights, lessons, stream = perturbed(c), perturbed(wise, seed=6), Fixed(c)
+    ((ids, targets),) = stream.microbatches(0, 64, 0, 1, 64)
+    plain = engine_of("torch", c, weights)
+    logits = [logits_of("torch", plain, ids, loops) for loops in (1, 2, 3)]
+    theirs = logits_of("torch", engine_of("torch", wise, lessons), ids, 1)
+
+    def kl(a, b, temperature):
+        p, q = distributions(a, temperature), distributions(b, temperature)
+        return temperature**2 * (p * np.log(p / q)).sum(axis=-1).mean()
+
+    text = -np.log(np.take_along_axis(distributions(logits[2], 1), targets[..., None], axis=-1)).mean()
+    expected = (
+        0.7 * text + 0.3 * kl(theirs, logits[2], 2) + 0.1 * (kl(logits[2], logits[0], 1) + kl(logits[2], logits[1], 1))
+    )
+    ends = {}
+    for script in SCRIPTS:
+        engine = engine_of(script, c, weights)
+        engine.follow(wise, lessons, 1)
+        assert engine.teacher_flops == torch_script.flops_per_token(wise, 1)
+        losses = [engine.read(engine.step(stream, 64 * step, 3, 1.0, 0.9))[0] for step in range(3)]
+        assert losses[0] == pytest.approx(expected, abs=1e-4)
+        ends[script] = losses, engine.weights()
+        scored = engine.token_losses(ids, targets, 3)  # which is of the text alone
+        assert scored.mean() == pytest.approx(plain_loss(engine, script, ids, targets), abs=1e-5)
+    assert np.allclose(ends["mlx"][0], ends["torch"][0], rtol=0, atol=1e-4)
+    assert_close(ends["mlx"][1], ends["torch"][1], 2e-3, base=weights)
+
+
+def plain_loss(engine, script, ids, targets):
+    logits = logits_of(script, engine, ids, 3)
+    return -np.log(np.take_along_axis(distributions(logits, 1), targets[..., None], axis=-1)).mean()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_teacher_of_no_weight_changes_no_bit(script):
+    c = tiny("1+2x2+1", teacher_weight=0.0)
+    weights, ends = perturbed(c), []
+    for taught in (False, True):
+        engine = engine_of(script, c, weights)
+        if taught:
+            engine.follow(c, perturbed(c, seed=8), 2)
+        for step in range(2):
+            engine.step(Fixed(c), 64 * step, 2, 1.0, 0.9)
+        ends.append(engine.weights())
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_run_learns_from_a_file(name, data, tmp_path):
+    script, env = SCRIPTS[name], TINY | data.env | {"LOG_DIR": str(tmp_path)}
+    outcome = run_in_process(script, "--run_id=parent", "--layout=2", "--loop_schedule=", "--iterations=2", **env)
+    assert outcome.code == 0, outcome
+    teacher = f"--teacher={tmp_path}/parent/model.safetensors"
+    flags = (teacher, "--exit_weight=0.1", "--loop_schedule=", "--iterations=2", "--train_seq_len=16")
+    outcome = run_in_process(script, "--run_id=child", *flags, **env)
+    assert outcome.code == 0, outcome
+    c = script.load_config(list(flags), {k: str(v) for k, v in env.items()}, "")[0]
+    parent = dataclasses.replace(c, layout="2")
+    a_token = script.train_flops_per_token(c, 2) + script.flops_per_token(parent, 1)
+    result = json.loads((tmp_path / "child" / "result.json").read_text())
+    assert result["train_flops"] == pytest.approx(a_token * 2 * 256)
+    assert script.train_flops_per_token(c, 2) > script.train_flops_per_token(dataclasses.replace(c, exit_weight=0.0), 2)
+    for more, said in (
+        (("--teacher=none.rgpt",), "none.rgpt: expected an artifact or a checkpoint, found no file"),
+        ((teacher, "--vocab_size=300", f"--data_path={data.path}"), "VOCAB_SIZE"),
+        (("--exit_weight=0.1", "--skips=official"), "EXIT_WEIGHT: expected 0 with SKIPS=official"),
+        (("--exit_weight=0.1", "--layout=4", "--loop_schedule="), "EXIT_WEIGHT: expected 0 with one pass"),
+        (("--teacher_temperature=0",), "TEACHER_TEMPERATURE: expected a number above 0"),
+    ):
+        outcome = run_in_process(script, "--run_id=other", *more, **env)
+        assert outcome.code == 1 and said in outcome.err and outcome.err.count("\n") == 1, outcome
+        assert not (tmp_path / "other").exists()
 
 
 # ---- how many
