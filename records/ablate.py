@@ -561,6 +561,22 @@ def arm_row(matrix: Matrix, arm: str, finished: list[tuple[Run, dict]]) -> list[
     return [name, n, number(mean), number(std), p, f"`{found[0]['layout']}`", *means]
 
 
+def by_passes(matrix: Matrix, kept: list[tuple[Run, dict]]) -> str:
+    """A table of val_bpb by passes at test time (EVAL_LOOPS), means over seeds; "" where no run scored several."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for run, result in kept:
+        for passes, bpb in (result.get("val_bpb_by_loops") or {}).items():
+            found.setdefault(run.arm, {}).setdefault(int(passes), []).append(bpb)
+    columns = sorted({passes for scores in found.values() for passes in scores})
+    several = {arm: scores for arm, scores in found.items() if len(scores) > 1}
+    rows = [
+        [arm, *(number(statistics.fmean(scores[passes]) if passes in scores else None) for passes in columns)]
+        for arm, scores in several.items()
+    ]
+    said = "The same artifacts with other numbers of passes, `val_bpb`:\n\n"
+    return said + markdown_table(["arm", *columns], rows) + "\n" if rows else ""
+
+
 def notes(matrix: Matrix, finished: list[tuple[Run, dict]]) -> list[str]:
     """What a reader of the table must know."""
     diverged = [f"`{run.name}`: {result['diverged']}" for run, result in finished if "diverged" in result]
@@ -633,7 +649,8 @@ better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided,
 the number of arms).
 
 {table}
-{"".join(note + chr(10) + chr(10) for note in notes(matrix, finished))}{picture}{origins(matrix, kept) if kept else ""}
+{"".join(note + chr(10) + chr(10) for note in notes(matrix, finished))}{by_passes(matrix, kept)}{picture}\
+{origins(matrix, kept) if kept else ""}
 Arms, and what each sets beyond that:
 
 {chr(10).join(f"- `{arm}`: {listed(settings) or 'nothing more'}" for arm, settings in matrix.arms.items())}

@@ -1,6 +1,7 @@
 """Makes what own.toml starts from: a flat parent, trained, and its conversions.
 
-    python records/retrofit/parent.py        about 6 minutes of one core, then: python records/ablate.py records/retrofit/own.toml
+    python records/retrofit/parent.py                        about six minutes of one core
+    python records/ablate.py records/retrofit/own.toml       then this
 
 The parent is the scale model with four layers and no shortcuts (which a tied child could not keep), 100 tokens a
 parameter. Everything lies in logs/retrofit/; what is there already is not made again.
