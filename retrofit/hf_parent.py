@@ -394,5 +394,12 @@ def opened(folder: Path, **model_config):
     return model, tokenizer, config
 
 
+def check_length(config: dict, length: int) -> None:
+    """Raises InputError for rows longer than the parent has positions."""
+    most = config.get("max_position_embeddings") or config.get("n_positions")
+    if length < 2 or (most and length > most):
+        raise InputError(f"--length: expected from 2 to {most}, the parent's positions, found {length}")
+
+
 def parameter_count(model) -> int:
     return sum(value.size for _, value in tree_flatten(model.parameters()))

@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import recurrent
-from hf_parent import opened, parameter_count
+from hf_parent import check_length, opened, parameter_count
 from hf_text import (
     CHUNK,
     Encoder,
@@ -441,7 +441,7 @@ def settings_of(args, loops: int) -> Settings:
 
 
 def check_settings(s: Settings) -> None:
-    for name, low in (("rank", 1), ("steps", 1), ("batch", 1), ("accumulate", 1), ("length", 2), ("cap", 1)):
+    for name, low in (("rank", 1), ("steps", 1), ("batch", 1), ("accumulate", 1), ("cap", 1)):
         if getattr(s, name) < low:
             raise InputError(f"--{name}: expected at least {low}, found {getattr(s, name)}")
     for name in ("mean", "lr", "temperature", "curriculum_share"):
@@ -509,6 +509,7 @@ def prepare(args) -> Run:
     model, tokenizer, config = opened(folder, parent_only=True)
     s = settings_of(args, recurrent.parse_layout(config["recurrence"]["layout"])[2])
     check_settings(s)
+    check_length(config, s.length)
     rows, windows = read_data(args, s, Encoder(tokenizer))
     s = Settings(**(asdict(s) | {"data": hashlib.sha256(rows.tobytes()).hexdigest()[:16]}))
     choose_trainable(model, s)

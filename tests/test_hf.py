@@ -517,7 +517,15 @@ def test_a_text_that_cannot_serve_is_refused(made, tmp_path, name, content, word
 
 def test_settings_out_of_range_are_refused(home, made):
     before = tree(made)
-    for args in (("--steps", 0), ("--lr", "nan"), ("--distill", 2), ("--eval-passes", "1,x"), ("--train", "some")):
+    assert_refused(tool("eval", made, "--text", home / "text.txt"), "--length: expected from 2 to 128", "found 512")
+    for args in (
+        ("--steps", 0),
+        ("--length", 129),
+        ("--lr", "nan"),
+        ("--distill", 2),
+        ("--eval-passes", "1,x"),
+        ("--train", "some"),
+    ):
         assert_refused(tool("train", made, "--text", home / "text.txt", *TRAIN, *args), "expected|invalid choice")
     assert tree(made) == before
 
