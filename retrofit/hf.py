@@ -51,7 +51,7 @@ def evaluate(args) -> int:
     table = [row(count, windows, loss) for count, loss in losses.items()]
     print_table(table, row(1, windows, parent))
     write_json(folder / "eval.json", table)
-    log = {"command": sys.argv[1:], "text": Path(args.text).name, "text_sha256": sha256_of(args.text)}
+    log = {"command": hf_backend.command_line(), "text": Path(args.text).name, "text_sha256": sha256_of(args.text)}
     log |= {"bytes": windows.bytes, "tokens": windows.tokens, "length": args.length, "start_token": encode.start}
     log |= {"layout": config["recurrence"]["layout"], "untrained_one_pass": row(1, windows, parent), "eval": table}
     write_json(folder / "eval_log.json", log)

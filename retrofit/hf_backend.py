@@ -34,6 +34,11 @@ def notices() -> list[str]:
     return []
 
 
+def command_line() -> str:
+    """The command as logs keep it: a log is published, so an absolute path shows its last part only."""
+    return " ".join(Path(part).name if Path(part).is_absolute() else part for part in ["hf.py", *sys.argv[1:]])
+
+
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     """The dtype to compute in: half precision is 20 times slower on a CPU, so float32 there."""
     return mx.float32 if ON_CPU else stored
@@ -49,10 +54,15 @@ def available_memory() -> int | None:
     return None
 
 
-def require_memory(parts: dict[str, float], how_to_mend: str) -> float:
-    """The sum of an estimate in bytes. Raises InputError, with the estimate, if this machine has less."""
+def require_memory(parts: dict[str, float], how_to_mend: str, held: float = 0.0) -> float:
+    """The sum of an estimate in bytes. Raises InputError, with the estimate, if this machine has less.
+
+    held: bytes of it that are in memory already, which a CPU's free memory does not count.
+    """
     total = sum(parts.values())
     free = available_memory()
+    if free is not None and ON_CPU:
+        free += held
     if free is not None and total > free:
         listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items())
         raise InputError(

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
@@ -348,8 +347,17 @@ def make(args) -> int:
             write_folder(part, model, folder_config(config, recurrence, loops), folder)
             if not args.drop:
                 check_identity(part, load_model(folder)[0], ids[:, :16])
-            report = {"parent": str(args.parent), "layout": layout, "inject": args.inject, "gate": args.gate}
-            report |= {"layers": layers, "state_rms": [round(float(x), 4) for x in rms], "command": sys.argv[1:]}
+            report = {
+                "parent": Path(args.parent).name if Path(args.parent).exists() else args.parent,
+                "layout": layout,
+                "inject": args.inject,
+                "gate": args.gate,
+            }
+            report |= {
+                "layers": layers,
+                "state_rms": [round(float(x), 4) for x in rms],
+                "command": hf_backend.command_line(),
+            }
             write_json(part / "make.json", report)
     print(
         "one pass equals the parent, bit for bit" if not args.drop else f"dropped layers {args.drop}: heal by training"

@@ -269,6 +269,7 @@ class Run(TrainingCallback):
         self.save_every = args.save_every or max(1, s.steps // 10)
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
         self.first = 0  # steps done before this call
+        self.epoch = -1  # whose order of rows is at hand
         self.stop = False
         self.out = sys.stdout
         self.losses: dict[int, list[float]] = {}  # step -> validation loss at each of eval_passes
@@ -360,7 +361,10 @@ class Run(TrainingCallback):
     def row(self, place: int) -> np.ndarray:
         """Row of the endless sequence of epochs, each in an order of its own."""
         epoch, i = divmod(place, len(self.rows))
-        return self.rows[np.random.default_rng([self.s.seed, epoch]).permutation(len(self.rows))[i]]
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.s.seed, epoch]).permutation(len(self.rows))
+        return self.rows[self.order[i]]
 
     def between(self, step: int) -> None:
         """After `step` steps."""
@@ -514,8 +518,11 @@ def prepare(args) -> Run:
     s = Settings(**(asdict(s) | {"data": hashlib.sha256(rows.tobytes()).hexdigest()[:16]}))
     choose_trainable(model, s)
     model.recurrence.parent_only = False
+    parts = training_memory(model, s)
     estimate = hf_backend.require_memory(
-        training_memory(model, s), "lower --batch, --length or --cap, or set --bptt; or take a smaller or 4-bit parent"
+        parts,
+        "lower --batch, --length or --cap, or set --bptt; or take a smaller or 4-bit parent",
+        held=parts["weights"],
     )
     run = Run(folder, model, s, rows, windows, args)
     if args.resume:
@@ -524,7 +531,7 @@ def prepare(args) -> Run:
             raise InputError(f"--resume: expected steps left to do, found all {s.steps} done; use --restart")
     begin(folder, s, args.resume)
     trained = sum(w.size for _, w in tree_flatten(model.trainable_parameters()))
-    run.say(f"command: hf.py {' '.join(sys.argv[1:])}")
+    run.say(f"command: {hf_backend.command_line()}")
     run.say(
         f"trains {trained:,} of {parameter_count(model):,} parameters ({s.train}), {s.steps} steps of "
         f"{s.batch * s.accumulate} x {s.length} tokens, {len(rows)} rows; memory: about {estimate / 1e9:.2f} GB"
@@ -543,7 +550,7 @@ def train(args) -> int:
             f"passes: drawn, mean {s.mean + 1:.2f}, after the cap of {s.cap} {expected_passes(s.mean, s.cap):.2f}; "
             f"curriculum {s.curriculum}"
         )
-    if s.distill:
+    if s.distill and s.passes != 1:
         run.say(f"distillation: weight {s.distill:g}, from the same weights after one pass, without a gradient")
     began = time.monotonic()
     run.validate(run.first)

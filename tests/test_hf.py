@@ -240,6 +240,13 @@ def test_damping_moves_the_state_by_its_share_of_a_pass():
     assert mx.allclose(whole(ids), recurrent_of(parent, config, inject="none")(ids), atol=1e-4)
 
 
+def test_concatenation_starts_as_the_gate():
+    parent, config = random_parent("qwen3")
+    ids = random_ids((1, 9))
+    gate, concat = (recurrent_of(parent, config, inject=kind, gate=0.25)(ids) for kind in ("gate", "concat"))
+    assert mx.allclose(gate, concat, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["2+2x3+2", "0+6x3+0"])
 def test_the_teacher_of_the_distillation_is_one_pass(layout):
     model = with_lora(recurrent_of(*random_parent("llama with windows"), layout))
