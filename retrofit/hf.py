@@ -44,12 +44,13 @@ def evaluate(args) -> int:
     print(f"{windows.bytes:,} bytes, {windows.tokens:,} tokens in windows of {args.length}; documents open with token "
           f"{encode.start} ({encode.why})")  # fmt: skip
     losses = {count: scored(model, windows, count, args.batch) for count in args.passes}
-    if (folder / TRAINED_FILE).exists() or config["recurrence"]["layers"]:
+    changed = (folder / TRAINED_FILE).exists()
+    if changed:
         del model  # one at a time
         model = opened(folder, parent_only=True)[0]
-    parent = scored(model, windows, 1, args.batch, "untrained")
+    parent = scored(model, windows, 1, args.batch, "untrained") if changed or 1 not in losses else losses[1]
     table = [row(count, windows, loss) for count, loss in losses.items()]
-    print_table(table, row(1, windows, parent))
+    print_table(table, row(1, windows, parent), "untrained" if config["recurrence"]["layers"] else "parent")
     write_json(folder / "eval.json", table)
     log = {"command": hf_backend.command_line(), "text": Path(args.text).name, "text_sha256": sha256_of(args.text)}
     log |= {"bytes": windows.bytes, "tokens": windows.tokens, "length": args.length, "start_token": encode.start}
@@ -69,12 +70,12 @@ def row(passes: int, windows, loss: float) -> dict:
     return {"passes": passes, "loss": round(loss, 6), "bits_per_byte": round(windows.bits_per_byte(loss), 6)}
 
 
-def print_table(table: list[dict], parent: dict) -> None:
-    print(f"{'passes':>8} {'loss':>9} {'bits/byte':>10} {'to parent':>10}")
-    print(f"{'parent':>8} {parent['loss']:9.4f} {parent['bits_per_byte']:10.4f}")
+def print_table(table: list[dict], parent: dict, name: str) -> None:
+    print(f"{'passes':>9} {'loss':>9} {'bits/byte':>10} {'to ' + name:>12}")
+    print(f"{name:>9} {parent['loss']:9.4f} {parent['bits_per_byte']:10.4f}")
     for entry in table:
         away = entry["loss"] - parent["loss"]
-        print(f"{entry['passes']:8d} {entry['loss']:9.4f} {entry['bits_per_byte']:10.4f} {away:+10.4f}")
+        print(f"{entry['passes']:9d} {entry['loss']:9.4f} {entry['bits_per_byte']:10.4f} {away:+12.4f}")
 
 
 class Command(Parser):

@@ -246,7 +246,7 @@ def training_memory(model, s: Settings) -> dict[str, float]:
         "weights": sum(w.nbytes for _, w in tree_flatten(model.parameters())),
         "gradient and AdamW": 12 * trained,  # float32: gradient, two moments
         "activations": 4 * tokens * kept * (10 * dim + 4 * wide + 2 * heads * s.length),
-        "logits": 4 * 4 * min(CHUNK, tokens) * config["vocab_size"],
+        "logits": 4 * 8 * min(CHUNK, tokens) * config["vocab_size"],
     }
 
 
