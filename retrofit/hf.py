@@ -38,7 +38,7 @@ def evaluate(args) -> int:
     """`hf.py eval`: scores a text at several numbers of passes, beside the parent."""
     folder = Path(args.folder)
     model, tokenizer, config = opened(folder)
-    check_length(config, args.length)
+    args.length = check_length(config, args.length, 512)
     encode = Encoder(tokenizer)
     windows = scoring_windows(first_bytes(documents(args.text), args.max_bytes), encode, args.length)
     print(f"{windows.bytes:,} bytes, {windows.tokens:,} tokens in windows of {args.length}; documents open with token "
@@ -142,7 +142,7 @@ def add_eval(commands) -> None:
     parser.add_argument("--text", type=Path, required=True, help="text to score")
     parser.add_argument("--passes", type=pass_counts, default=[1, 2, 3, 4, 8], help="(1,2,3,4,8)")
     parser.add_argument("--max-bytes", type=int, default=50_000, help="of the text (50,000); 0: all")
-    parser.add_argument("--length", type=int, default=512, help="tokens a window, at most the parent's positions (512)")
+    parser.add_argument("--length", type=int, default=0, help="tokens a window (512, or the parent's positions)")
     parser.add_argument("--batch", type=int, default=4, help="windows at a time (4)")
     parser.set_defaults(run=evaluate)
 

@@ -402,11 +402,13 @@ def opened(folder: Path, **model_config):
     return model, tokenizer, config
 
 
-def check_length(config: dict, length: int) -> None:
-    """Raises InputError for rows longer than the parent has positions."""
-    most = config.get("max_position_embeddings") or config.get("n_positions")
-    if length < 2 or (most and length > most):
+def check_length(config: dict, length: int, usual: int = 0) -> int:
+    """Tokens a row; for 0 the usual length, or less. Raises InputError if the parent has fewer positions."""
+    most = config.get("max_position_embeddings") or config.get("n_positions") or 10**9
+    length = length or min(usual, most)
+    if not 2 <= length <= most:
         raise InputError(f"--length: expected from 2 to {most}, the parent's positions, found {length}")
+    return length
 
 
 def parameter_count(model) -> int:
