@@ -16,7 +16,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import sentencepiece as spm
-from conftest import ROOT, TINY, Outcome, assert_refused, random_weights, run_in_process, script_or_skip, tree
+from conftest import (
+    ROOT,
+    TINY,
+    Outcome,
+    assert_refused,
+    made_up_documents,
+    random_weights,
+    run_in_process,
+    script_or_skip,
+    tree,
+)
 
 mx = pytest.importorskip("mlx.core", reason="mlx cannot be imported here")
 pytest.importorskip("mlx_lm", reason="mlx-lm cannot be imported here")
@@ -242,7 +252,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_the_fast_tokenizer_encodes_held_out_documents_as_sentencepiece(script, tmp_path, kind):
-    documents = script.smoke_documents()
+    documents = made_up_documents()
     path = train_tokenizer(tmp_path / "bpe.model", documents[1500:], **TOKENIZERS[kind])
     special = fast.convert(path, tmp_path, 64)
     texts = documents[:100] + hard_texts(200)
@@ -460,7 +470,7 @@ def test_lora_trains_every_stored_block_once_and_fuse_keeps_what_it_learned(scri
     fuse, lora = (importlib.import_module(f"mlx_lm.{name}") for name in ("fuse", "lora"))
 
     for name, part in (("train", slice(0, 4)), ("valid", slice(4, 6))):
-        lines = [json.dumps({"text": text[:90]}) for text in script.smoke_documents()[part]]
+        lines = [json.dumps({"text": text[:90]}) for text in made_up_documents()[part]]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     adapter, fused = tmp_path / "adapter", tmp_path / "fused"
     command(monkeypatch, lora, "--model", exported.folder, "--train", "--data", tmp_path, "--iters", 2, "--batch-size",

@@ -42,9 +42,9 @@ def test_injection_is_one_in_both_scripts(kind):
         assert np.abs(logits["torch"] - logits["mlx"]).max() < 1e-4
     grads = {script: gradients_of(script, engine, ids, targets, 3) for script, engine in engines.items()}
     assert_close(grads["mlx"], grads["torch"], 1e-3)
-    mine, theirs = (train(script, c, weights, [3] * 3) for script in ("mlx", "torch"))
+    mine, theirs = (train(script, c, weights, [3] * 2) for script in ("mlx", "torch"))
     assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-4)
-    assert_close(mine[1], theirs[1], 1e-3, base=weights, noise=only_rounding(grads["torch"]))
+    assert_close(mine[1], theirs[1], 2e-3, base=weights, noise=only_rounding(grads["torch"]))
     plain = {name: value for name, value in weights.items() if not name.startswith("inject")}
     other = logits_of("torch", engine_of("torch", tiny("1+2x3+1", lora_rank=2), plain), ids, 3)
     assert np.abs(other - logits_of("torch", engines["torch"], ids, 3)).max() > 1e-3

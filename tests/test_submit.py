@@ -113,10 +113,10 @@ def test_a_packed_run_becomes_a_packed_folder(root, capsys):
     assert {finding.rule for finding in check_folder(home) if finding.severity == "error"} == set()
     shipped.write_bytes(module.packed(source.replace("0.0001", "0.0002") + "x = 1\n"))
     log = home / "train_seed6.log"
-    log.write_text(log.read_text().replace(f"{counted} packed", "60000 packed"))
+    log.write_text(log.read_text().replace(f"{counted} packed", "90000 packed"))
     errors = [f"{finding}" for finding in check_folder(home) if finding.severity == "error"]
     assert any("the script of train_seed6.log" in error for error in errors), errors
-    assert any("as shipped or at its head, found 60000" in error for error in errors), errors
+    assert any("as shipped or at its head, found 90000" in error for error in errors), errors
 
 
 def test_weights_alone(root, capsys, monkeypatch):
