@@ -28,7 +28,7 @@ CHILDREN = {
     "average_full": f"{TIED} average --lora-rank full",
     "average_zero4": f"{TIED} average --lora-rank 4 --lora zero --pass-vectors 1",
     "average_zero16": f"{TIED} average --lora-rank 16 --lora zero --pass-vectors 1",
-    "first_and_last": "--layout 2 --init drop --layers 0,3",
+    "first_and_last": "--layout 1+1x1 --init drop --layers 0,3,",
     "band": "--layout 1+2x3+1 --init keep --loop-gate gain --gate-init 0.5",
     "band_ungated": "--layout 1+2x3+1 --init keep --loop-gate none",
 }
