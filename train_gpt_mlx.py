@@ -966,7 +966,7 @@ def newton_schulz(g: mx.array) -> mx.array:
 class Optimizer:
     """Muon and Adam over the named parameters of a model. `state()` names every buffer by its parameter."""
 
-    def __init__(self, model: RecurrentGPT, c: Config, compiled: bool = False):
+    def __init__(self, model: RecurrentGPT, c: Config):
         self.config, self.dtype = c, model.dtype
         shapes = {name: p.shape for name, p in tree_flatten(model.parameters())}
         groups = {group: [name for name in shapes if param_group(name) == group] for group in PARAM_GROUPS}
@@ -980,7 +980,6 @@ class Optimizer:
             rates = mx.array([matrix_rate(c, name, shape) for name in names])[:, None, None]
             self.stacks.append((names, rates))
         self.steps = 0
-        self.changes = mx.compile(self.rule) if compiled else self.rule
 
     def buffers(self) -> dict[str, mx.array]:
         """The optimizer's state, named by kind and parameter."""
@@ -997,20 +996,22 @@ class Optimizer:
             setattr(self, kind, {name: mx.array(state[f"{kind}.{name}"]) for name in getattr(self, kind)})
         self.steps = steps
 
-    def update(self, weights: dict, grads: dict, lr_mul: float, momentum: float) -> tuple[dict, mx.array]:
-        """One step; returns the new weights and the norm of the gradients before clipping, a scalar array."""
+    def update(self, function: Callable, inputs: tuple, lr_mul: float, momentum: float) -> tuple:
+        """One step by a `function` of the inputs, the state and the numbers of `rule` that changes the state by `rule`;
+        returns what it does but for the new state, which is its last result and kept."""
         self.steps += 1
         numbers = mx.array([lr_mul, momentum, lr_mul / (1 - BETA1**self.steps), 1 - BETA2**self.steps])
         held = self.exp_avg, self.exp_avg_sq, self.momentum
-        weights, self.exp_avg, self.exp_avg_sq, self.momentum, norm = self.changes(weights, grads, *held, numbers)
-        return weights, norm
+        *results, (self.exp_avg, self.exp_avg_sq, self.momentum) = function(*inputs, held, numbers)
+        return results
 
-    def rule(self, weights: dict, grads: dict, exp_avg: dict, exp_avg_sq: dict, moved: dict, numbers: mx.array):
-        """What a step makes of weights and state, without side effects, so that it can be compiled. What changes from
-        step to step is in `numbers`: lr_mul, momentum, lr_mul and second moments with Adam's bias correction."""
+    def rule(self, weights: dict, grads: dict, state: tuple, numbers: mx.array) -> tuple[mx.array, dict, tuple]:
+        """What a step makes of weights and state, without side effects, so that it can be compiled: the norm of the
+        gradients before clipping, the new weights and the new state. What changes from step to step is in `numbers`:
+        lr_mul, momentum, lr_mul and second moments with Adam's bias correction."""
         clip = self.config.grad_clip_norm
         lr_mul, momentum, adam_lr_mul, correction = numbers
-        weights, exp_avg, exp_avg_sq, moved = dict(weights), dict(exp_avg), dict(exp_avg_sq), dict(moved)
+        weights, (exp_avg, exp_avg_sq, moved) = dict(weights), map(dict, state)
         norm = mx.sqrt(sum(mx.square(g).sum() for g in grads.values()))
         if clip:
             scale = mx.minimum(clip / (norm + 1e-6), 1.0)
@@ -1028,7 +1029,7 @@ class Optimizer:
             for i, name in enumerate(names):
                 moved[name] = m[i]
                 weights[name] = weights[name] - change[i]
-        return weights, exp_avg, exp_avg_sq, moved, norm
+        return norm, weights, (exp_avg, exp_avg_sq, moved)
 
     def orthogonal(self, g: mx.array) -> mx.array:
         """Newton-Schulz of g [count, rows, columns] in the compute dtype; float32 in, float32 out."""
@@ -1273,7 +1274,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 # ENGINE
 # Everything that touches the machine: which device, which processes, compilation, one training step, losses, logits.
 # The rest of the script speaks to the `Engine` in NumPy arrays and plain numbers. What runs on a GPU here can be
-# confirmed on a Mac only: bfloat16, the attention kernel, mx.compile on Metal, several Macs.
+# confirmed on a Mac only (`make mac`): bfloat16, the attention kernel, mx.compile, mx.async_eval; and several Macs.
 # ======================================================================================================================
 class Curvature(NamedTuple):
     """How the loss bends, a token, float32; what EXPORT needs of a model beside its weights."""
@@ -1310,7 +1311,7 @@ class Engine:
         self.group = mx.distributed.init()
         self.rank, self.world = self.group.rank(), self.group.size()
         self.device_name = str(mx.device_info()["device_name"]) if kind == "gpu" else f"cpu {cpu_name()}"
-        self.peak_flops, self.runs_ahead = None, False  # step() returns when all is computed
+        self.peak_flops, self.runs_ahead = None, kind == "gpu" and self.world == 1  # step() returns before all is done
         self.dtype = getattr(mx, c.dtype or ("bfloat16" if kind == "gpu" else "float32"))
         self.on_gpu, self.largest = kind == "gpu", c.microbatch_tokens or 8192
         self.compiled = c.compile and self.on_gpu  # the CPU's fused kernels are slower than its plain ones
@@ -1324,41 +1325,60 @@ class Engine:
         """Makes a model of these weights, with an optimizer where it is to be trained. The weights are `params`; the
         functions below put them into the model whenever they run."""
         self.model = RecurrentGPT(self.config, self.dtype)
-        self.optimizer = Optimizer(self.model, self.config, self.compiled) if training else None
+        self.optimizer = Optimizer(self.model, self.config) if training else None
         self.functions: dict[tuple[str, int], Callable] = {}
         self.set_weights(weights)
 
     def function(self, kind: str, loops: int) -> Callable:
-        """`losses` or `gradients` (of the mean loss) with so many passes, made and compiled once for each number."""
+        """A function with so many passes, without side effects, made and compiled once: `losses`, of each token;
+        `gradients`, of a share of the mean loss, added to those `held`; `step`, these and the optimizer's update."""
 
         def losses(params: dict[str, mx.array], ids: mx.array, targets: mx.array) -> mx.array:
-            self.model.update(tree_unflatten(list(params.items())))
+            self.put(params)
             return self.model.token_losses(ids, targets, loops, self.config.bptt_passes)
 
         def share(params: dict[str, mx.array], ids: mx.array, targets: mx.array) -> mx.array:
             return losses(params, ids, targets).sum() / self.config.train_batch_tokens
 
+        def gradients(params: dict[str, mx.array], ids: mx.array, targets: mx.array, *held) -> tuple:
+            loss, grads = mx.value_and_grad(share)(params, ids, targets)
+            if held:
+                loss, grads = held[0] + loss, {name: held[1][name] + g for name, g in grads.items()}
+            return loss, grads
+
+        def step(params: dict[str, mx.array], last: tuple, held: tuple, state: tuple, numbers: mx.array) -> tuple:
+            loss, grads = gradients(params, *last, *held) if last else held
+            return loss, *self.optimizer.rule(params, grads, state, numbers)
+
         if (kind, loops) not in self.functions:
-            made = losses if kind == "losses" else mx.value_and_grad(share)
+            made = {"losses": losses, "gradients": gradients, "step": step}[kind]
             self.functions[kind, loops] = mx.compile(made) if self.compiled else made
         return self.functions[kind, loops]
+
+    def put(self, params: dict[str, mx.array]) -> None:
+        """Makes these the weights of the model, which holds no others: an update may write into their memory."""
+        self.model.update(tree_unflatten(list(params.items())))
 
     def tensor(self, array: np.ndarray) -> mx.array:
         return mx.array(array.astype(np.int32))
 
     def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float) -> tuple:
-        """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
-        total, grads, batch = mx.zeros(()), {}, self.config.train_batch_tokens
-        for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
-            loss, more = self.function("gradients", loops)(self.params, self.tensor(ids), self.tensor(targets))
-            total = total + loss
-            grads = {name: grads[name] + g if grads else g for name, g in more.items()}
-            mx.eval(total, grads)  # or the graphs of all microbatches are held at once
+        """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm. The
+        update is in one function with the last microbatch, but for the sum over several processes before it."""
+        share = stream.microbatches(start, self.config.train_batch_tokens, self.rank, self.world, self.largest)
+        *first, last = ((self.tensor(ids), self.tensor(targets)) for ids, targets in share)
+        compute, held = mx.async_eval if self.runs_ahead else mx.eval, ()
+        for batch in first if self.world == 1 else (*first, last):
+            held = self.function("gradients", loops)(self.params, *batch, *held)
+            compute(held)  # or the graphs of all microbatches are held at once
         if self.world > 1:
-            total, grads = self.sum_over_ranks(total, grads)
-        self.params, norm = self.optimizer.update(self.params, grads, lr_mul, momentum)
-        mx.eval(total, norm, self.params, self.optimizer.buffers())
-        return total, norm
+            last, held = (), self.sum_over_ranks(*held)
+        whole = self.function("step", loops)
+        loss, norm, self.params = self.optimizer.update(whole, (self.params, last, held), lr_mul, momentum)
+        del held  # as the old weights: what nobody else holds may be written into
+        self.put(self.params)
+        compute(loss, norm, self.params, self.optimizer.buffers())
+        return loss, norm
 
     def read(self, results: tuple) -> list[float]:
         """Loss and gradient norm of a step."""
@@ -1374,7 +1394,7 @@ class Engine:
         batch, began, seen = calibration_tokens(self.config, self.world), time.perf_counter(), 0
 
         def loss(params: dict[str, mx.array], sums: dict[str, mx.array], ids: mx.array, targets: mx.array):
-            self.model.update(tree_unflatten(list(params.items())))
+            self.put(params)
             for name, linear in linears.items():
                 linear.probe = functools.partial(with_probe, sums[f"{name}.weight"])
             return self.model.token_losses(ids, targets, loops).sum()
@@ -1418,6 +1438,7 @@ class Engine:
         kept = self.params, o.exp_avg, o.exp_avg_sq, o.momentum, o.steps
         self.step(stream, 0, loops, 1.0, 0.0)
         self.params, o.exp_avg, o.exp_avg_sq, o.momentum, o.steps = kept
+        self.sync()
 
     def token_losses(self, ids: np.ndarray, targets: np.ndarray, loops: int) -> np.ndarray:
         """float32 [n, t]."""
@@ -1425,7 +1446,7 @@ class Engine:
 
     def next_logits(self, ids: np.ndarray, loops: int) -> np.ndarray:
         """Logits after the last of `ids`, float32 [vocab]."""
-        self.model.update(tree_unflatten(list(self.params.items())))
+        self.put(self.params)
         return np.array(self.model(self.tensor(ids[None]), loops)[0, -1])
 
     def weights(self) -> dict[str, np.ndarray]:
