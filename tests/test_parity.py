@@ -161,7 +161,7 @@ def test_sections_stand_in_order_and_the_shared_ones_are_equal_byte_for_byte():
 ONLY = {
     "torch": {"Engine.can_compile", "Engine.eager", "Engine.probed", "Optimizer.update_adam", "Optimizer.update_muon",
               "Probe", "Probe.__call__", "Probe.backward", "launched_as", "memory_needed"},
-    "mlx": {"with_probe", "with_probe_vjp", "Engine.function", "Engine.mean_over_ranks", "Engine.put",
+    "mlx": {"with_probe", "with_probe_vjp", "Engine.function", "Engine.mean_over_ranks",
             "Engine.sum_over_ranks", "Optimizer.rule"},
 }  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3029, "mlx": 2944}
+LINES = {"torch": 3090, "mlx": 2993}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
