@@ -2991,10 +2991,10 @@ def expected_use(c: Config, state: TrainState, took: dict[int, float]) -> np.nda
     return used
 
 
-def preflight(run: Run, warmed: dict[int, float], start: float) -> int:
+def preflight(run: Run, warm: dict[int, float], start: float) -> int:
     """MODE=preflight: times some steps and the scoring of a step's tokens, and says what the run would take."""
     c, engine, score, state = run.config, run.engine, run.score, run.state
-    took = {passes: seconds_of(engine, engine.warm_up, run.stream, passes, 3) / 3 for passes in warmed}
+    took = {passes: seconds_of(engine, engine.warm_up, run.stream, passes, 3) / 3 for passes in warm}
     steps, seconds, flops = expected_use(c, state, took)
     passes, *others = eval_passes(c, parse_layout(c.layout).loops)
     ends = range(c.train_seq_len, len(score.tokens), c.eval_stride or c.train_seq_len)
@@ -3013,7 +3013,7 @@ def preflight(run: Run, warmed: dict[int, float], start: float) -> int:
     run.log.line(f"""---
 steps:    {steps:.0f}, {steps * c.train_batch_tokens:.4g} tokens, {flops:.3g} FLOPs expected; a step (measured): \
 {", ".join(f"{1000 * s:.1f} ms with {n} pass{'es' * (n > 1)}" for n, s in took.items())}
-paid:     {paid} minutes a seed: start {start} ({sum(warmed.values()):.1f} s compilation, measured), training {training}, \
+paid:     {paid} minutes a seed: start {start} ({sum(warm.values()):.0f} s compiling, measured), training {training}, \
 evaluation {scoring} ({scores:.1f} times, from {len(few)} of {len(ends)} windows), export {export} (estimated)
 room:     {engine.peak_memory() / 2**30:.2f} GiB of memory (measured){engine.memory}; \
 {run.log.room[1] / 1e9:.3f} GB of {run.log.room[0] / 1e9:.1f} free on disk
