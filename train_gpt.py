@@ -73,7 +73,7 @@ class InputError(ValueError):
 @dataclass(frozen=True)
 class Config:
     # run: what to do, where
-    mode: str = "train"  # train | eval | sample | export
+    mode: str = "train"  # train | preflight: what a run would take | eval | sample | export
     preset: str = ""  # smoke | demo | mini | laptop | record | baseline | pr319
     run_id: str = ""  # name of the folder under log_dir; "" makes one from the date, the preset and the seed
     resume: bool = False  # go on from the checkpoint of run_id
@@ -192,7 +192,7 @@ PRESETS = {
         train_batch_tokens=786432 max_wallclock_seconds=2400""",
 }
 CHOICES = {
-    "mode": ("train", "eval", "sample", "export"),
+    "mode": ("train", "preflight", "eval", "sample", "export"),
     "preset": ("", *PRESETS),
     "skips": ("per_loop", "official", "none"),
     "loop_gate": ("x0", "gain", "none"),
@@ -202,6 +202,7 @@ CHOICES = {
     "device": ("", "cuda", "mps", "gpu", "cpu"),
     "dtype": ("", "bfloat16", "float32"),
 }
+TRAINS = ("train", "preflight")  # modes that start a model; the others use a file
 # The first setting of each group; a group ends where the next begins.
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
                     artifact="bytes_cap", log="train_log_every", machine="device", sample="prompt")  # fmt: skip
@@ -298,7 +299,7 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
     values, notices = read_environment(environ, kinds)
     values |= read_flags(argv, kinds)
-    trains = values.get("mode", "train") == "train"  # what uses a file has no preset unless it is named
+    trains = values.get("mode", "train") in TRAINS  # what uses a file has no preset unless it is named
     preset = values.get("preset") or (default_preset if trains else "")
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
     known = preset in PRESETS or not preset
@@ -910,7 +911,7 @@ def check_schedules(c: Config) -> None:
     require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
-    require(budget or c.mode != "train", name, "one budget", "none", "set one")
+    require(budget or c.mode not in TRAINS, name, "one budget", "none", "set one")
     kept, below = export_seconds(c), f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
     left = not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
     require(left, "CALIB_SECONDS", below, f"{kept:g}, which leaves nothing to train in")
@@ -1413,12 +1414,16 @@ class Engine:
         fast = kind != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         self.dtype = getattr(torch, c.dtype or ("bfloat16" if fast else "float32"))
         self.largest = c.microbatch_tokens or (65536 if kind == "cuda" else 8192)
-        self.runs_ahead = kind != "cpu"  # step() returns before the device has done it
+        self.memory, self.runs_ahead = "", kind != "cpu"  # step() returns before the device has done it
         torch.use_deterministic_algorithms(c.deterministic)
         if kind == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             while not c.microbatch_tokens and self.largest > 4096 and memory_needed(c, self.largest) > 0.8 * memory:
                 self.largest //= 2
+            needed = memory_needed(c, self.largest)
+            self.memory = f", {needed / 2**30:.1f} GiB estimated, of the card's {memory / 2**30:.1f}"
+            if needed > memory:
+                self.notices.append(f"notice: the memory may not do{self.memory}; lower MICROBATCH_TOKENS")
             if c.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             options = importlib.import_module("torch._inductor.config").triton
@@ -1554,11 +1559,12 @@ class Engine:
             for linear in linears.values():
                 linear.probe = None
 
-    def warm_up(self, stream: TokenStream, loops: int) -> None:
+    def warm_up(self, stream: TokenStream, loops: int, times: int = 1) -> None:
         """Compiles and runs everything that a step with so many passes needs; leaves weights and state as they were."""
         o, steps = self.optimizer, self.optimizer.steps
         kept = [(tensor, tensor.clone()) for tensor in (o.weights, o.exp_avg, o.exp_avg_sq, o.momentum)]
-        self.step(stream, 0, loops, 1.0, 0.0)
+        for _ in range(times):
+            self.step(stream, 0, loops, 1.0, 0.0)
         for tensor, value in kept:
             tensor.copy_(value)
         o.steps = steps
@@ -1859,8 +1865,8 @@ class Run:
 
 
 def train(c: Config, engine: Engine, notices: list[str]) -> int:
-    """A whole run: checks, compilation, training, export, score from disk. Returns the exit code."""
-    stop = StopSignal()  # a signal that comes from here on ends the run with a checkpoint
+    """A whole run: checks, compilation (for MODE=preflight no more), training, export, score. Returns the exit code."""
+    stop, warmed, began = StopSignal(), {}, time.perf_counter()  # from here on a signal ends in a checkpoint
     notices = notices + together(engine, lambda: prepare(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
@@ -1879,9 +1885,10 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
             run.log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run, done again")
         for loops in loop_counts(c):
             if not run.clock()[1]:
-                began = time.perf_counter()
-                engine.warm_up(stream, loops)
-                run.log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
+                warmed[loops] = seconds_of(engine, engine.warm_up, stream, loops)
+                run.log.line(f"warm_up: loops:{loops} {warmed[loops]:.1f}s")
+        if c.mode == "preflight":
+            return 128 + stop.number if stop.number else preflight(run, warmed, time.perf_counter() - began)
         run.restart_clock(state.seconds)
         if run.train() and (code := finish(run)) is not None:
             return code
@@ -2103,7 +2110,7 @@ def check_export(c: Config) -> None:
     require(not (c.quant_loss and c.target_bytes), "TARGET_BYTES", "no QUANT_LOSS beside it", c.quant_loss, mend)
     cap = f"at most BYTES_CAP={c.bytes_cap}"
     require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
-    enough = not trellis or c.mode != "train" or c.calib_tokens >= c.train_seq_len
+    enough = not trellis or c.mode not in TRAINS or c.calib_tokens >= c.train_seq_len
     require(enough, "CALIB_TOKENS", f"at least TRAIN_SEQ_LEN={c.train_seq_len}", c.calib_tokens)
 
 
@@ -2725,7 +2732,8 @@ class RunLog:
     """The files of one run. Its folder is claimed here: a name in use is refused, unless the run is resumed."""
 
     def __init__(self, c: Config, rank: int):
-        self.rank, self.bar, self.lost = rank, None, False
+        self.rank, self.bar, self.lost, self.room = rank, None, False, (0, 0)
+        self.dry = c.mode == "preflight"  # which keeps nothing
         self.folder = Path(c.log_dir) / c.run_id
         self.checkpoint = self.folder / CHECKPOINT
         self.artifact = self.folder / "model.int6.rgpt"
@@ -2735,16 +2743,18 @@ class RunLog:
     def claim(self, c: Config) -> None:
         try:
             home = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-            free, need = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
+            free, need = self.room = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
             require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
             open(self.folder / "train.log", "a").close()  # it can be written
+            if self.dry and not c.resume:
+                shutil.rmtree(self.folder)
         except FileExistsError:
             mend = "set another RUN_ID, or delete the folder" + ", or RESUME=1 to go on" * self.checkpoint.is_file()
             require(False, "RUN_ID", "a new name", self.folder, mend)
         except OSError as error:
             require(False, "LOG_DIR", "a folder to write to", f"{self.folder}: {error.strerror}", "set LOG_DIR")
-        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        for leftover in () if self.dry else self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
 
     def advice(self) -> str:
@@ -2761,7 +2771,7 @@ class RunLog:
 
     def append(self, name: str, text: str) -> None:
         """A line to a file of the run, if the disk takes it."""
-        path = self.folder / name
+        path = Path(os.devnull) if self.dry else self.folder / name
         try:
             with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(text + "\n")
@@ -2786,7 +2796,7 @@ class RunLog:
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that a resumed run will do again."""
         path = self.folder / "metrics.jsonl"
-        if self.rank == 0 and path.is_file():
+        if self.rank == 0 and path.is_file() and not self.dry:
             rows = path.read_bytes().splitlines(keepends=True)
             self.write_file(path, b"".join(row for row in rows if step_of(row) <= step), needed=False)
 
@@ -2958,9 +2968,9 @@ TOP_K = 50  # samples are drawn from the likeliest
 def check_run(c: Config) -> None:
     name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run_id or "x")
     require(name, "RUN_ID", 'letters, digits, ".", "_" and "-"', f'"{c.run_id}"')
-    if c.mode == "train":
+    if c.mode in TRAINS:
         file, mend = c.artifact or c.checkpoint, "to start from weights set INIT_FROM"
-        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", "MODE=train", mend)
+        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", f"MODE={c.mode}", mend)
         require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
         require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
         return
@@ -3035,6 +3045,57 @@ def warn(engine: Engine, notices: list[str]) -> None:
         complain(notice)
 
 
+def seconds_of(engine: Engine, work: Callable, *arguments: object) -> float:
+    """Seconds that the first process takes for `work`."""
+    began = time.perf_counter()
+    work(*arguments)
+    return engine.gather([time.perf_counter() - began])[0, 0].item()
+
+
+def expected_use(c: Config, state: TrainState, took: dict[int, float]) -> np.ndarray:
+    """Steps, seconds and FLOPs from `state` to the end of training if a step with n passes takes took[n] seconds."""
+    caps, used = (c.iterations, seconds_to_train(c), c.max_train_flops), [state.step, state.seconds, state.flops]
+    schedule, used = parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops), np.array(used, float)
+    for (_, mean), (end, _) in zip(schedule, [*schedule[1:], (1.0, 0)]):
+        drawn = [draw_loops(c, mean, step) for step in range(200 if c.loop_sample else 1)]
+        flops = np.mean([train_flops_per_token(c, passes) for passes in drawn]) * c.train_batch_tokens
+        cost = np.array([1.0, np.mean([took[passes] for passes in drawn]), flops])
+        used += cost * max(0.0, min((end * cap - u) / x for cap, u, x in zip(caps, used, cost) if cap))
+    return used
+
+
+def preflight(run: Run, warm: dict[int, float], start: float) -> int:
+    """MODE=preflight: times some steps and the scoring of a step's tokens, and says what the run would take."""
+    c, engine, score, state = run.config, run.engine, run.score, run.state
+    took = {passes: seconds_of(engine, engine.warm_up, run.stream, passes, 3) / 3 for passes in warm}
+    steps, seconds, flops = expected_use(c, state, took)
+    passes, *others = eval_passes(c, parse_layout(c.layout).loops)
+    ends = range(c.train_seq_len, len(score.tokens), c.eval_stride or c.train_seq_len)
+    few = ends[: c.train_batch_tokens // c.train_seq_len]
+    scoring = [seconds_of(engine, evaluate, c, engine, score.tokens[: few[-1] + 1], passes) for _ in range(2)][1]
+    scores = 2 + sum(flops_per_token(c, n) for n in others) / flops_per_token(c, passes)
+    scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
+    looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
+    looks = c.calib_seconds if c.max_wallclock_seconds else looks
+    coding = 7e-6 * count_params(c) * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
+    parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]
+    parts.append(looks + coding if calibrates(c) else 0.0)
+    start, training, scoring, export, paid = (f"{part / 60:.2f}" for part in [*parts, sum(parts)])
+    code, cap = code_size(c.count_code), c.target_bytes or c.bytes_cap
+    size = cap - code if c.target_bytes else count_params(c) * LIKELY_BITS[c.quantizer] / 8
+    run.log.line(f"""---
+steps:    {steps:.0f}, {steps * c.train_batch_tokens:.4g} tokens, {flops:.3g} FLOPs expected; a step (measured): \
+{", ".join(f"{1000 * s:.1f} ms with {n} pass{'es' * (n > 1)}" for n, s in took.items())}
+paid:     {paid} minutes a seed: start {start} ({sum(warm.values()):.0f} s compiling, measured), training {training}, \
+evaluation {scoring} ({scores:.1f} times, from {len(few)} of {len(ends)} windows), export {export} (estimated)
+room:     {engine.peak_memory() / 2**30:.2f} GiB of memory (measured){engine.memory}; \
+{run.log.room[1] / 1e9:.3f} GB of {run.log.room[0] / 1e9:.1f} free on disk
+data:     {dataset_sha256(c)} (SHA-256 of shards and tokenizer)
+artifact: {"likely fits" if code + size <= cap else "MAY NOT FIT"}: code {code} + about {size:.0f} of {cap} bytes, \
+{8 * size / count_params(c):.2f} bits a weight""")
+    return 0
+
+
 def help_text() -> str:
     """What --help prints: the head of this script and its settings."""
     source = script_source()
@@ -3049,23 +3110,23 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         return 0
     c, notices = load_config(argv, environ, DEFAULT_PRESET)
     weights, loops = None, 0
-    if c.mode != "train":
+    if c.mode not in TRAINS:
         weights, model, loops = load_model_file(c.artifact or c.checkpoint)
         notices += [f"notice: {name.upper()}={model.get(name)}, as the file says, not {asked}" for name in MODEL_FIELDS
                     if (asked := getattr(c, name)) not in (model.get(name), getattr(Config, name))]  # fmt: skip
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
-    engine = Engine(c)
+    engine, code = Engine(c), 1
     try:
         code = use_file(c, engine, notices, weights, loops) if weights else train(c, engine, notices)
     except Agreed as error:
         if engine.rank == 0:
             complain(f"error: {error}")
-        code = 1
     except Exception as error:
-        if engine.world == 1:
+        if engine.world == 1 and c.mode != "preflight":
             raise
         complain(f"error: process {engine.rank}: {str(error) or type(error).__name__}")
-        os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
+        if engine.world > 1:
+            os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
     engine.close(code)
     return code
 

@@ -77,7 +77,7 @@ class InputError(ValueError):
 @dataclass(frozen=True)
 class Config:
     # run: what to do, where
-    mode: str = "train"  # train | eval | sample | export
+    mode: str = "train"  # train | preflight: what a run would take | eval | sample | export
     preset: str = ""  # smoke | demo | mini | laptop | record | baseline | pr319
     run_id: str = ""  # name of the folder under log_dir; "" makes one from the date, the preset and the seed
     resume: bool = False  # go on from the checkpoint of run_id
@@ -196,7 +196,7 @@ PRESETS = {
         train_batch_tokens=786432 max_wallclock_seconds=2400""",
 }
 CHOICES = {
-    "mode": ("train", "eval", "sample", "export"),
+    "mode": ("train", "preflight", "eval", "sample", "export"),
     "preset": ("", *PRESETS),
     "skips": ("per_loop", "official", "none"),
     "loop_gate": ("x0", "gain", "none"),
@@ -206,6 +206,7 @@ CHOICES = {
     "device": ("", "cuda", "mps", "gpu", "cpu"),
     "dtype": ("", "bfloat16", "float32"),
 }
+TRAINS = ("train", "preflight")  # modes that start a model; the others use a file
 # The first setting of each group; a group ends where the next begins.
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
                     artifact="bytes_cap", log="train_log_every", machine="device", sample="prompt")  # fmt: skip
@@ -302,7 +303,7 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
     values, notices = read_environment(environ, kinds)
     values |= read_flags(argv, kinds)
-    trains = values.get("mode", "train") == "train"  # what uses a file has no preset unless it is named
+    trains = values.get("mode", "train") in TRAINS  # what uses a file has no preset unless it is named
     preset = values.get("preset") or (default_preset if trains else "")
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
     known = preset in PRESETS or not preset
@@ -912,7 +913,7 @@ def check_schedules(c: Config) -> None:
     require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
-    require(budget or c.mode != "train", name, "one budget", "none", "set one")
+    require(budget or c.mode not in TRAINS, name, "one budget", "none", "set one")
     kept, below = export_seconds(c), f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
     left = not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
     require(left, "CALIB_SECONDS", below, f"{kept:g}, which leaves nothing to train in")
@@ -1011,7 +1012,7 @@ def newton_schulz(g: mx.array) -> mx.array:
 class Optimizer:
     """Muon and Adam over the named parameters of a model. `state()` names every buffer by its parameter."""
 
-    def __init__(self, model: RecurrentGPT, c: Config, compiled: bool = False):
+    def __init__(self, model: RecurrentGPT, c: Config):
         self.config, self.dtype = c, model.dtype
         shapes = {name: p.shape for name, p in tree_flatten(model.parameters())}
         groups = {group: [name for name in shapes if param_group(name) == group] for group in PARAM_GROUPS}
@@ -1025,7 +1026,6 @@ class Optimizer:
             rates = mx.array([matrix_rate(c, name, shape) for name in names])[:, None, None]
             self.stacks.append((names, rates))
         self.steps = 0
-        self.changes = mx.compile(self.rule) if compiled else self.rule
 
     def buffers(self) -> dict[str, mx.array]:
         """The optimizer's state, named by kind and parameter."""
@@ -1042,20 +1042,21 @@ class Optimizer:
             setattr(self, kind, {name: mx.array(state[f"{kind}.{name}"]) for name in getattr(self, kind)})
         self.steps = steps
 
-    def update(self, weights: dict, grads: dict, lr_mul: float, momentum: float) -> tuple[dict, mx.array]:
-        """One step; returns the new weights and the norm of the gradients before clipping, a scalar array."""
+    def update(self, function: Callable, inputs: tuple, lr_mul: float, momentum: float) -> tuple:
+        """One step by a `function` of the inputs, the state and the numbers of `rule` that changes the state by `rule`;
+        returns what it does but for the new state, which is its last result and kept."""
         self.steps += 1
         numbers = mx.array([lr_mul, momentum, lr_mul / (1 - BETA1**self.steps), 1 - BETA2**self.steps])
         held = self.exp_avg, self.exp_avg_sq, self.momentum
-        weights, self.exp_avg, self.exp_avg_sq, self.momentum, norm = self.changes(weights, grads, *held, numbers)
-        return weights, norm
+        *results, (self.exp_avg, self.exp_avg_sq, self.momentum) = function(*inputs, held, numbers)
+        return results
 
-    def rule(self, weights: dict, grads: dict, exp_avg: dict, exp_avg_sq: dict, moved: dict, numbers: mx.array):
-        """What a step makes of weights and state, without side effects, so that it can be compiled. What changes from
-        step to step is in `numbers`: lr_mul, momentum, lr_mul and second moments with Adam's bias correction."""
+    def rule(self, weights: dict, grads: dict, state: tuple, numbers: mx.array) -> tuple[mx.array, dict, tuple]:
+        """The gradients' norm before clipping, new weights and new state; without side effects. What changes from step
+        to step is in `numbers`: lr_mul, momentum, lr_mul and second moments with Adam's bias correction."""
         clip = self.config.grad_clip_norm
         lr_mul, momentum, adam_lr_mul, correction = numbers
-        weights, exp_avg, exp_avg_sq, moved = dict(weights), dict(exp_avg), dict(exp_avg_sq), dict(moved)
+        weights, (exp_avg, exp_avg_sq, moved) = dict(weights), map(dict, state)
         norm = mx.sqrt(sum(mx.square(g).sum() for g in grads.values()))
         if clip:
             scale = mx.minimum(clip / (norm + 1e-6), 1.0)
@@ -1073,7 +1074,7 @@ class Optimizer:
             for i, name in enumerate(names):
                 moved[name] = m[i]
                 weights[name] = weights[name] - change[i]
-        return weights, exp_avg, exp_avg_sq, moved, norm
+        return norm, weights, (exp_avg, exp_avg_sq, moved)
 
     def orthogonal(self, g: mx.array) -> mx.array:
         """Newton-Schulz of g [count, rows, columns] in the compute dtype; float32 in, float32 out."""
@@ -1318,7 +1319,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 # ENGINE
 # Everything that touches the machine: which device, which processes, compilation, one training step, losses, logits.
 # The rest of the script speaks to the `Engine` in NumPy arrays and plain numbers. What runs on a GPU here can be
-# confirmed on a Mac only: bfloat16, the attention kernel, mx.compile on Metal, several Macs.
+# confirmed on a Mac only (`make mac`): bfloat16, the attention kernel, mx.compile, mx.async_eval; and several Macs.
 # ======================================================================================================================
 class Curvature(NamedTuple):
     """How the loss bends, a token, float32; what EXPORT needs of a model beside its weights."""
@@ -1355,9 +1356,9 @@ class Engine:
         self.group = mx.distributed.init()
         self.rank, self.world = self.group.rank(), self.group.size()
         self.device_name = str(mx.device_info()["device_name"]) if kind == "gpu" else f"cpu {cpu_name()}"
-        self.peak_flops, self.runs_ahead = None, False  # step() returns when all is computed
+        self.peak_flops, self.runs_ahead = None, kind == "gpu" and self.world == 1  # step() returns early
         self.dtype = getattr(mx, c.dtype or ("bfloat16" if kind == "gpu" else "float32"))
-        self.on_gpu, self.largest = kind == "gpu", c.microbatch_tokens or 8192
+        self.on_gpu, self.memory, self.largest = kind == "gpu", "", c.microbatch_tokens or 8192
         self.compiled = c.compile and self.on_gpu  # the CPU's fused kernels are slower than its plain ones
         if not self.on_gpu:
             keep_freed_memory()
@@ -1369,7 +1370,7 @@ class Engine:
         """Makes a model of these weights, with an optimizer where it is to be trained. The weights are `params`; the
         functions below put them into the model whenever they run."""
         self.model = RecurrentGPT(self.config, self.dtype)
-        self.optimizer = Optimizer(self.model, self.config, self.compiled) if training else None
+        self.optimizer = Optimizer(self.model, self.config) if training else None
         self.functions: dict[tuple[str, int], Callable] = {}
         self.teacher, self.teacher_flops = None, 0.0
         self.set_weights(weights)
@@ -1381,7 +1382,8 @@ class Engine:
         self.teacher, self.teacher_flops = functools.partial(model, loops=loops), flops_per_token(c, loops)
 
     def function(self, kind: str, loops: int) -> Callable:
-        """`losses` or `gradients` (of the mean loss) with so many passes, made and compiled once for each number."""
+        """A function with so many passes, without side effects, made and compiled once: `losses`, of each token;
+        `gradients`, of a share of the mean loss, added to those `held`; `step`, these and the optimizer's update."""
 
         def losses(params: dict[str, mx.array], ids: mx.array, targets: mx.array) -> mx.array:
             self.model.update(tree_unflatten(list(params.items())))
@@ -1391,8 +1393,18 @@ class Engine:
             self.model.update(tree_unflatten(list(params.items())))
             return self.loss(ids, targets, loops) / self.config.train_batch_tokens
 
+        def gradients(params: dict[str, mx.array], ids: mx.array, targets: mx.array, *held) -> tuple:
+            loss, grads = mx.value_and_grad(share)(params, ids, targets)
+            if held:
+                loss, grads = held[0] + loss, {name: held[1][name] + g for name, g in grads.items()}
+            return loss, grads
+
+        def step(params: dict[str, mx.array], last: tuple, held: tuple, state: tuple, numbers: mx.array) -> tuple:
+            loss, grads = gradients(params, *last, *held) if last else held
+            return loss, *self.optimizer.rule(params, grads, state, numbers)
+
         if (kind, loops) not in self.functions:
-            made = losses if kind == "losses" else mx.value_and_grad(share)
+            made = {"losses": losses, "gradients": gradients, "step": step}[kind]
             self.functions[kind, loops] = mx.compile(made) if self.compiled else made
         return self.functions[kind, loops]
 
@@ -1401,17 +1413,20 @@ class Engine:
 
     def step(self, stream: TokenStream, start: int, loops: int, lr_mul: float, momentum: float) -> tuple:
         """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
-        total, grads, batch = mx.zeros(()), {}, self.config.train_batch_tokens
-        for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
-            loss, more = self.function("gradients", loops)(self.params, self.tensor(ids), self.tensor(targets))
-            total = total + loss
-            grads = {name: grads[name] + g if grads else g for name, g in more.items()}
-            mx.eval(total, grads)  # or the graphs of all microbatches are held at once
+        share = stream.microbatches(start, self.config.train_batch_tokens, self.rank, self.world, self.largest)
+        *first, last = ((self.tensor(ids), self.tensor(targets)) for ids, targets in share)
+        compute, held = mx.async_eval if self.runs_ahead else mx.eval, ()
+        for batch in first if self.world == 1 else (*first, last):
+            held = self.function("gradients", loops)(self.params, *batch, *held)
+            compute(held)  # or the graphs of all microbatches are held at once
         if self.world > 1:
-            total, grads = self.sum_over_ranks(total, grads)
-        self.params, norm = self.optimizer.update(self.params, grads, lr_mul, momentum)
-        mx.eval(total, norm, self.params, self.optimizer.buffers())
-        return total, norm
+            last, held = (), self.sum_over_ranks(*held)
+        whole = self.function("step", loops)
+        loss, norm, self.params = self.optimizer.update(whole, (self.params, last, held), lr_mul, momentum)
+        del held  # what nobody else holds may be written into
+        self.model.update(tree_unflatten(list(self.params.items())))  # and no longer holds the old ones
+        compute(loss, norm, self.params, self.optimizer.buffers())
+        return loss, norm
 
     def loss(self, ids: mx.array, targets: mx.array, loops: int) -> mx.array:
         """What training lowers, summed over tokens."""
@@ -1473,12 +1488,14 @@ class Engine:
         parts = mx.split(flat, ends[:-1])
         return parts[0][0], {name: part.reshape(g.shape) for part, (name, g) in zip(parts[1:], grads.items())}
 
-    def warm_up(self, stream: TokenStream, loops: int) -> None:
+    def warm_up(self, stream: TokenStream, loops: int, times: int = 1) -> None:
         """Compiles and runs everything that a step with so many passes needs; leaves weights and state as they were."""
         o = self.optimizer
         kept = self.params, o.exp_avg, o.exp_avg_sq, o.momentum, o.steps
-        self.step(stream, 0, loops, 1.0, 0.0)
+        for _ in range(times):
+            self.step(stream, 0, loops, 1.0, 0.0)
         self.params, o.exp_avg, o.exp_avg_sq, o.momentum, o.steps = kept
+        self.sync()
 
     def token_losses(self, ids: np.ndarray, targets: np.ndarray, loops: int) -> np.ndarray:
         """float32 [n, t]."""
@@ -1754,8 +1771,8 @@ class Run:
 
 
 def train(c: Config, engine: Engine, notices: list[str]) -> int:
-    """A whole run: checks, compilation, training, export, score from disk. Returns the exit code."""
-    stop = StopSignal()  # a signal that comes from here on ends the run with a checkpoint
+    """A whole run: checks, compilation (for MODE=preflight no more), training, export, score. Returns the exit code."""
+    stop, warmed, began = StopSignal(), {}, time.perf_counter()  # from here on a signal ends in a checkpoint
     notices = notices + together(engine, lambda: prepare(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
@@ -1774,9 +1791,10 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
             run.log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run, done again")
         for loops in loop_counts(c):
             if not run.clock()[1]:
-                began = time.perf_counter()
-                engine.warm_up(stream, loops)
-                run.log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
+                warmed[loops] = seconds_of(engine, engine.warm_up, stream, loops)
+                run.log.line(f"warm_up: loops:{loops} {warmed[loops]:.1f}s")
+        if c.mode == "preflight":
+            return 128 + stop.number if stop.number else preflight(run, warmed, time.perf_counter() - began)
         run.restart_clock(state.seconds)
         if run.train() and (code := finish(run)) is not None:
             return code
@@ -1998,7 +2016,7 @@ def check_export(c: Config) -> None:
     require(not (c.quant_loss and c.target_bytes), "TARGET_BYTES", "no QUANT_LOSS beside it", c.quant_loss, mend)
     cap = f"at most BYTES_CAP={c.bytes_cap}"
     require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
-    enough = not trellis or c.mode != "train" or c.calib_tokens >= c.train_seq_len
+    enough = not trellis or c.mode not in TRAINS or c.calib_tokens >= c.train_seq_len
     require(enough, "CALIB_TOKENS", f"at least TRAIN_SEQ_LEN={c.train_seq_len}", c.calib_tokens)
 
 
@@ -2620,7 +2638,8 @@ class RunLog:
     """The files of one run. Its folder is claimed here: a name in use is refused, unless the run is resumed."""
 
     def __init__(self, c: Config, rank: int):
-        self.rank, self.bar, self.lost = rank, None, False
+        self.rank, self.bar, self.lost, self.room = rank, None, False, (0, 0)
+        self.dry = c.mode == "preflight"  # which keeps nothing
         self.folder = Path(c.log_dir) / c.run_id
         self.checkpoint = self.folder / CHECKPOINT
         self.artifact = self.folder / "model.int6.rgpt"
@@ -2630,16 +2649,18 @@ class RunLog:
     def claim(self, c: Config) -> None:
         try:
             home = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-            free, need = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
+            free, need = self.room = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
             require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
             open(self.folder / "train.log", "a").close()  # it can be written
+            if self.dry and not c.resume:
+                shutil.rmtree(self.folder)
         except FileExistsError:
             mend = "set another RUN_ID, or delete the folder" + ", or RESUME=1 to go on" * self.checkpoint.is_file()
             require(False, "RUN_ID", "a new name", self.folder, mend)
         except OSError as error:
             require(False, "LOG_DIR", "a folder to write to", f"{self.folder}: {error.strerror}", "set LOG_DIR")
-        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        for leftover in () if self.dry else self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
 
     def advice(self) -> str:
@@ -2656,7 +2677,7 @@ class RunLog:
 
     def append(self, name: str, text: str) -> None:
         """A line to a file of the run, if the disk takes it."""
-        path = self.folder / name
+        path = Path(os.devnull) if self.dry else self.folder / name
         try:
             with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
                 file.write(text + "\n")
@@ -2681,7 +2702,7 @@ class RunLog:
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that a resumed run will do again."""
         path = self.folder / "metrics.jsonl"
-        if self.rank == 0 and path.is_file():
+        if self.rank == 0 and path.is_file() and not self.dry:
             rows = path.read_bytes().splitlines(keepends=True)
             self.write_file(path, b"".join(row for row in rows if step_of(row) <= step), needed=False)
 
@@ -2853,9 +2874,9 @@ TOP_K = 50  # samples are drawn from the likeliest
 def check_run(c: Config) -> None:
     name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run_id or "x")
     require(name, "RUN_ID", 'letters, digits, ".", "_" and "-"', f'"{c.run_id}"')
-    if c.mode == "train":
+    if c.mode in TRAINS:
         file, mend = c.artifact or c.checkpoint, "to start from weights set INIT_FROM"
-        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", "MODE=train", mend)
+        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", f"MODE={c.mode}", mend)
         require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
         require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
         return
@@ -2930,6 +2951,57 @@ def warn(engine: Engine, notices: list[str]) -> None:
         complain(notice)
 
 
+def seconds_of(engine: Engine, work: Callable, *arguments: object) -> float:
+    """Seconds that the first process takes for `work`."""
+    began = time.perf_counter()
+    work(*arguments)
+    return engine.gather([time.perf_counter() - began])[0, 0].item()
+
+
+def expected_use(c: Config, state: TrainState, took: dict[int, float]) -> np.ndarray:
+    """Steps, seconds and FLOPs from `state` to the end of training if a step with n passes takes took[n] seconds."""
+    caps, used = (c.iterations, seconds_to_train(c), c.max_train_flops), [state.step, state.seconds, state.flops]
+    schedule, used = parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops), np.array(used, float)
+    for (_, mean), (end, _) in zip(schedule, [*schedule[1:], (1.0, 0)]):
+        drawn = [draw_loops(c, mean, step) for step in range(200 if c.loop_sample else 1)]
+        flops = np.mean([train_flops_per_token(c, passes) for passes in drawn]) * c.train_batch_tokens
+        cost = np.array([1.0, np.mean([took[passes] for passes in drawn]), flops])
+        used += cost * max(0.0, min((end * cap - u) / x for cap, u, x in zip(caps, used, cost) if cap))
+    return used
+
+
+def preflight(run: Run, warm: dict[int, float], start: float) -> int:
+    """MODE=preflight: times some steps and the scoring of a step's tokens, and says what the run would take."""
+    c, engine, score, state = run.config, run.engine, run.score, run.state
+    took = {passes: seconds_of(engine, engine.warm_up, run.stream, passes, 3) / 3 for passes in warm}
+    steps, seconds, flops = expected_use(c, state, took)
+    passes, *others = eval_passes(c, parse_layout(c.layout).loops)
+    ends = range(c.train_seq_len, len(score.tokens), c.eval_stride or c.train_seq_len)
+    few = ends[: c.train_batch_tokens // c.train_seq_len]
+    scoring = [seconds_of(engine, evaluate, c, engine, score.tokens[: few[-1] + 1], passes) for _ in range(2)][1]
+    scores = 2 + sum(flops_per_token(c, n) for n in others) / flops_per_token(c, passes)
+    scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
+    looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
+    looks = c.calib_seconds if c.max_wallclock_seconds else looks
+    coding = 7e-6 * count_params(c) * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
+    parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]
+    parts.append(looks + coding if calibrates(c) else 0.0)
+    start, training, scoring, export, paid = (f"{part / 60:.2f}" for part in [*parts, sum(parts)])
+    code, cap = code_size(c.count_code), c.target_bytes or c.bytes_cap
+    size = cap - code if c.target_bytes else count_params(c) * LIKELY_BITS[c.quantizer] / 8
+    run.log.line(f"""---
+steps:    {steps:.0f}, {steps * c.train_batch_tokens:.4g} tokens, {flops:.3g} FLOPs expected; a step (measured): \
+{", ".join(f"{1000 * s:.1f} ms with {n} pass{'es' * (n > 1)}" for n, s in took.items())}
+paid:     {paid} minutes a seed: start {start} ({sum(warm.values()):.0f} s compiling, measured), training {training}, \
+evaluation {scoring} ({scores:.1f} times, from {len(few)} of {len(ends)} windows), export {export} (estimated)
+room:     {engine.peak_memory() / 2**30:.2f} GiB of memory (measured){engine.memory}; \
+{run.log.room[1] / 1e9:.3f} GB of {run.log.room[0] / 1e9:.1f} free on disk
+data:     {dataset_sha256(c)} (SHA-256 of shards and tokenizer)
+artifact: {"likely fits" if code + size <= cap else "MAY NOT FIT"}: code {code} + about {size:.0f} of {cap} bytes, \
+{8 * size / count_params(c):.2f} bits a weight""")
+    return 0
+
+
 def help_text() -> str:
     """What --help prints: the head of this script and its settings."""
     source = script_source()
@@ -2944,23 +3016,23 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         return 0
     c, notices = load_config(argv, environ, DEFAULT_PRESET)
     weights, loops = None, 0
-    if c.mode != "train":
+    if c.mode not in TRAINS:
         weights, model, loops = load_model_file(c.artifact or c.checkpoint)
         notices += [f"notice: {name.upper()}={model.get(name)}, as the file says, not {asked}" for name in MODEL_FIELDS
                     if (asked := getattr(c, name)) not in (model.get(name), getattr(Config, name))]  # fmt: skip
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
-    engine = Engine(c)
+    engine, code = Engine(c), 1
     try:
         code = use_file(c, engine, notices, weights, loops) if weights else train(c, engine, notices)
     except Agreed as error:
         if engine.rank == 0:
             complain(f"error: {error}")
-        code = 1
     except Exception as error:
-        if engine.world == 1:
+        if engine.world == 1 and c.mode != "preflight":
             raise
         complain(f"error: process {engine.rank}: {str(error) or type(error).__name__}")
-        os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
+        if engine.world > 1:
+            os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
     engine.close(code)
     return code
 
