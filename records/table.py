@@ -48,6 +48,7 @@ TOOLS = """## Tools
 | command | what it does |
 |---|---|
 | `python records/ablate.py records/ablations/NAME.toml` | run a declared matrix, or go on with it; table and picture |
+| `python records/switch.py records/does_recurrence_pay/NAME.toml` | train, and look closely at every switch of passes |
 | `python records/exports.py records/exports/NAME.toml` | export trained models in many ways; table and picture |
 | `python records/submit.py logs/RUN... --track ... --name ...` | finished runs (one a seed) into a record folder |
 | `python records/check.py FOLDER...` | judge any submission folder by the challenge's rules |
@@ -55,6 +56,8 @@ TOOLS = """## Tools
 | `python records/curve.py logs/RUN...` | loss curves of runs |
 | `python records/contents.py logs/RUN/model.int6.rgpt` | what an artifact holds, and where its bytes are |
 
+[does_recurrence_pay/](does_recurrence_pay/README.md): what is known so far, on one page. retrofit/: trained models
+made to loop, [SmolLM2](retrofit/smollm2/README.md) and [ours](retrofit/own/README.md).
 [coders/](coders/README.md): the artifact's coder beside general compressors.
 
 To compare ideas, declare a matrix (settings, arms, seeds, a budget; `--help` shows one) and run it. Ctrl-C at will: the
