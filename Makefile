@@ -9,6 +9,7 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
+MAC_ARGS ?=
 MINI_ARGS ?=
 PROMPT ?= Return the
 
@@ -19,7 +20,7 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DROP_VENV := if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
 CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup demo demo-mlx demo-torch mini test lint bench gpu clean
+.PHONY: help setup demo demo-mlx demo-torch mini test lint bench gpu mac clean
 
 help:
 	@echo 'make demo        train a small model for three minutes: artifact, score, curve, sample (MLX on Apple silicon, else PyTorch)'
@@ -30,6 +31,7 @@ help:
 	@echo 'make lint        ruff: mistakes, and the one format'
 	@echo 'make bench       time a training step of both scripts, and of both attentions, on this machine'
 	@echo 'make gpu         on one CUDA GPU, ten minutes: exactness, times of everything, a run stopped, resumed and exported'
+	@echo 'make mac         on Apple silicon, some minutes: exactness on Metal, compilation, speed, a run stopped and resumed'
 	@echo 'make setup       only install requirements.txt into $(VENV)'
 	@echo 'make clean       remove $(VENV), the offline corpus and caches; runs in $(LOG_DIR)/ and downloaded data stay'
 
@@ -93,6 +95,9 @@ bench: $(STAMP)
 # A rented machine has its own torch, and perhaps no network: nothing is installed for this.
 gpu:
 	@$$([ -x '$(PY)' ] && echo '$(PY)' || echo '$(PYTHON)') tests/gpu.py $(GPU_ARGS)
+
+mac: $(STAMP)
+	@$(PY) tests/mac.py $(MAC_ARGS)
 
 clean:
 	$(DROP_VENV)
