@@ -188,7 +188,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3102, "mlx": 2997}
+LINES = {"torch": 3116, "mlx": 3011}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
