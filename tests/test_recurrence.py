@@ -42,7 +42,8 @@ def test_injection_is_one_in_both_scripts(kind):
         assert np.abs(logits["torch"] - logits["mlx"]).max() < 1e-4
     grads = {script: gradients_of(script, engine, ids, targets, 3) for script, engine in engines.items()}
     assert_close(grads["mlx"], grads["torch"], 1e-3)
-    mine, theirs = (train(script, c, weights, [3] * 3) for script in ("mlx", "torch"))
+    # One step: of a gradient that is rounding errors Adam makes a whole step, from which later ones go other ways.
+    mine, theirs = (train(script, c, weights, [3]) for script in ("mlx", "torch"))
     assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-4)
     assert_close(mine[1], theirs[1], 1e-3, base=weights, noise=only_rounding(grads["torch"]))
     plain = {name: value for name, value in weights.items() if not name.startswith("inject")}
