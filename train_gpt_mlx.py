@@ -114,10 +114,8 @@ class Config:
     # one pass, from 35 % of training three; or "linear:0.75", "1-sqrt:0.75": one more at a time in the first 75 %
     loop_schedule: str = ""  # "0:1,0.35:3" and the like (above); "" = all passes throughout
     loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
-    bptt_passes: int = 0  # gradients flow back through so many passes, the last; 0 = all
-    exit_weight: float = (
-        0.0  # of the loss of every earlier pass, as if the core ended there, against the last pass's words
-    )
+    bptt_passes: int = 0  # gradients of the last pass's loss flow back through so many passes, the last; 0 = all
+    exit_weight: float = 0.0  # of what every earlier pass says, as if the core ended there, against the last's words
     teacher: str = ""  # artifact, checkpoint or model of the same vocabulary: its next tokens are learned as well
     teacher_weight: float = 0.5  # of the teacher in the loss; the text has the rest
     teacher_temperature: float = 1.0  # of teacher and model; above 1 unlikely tokens count more
@@ -595,7 +593,7 @@ def flops_per_token(c: Config, loops: int) -> float:
     (its causal half), the output layer, LoRA, INJECT=concat."""
     layout = parse_layout(c.layout)
     once = (layout.prelude + layout.coda) * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim
-    concat = 4.0 * c.model_dim**2 * (loops - 1) * (c.inject == "concat")
+    concat = 4.0 * c.model_dim**2 * max(loops - 1, 0) * (c.inject == "concat")
     return once + layout.core * flops_per_block(c, c.lora_rank) * loops + concat
 
 
@@ -608,12 +606,15 @@ def flops_per_block(c: Config, rank: int) -> float:
 
 def train_flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of training per token: three times the forward pass, but once where BPTT_PASSES stops
-    the gradient, and coda and output layer for every pass with EXIT_WEIGHT. The optimizer is not counted, and a teacher
-    elsewhere."""
-    layout, stopped = parse_layout(c.layout), max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
-    exits = (loops - 1) * (layout.coda * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim)
-    exits *= c.exit_weight > 0
-    return 3 * (flops_per_token(c, loops) + exits) - 2 * stopped * layout.core * flops_per_block(c, c.lora_rank)
+    the gradient. With EXIT_WEIGHT coda and output layer count for every pass, and no pass is without a gradient, since
+    each has a loss of its own. The optimizer is not counted, and a teacher elsewhere."""
+    if c.exit_weight:
+        layout = parse_layout(c.layout)
+        exits = (loops - 1) * (layout.coda * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim)
+        return 3 * (flops_per_token(c, loops) + exits)
+    stopped = max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
+    without = flops_per_token(c, stopped) - flops_per_token(c, 0) if stopped else 0.0
+    return 3 * flops_per_token(c, loops) - 2 * without
 
 
 # ======================================================================================================================
@@ -906,17 +907,30 @@ def check_schedules(c: Config) -> None:
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
     for name in ("loop_sample", "bptt_passes", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
+    for name in ("bptt_passes", "exit_weight"):
+        value, expected = getattr(c, name), "0 with SKIPS=official (whose shortcuts go from pass to pass)"
+        require(c.skips != "official" or not value, name.upper(), expected, value)
     most = loops if c.skips == "official" else 64  # shortcuts of more passes have no weights; a draw of more is a waste
-    official = c.skips != "official" or not c.exit_weight
-    require(official, "EXIT_WEIGHT", "0 with SKIPS=official (whose shortcuts end elsewhere)", c.exit_weight)
     expected = f"0, or from the {loops} passes of LAYOUT to {most}"
     require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
+    mend = "set INJECT=gate, or SKIPS=per_loop with a coda as long as the prelude"
+    require(prelude_learns(c), "BPTT_PASSES", "0 where nothing else leads back to the prelude", c.bptt_passes, mend)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
     require(budget or c.mode not in TRAINS, name, "one budget", "none", "set one")
     kept, below = export_seconds(c), f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
     left = not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
     require(left, "CALIB_SECONDS", below, f"{kept:g}, which leaves nothing to train in")
+
+
+def prelude_learns(c: Config) -> bool:
+    """Whether the loss reaches the prelude past the stop of BPTT_PASSES. Muon would move a matrix without a gradient on
+    along its last momentum, at full length."""
+    layout = parse_layout(c.layout)
+    if not layout.prelude or not 0 < c.bptt_passes < max(loop_counts(c)):
+        return True
+    shortcut = c.skips == "per_loop" and layout.coda >= layout.prelude
+    return shortcut or c.inject != "none" or c.exit_weight > 0
 
 
 def seconds_to_train(c: Config) -> float:
@@ -1605,7 +1619,6 @@ class Launched(NamedTuple):
 
     step: int
     loops: int
-    its_flops: float  # of this step
     flops: float  # of training up to its end
     lr_mul: float
     results: tuple  # what `Engine.read` turns into loss and gradient norm
@@ -1649,7 +1662,7 @@ class Run:
     def restart_clock(self, seconds: float) -> None:
         """The clock of training goes on from `seconds`; whatever came since it was read does not count."""
         self.started = time.perf_counter() - seconds
-        self.logged = (self.state.step, seconds)  # rates are taken from here on
+        self.logged = (self.state.step, seconds, self.state.flops)  # rates are taken from here on
         self.before = seconds  # when the loop last looked: a step ago
 
     def clock(self) -> tuple[float, bool]:
@@ -1734,7 +1747,7 @@ class Run:
         state.loops = loops
         self.read_launched()
         seconds = time.perf_counter() - self.started
-        self.launched = Launched(state.step, passes, flops, state.flops, lr_mul, results, seconds)
+        self.launched = Launched(state.step, passes, state.flops, lr_mul, results, seconds)
 
     def read_launched(self) -> None:
         """Waits for the step launched last, checks it and logs it."""
@@ -1753,13 +1766,14 @@ class Run:
         self.log.progress(at, f"step {one.step} loss {loss:.4f} loops {one.loops} {rate:,.0f} tok/s, {left} left")
         if one.step <= 10 or (c.train_log_every and one.step % c.train_log_every == 0):
             self.write_step(one, loss, norm, seconds, rate, left)
-            self.logged = (one.step, seconds)
+            self.logged = (one.step, seconds, one.flops)
 
     def write_step(self, one: Launched, loss: float, norm: float, seconds: float, rate: float, left: str) -> None:
         """A line in the challenge's keys, and the same in metrics.jsonl."""
         c, ms = self.config, 1000 * seconds
         peak = (self.engine.peak_flops or 0) * self.engine.world
-        mfu = f" mfu:{rate * one.its_flops / c.train_batch_tokens / peak:.3f}" if peak else ""
+        flops = one.flops - self.logged[2]  # since the last line: passes may differ from step to step
+        mfu = f" mfu:{flops / max(seconds - self.logged[1], 1e-9) / peak:.3f}" if peak else ""
         self.log.line(
             f"step:{one.step}/{c.iterations} train_loss:{loss:.4f} loops:{one.loops} lr_mul:{one.lr_mul:.3f} "
             f"grad_norm:{norm:.2f} train_time:{ms:.0f}ms step_avg:{ms / one.step:.2f}ms "
@@ -1900,7 +1914,7 @@ def model_config(c: Config, model: dict) -> Config:
         kind = type(getattr(Config, name))
         require(type(value) is kind, name, f"a {kind.__name__}", repr(value))
     found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="",
-                                loop_sample=0, bptt_passes=0)  # fmt: skip
+                                loop_sample=0, bptt_passes=0, exit_weight=0.0)  # fmt: skip
     check_config(found)
     return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
 

@@ -13,12 +13,13 @@ import statistics
 import sys
 from pathlib import Path
 
-from ablate import Matrix, Run, load_script, prepare, read_matrix, sha256
-from common import InputError, Parser, markdown_table, number, read_json, run_tool, short, write_json, write_text
+from ablate import Matrix, Plan, Run, load_script, prepare, read_matrix, sha256
+from common import InputError, Parser, markdown_table, need, number, read_json, run_tool, short, write_json, write_text
 from draw import canvas, draw_line, save_picture, tidy
 
 PROBE_TOKENS = 65536
 AFTER = (1, 10, 50)  # steps after a switch
+KEPT = "val_bpb_raw val_bpb steps tokens train_flops device commit".split()  # of a run's result.json
 AIM = 0.02  # nats: a switch that raises the loss by more is a shock
 
 
@@ -66,12 +67,24 @@ def train(run: Run, source: str) -> None:
         if stop.code:
             raise InputError(f"{run.name}: expected exit code 0, found {stop.code}; see {short(run.work)}") from None
     if not script.Run.found:
-        raise InputError(f"{run.matrix.path}: arm {run.arm}: expected a LOOP_SCHEDULE that switches, found none")
+        raise InputError(f"{run.name}: expected a switch within its budget, found none; raise the budget")
     result = read_json(run.work / "result.json", "the result of the run")
-    kept = {
-        key: result[key] for key in ("val_bpb_raw", "val_bpb", "steps", "tokens", "train_flops", "device", "commit")
-    }
+    kept = {key: result[key] for key in KEPT}
     write_json(place(run), run.origin(sha256(source)) | kept | {"switches": script.Run.found})
+
+
+def check(matrix: Matrix, plan: Plan) -> None:
+    """Raises InputError for arms that never switch, for a budget that looking would use up, and for what was kept of
+    other settings."""
+    need(matrix.budget[0] != "seconds", "[budget]", "flops or tokens", "seconds, which a look at the loss takes, too")
+    for arm, c in plan.configs.items():
+        passes = plan.script.parse_loop_schedule(c.loop_schedule, plan.script.parse_layout(c.layout).loops)
+        need(len(passes) > 1, f"{matrix.path}: arm {arm}", "a LOOP_SCHEDULE that switches", f'"{c.loop_schedule}"')
+    for run in matrix.runs():
+        kept = read_json(place(run)) if place(run).is_file() else {}
+        for name, value in run.origin("").items() if kept else ():
+            same = name in (*KEPT, "script_sha256") or kept.get(name) == value
+            need(same, short(place(run)), f"{name}={value}", kept.get(name), "delete it to train anew")
 
 
 def rises(seen: dict, after: int) -> float | None:
@@ -136,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     matrix = read_matrix(args.matrix)
     if not args.report:
         plan = prepare(matrix)
+        check(matrix, plan)
         for run in matrix.runs():
             if not place(run).is_file():
                 try:

@@ -20,7 +20,7 @@ import recurrent
 from hf_parent import check_length, make, opened
 from hf_text import Encoder, documents, first_bytes, score, scoring_windows
 from hf_train import CURRICULA, PARTS, TRAINED_FILE, train
-from tool import Parser, run_tool, sha256_of, write_json
+from tool import Parser, need, run_tool, sha256_of, write_json
 
 
 def pass_counts(text: str) -> list[int]:
@@ -37,6 +37,8 @@ def pass_counts(text: str) -> list[int]:
 def evaluate(args) -> int:
     """`hf.py eval`: scores a text at several numbers of passes, beside the parent."""
     folder = Path(args.folder)
+    need(args.batch >= 1, "--batch", "at least 1", args.batch)
+    need(args.max_bytes >= 0, "--max-bytes", "0 or more", args.max_bytes)
     model, tokenizer, config = opened(folder)
     args.length = check_length(config, args.length, 512)
     encode = Encoder(tokenizer)

@@ -38,7 +38,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
-from tool import InputError, read_json, write_json
+from tool import InputError, need, read_json, write_json
 
 SIGMA = 0.5  # of the log of the Poisson's rate, as in RR
 TRAINED_FILE = "model-trained.safetensors"
@@ -454,9 +454,17 @@ def check_settings(s: Settings) -> None:
     for name in ("distill", "warmup"):
         if not 0 <= getattr(s, name) <= 1:
             raise InputError(f"--{name}: expected a number from 0 to 1, found {getattr(s, name)}")
-    for name in ("passes", "bptt", "clip", "weight_decay"):
+    for name in ("passes", "bptt", "clip", "weight_decay", "seed"):
         if not getattr(s, name) >= 0:
             raise InputError(f"--{name.replace('_', '-')}: expected 0 or more, found {getattr(s, name)}")
+
+
+def check_run(args) -> None:
+    """What decides nothing of the result: when to look, to save and to stop."""
+    for name in ("val_bytes", "eval_every", "save_every", "minutes"):
+        value = getattr(args, name)
+        need(0 <= value < math.inf, f"--{name.replace('_', '-')}", "0 or more", value)
+    need(not (args.resume and args.restart), "--resume", "it without --restart", "both")
 
 
 def read_data(args, s: Settings, encode: Encoder) -> tuple[np.ndarray, Windows]:
@@ -509,6 +517,7 @@ def begin(folder: Path, s: Settings, resume: bool) -> None:
 def prepare(args) -> Run:
     """Reads and checks everything that a training needs, before it changes the folder."""
     folder = Path(args.folder)
+    check_run(args)
     check_state(folder, args)
     model, tokenizer, config = opened(folder, parent_only=True)
     s = settings_of(args, recurrent.parse_layout(config["recurrence"]["layout"])[2])

@@ -439,9 +439,13 @@ def test_an_untested_family_is_refused_by_name(home, tmp_path, family, words):
         (("--drop", "4-2"), "0 to 5"),
         (("--gate", "1.5"), "at most 1"),
         (("--layout", "1+2x2+1"), "--drop"),
+        (("--drop", "0-5"), "a layer that stays, found all 6"),
+        (("--text", "EMPTY"), "a text to measure on, found an empty one"),
     ],
 )
 def test_layers_out_of_range_are_refused(home, tmp_path, args, words):
+    (tmp_path / "empty.txt").touch()
+    args = [tmp_path / "empty.txt" if value == "EMPTY" else value for value in args]
     refused_make(home, tmp_path, home / "parent", *args, "--out", tmp_path / "out", words=(words,))
 
 
@@ -525,6 +529,10 @@ def test_a_text_that_cannot_serve_is_refused(made, tmp_path, name, content, word
 def test_settings_out_of_range_are_refused(home, made):
     before = tree(made)
     assert_refused(tool("eval", made, "--text", home / "text.txt", "--length", 512), "from 2 to 128, .* found 512")
+    for args in (("--batch", 0), ("--batch", -1), ("--max-bytes", -5)):  # a batch below 0 scored nothing, and said 0.0
+        assert_refused(
+            tool("eval", made, "--text", home / "text.txt", *args), f"{args[0]}: expected .* found {args[1]}"
+        )
     for args in (
         ("--steps", 0),
         ("--length", 129),
@@ -532,6 +540,11 @@ def test_settings_out_of_range_are_refused(home, made):
         ("--distill", 2),
         ("--eval-passes", "1,x"),
         ("--train", "some"),
+        ("--seed", -1),
+        ("--eval-every", -1),
+        ("--save-every", -1),
+        ("--minutes", "nan"),
+        ("--resume", "--restart"),
     ):
         assert_refused(tool("train", made, "--text", home / "text.txt", *TRAIN, *args), "expected|invalid choice")
     assert tree(made) == before

@@ -42,9 +42,10 @@ def test_injection_is_one_in_both_scripts(kind):
         assert np.abs(logits["torch"] - logits["mlx"]).max() < 1e-4
     grads = {script: gradients_of(script, engine, ids, targets, 3) for script, engine in engines.items()}
     assert_close(grads["mlx"], grads["torch"], 1e-3)
-    mine, theirs = (train(script, c, weights, [3] * 2) for script in ("mlx", "torch"))
+    # One step: of a gradient that is rounding errors Adam makes a whole step, from which later ones go other ways.
+    mine, theirs = (train(script, c, weights, [3]) for script in ("mlx", "torch"))
     assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-4)
-    assert_close(mine[1], theirs[1], 2e-3, base=weights, noise=only_rounding(grads["torch"]))
+    assert_close(mine[1], theirs[1], 1e-3, base=weights, noise=only_rounding(grads["torch"]))
     plain = {name: value for name, value in weights.items() if not name.startswith("inject")}
     other = logits_of("torch", engine_of("torch", tiny("1+2x3+1", lora_rank=2), plain), ids, 3)
     assert np.abs(other - logits_of("torch", engines["torch"], ids, 3)).max() > 1e-3
@@ -122,7 +123,7 @@ def test_as_many_passes_as_there_are_is_the_whole_gradient(script, inject):
 def test_a_stopped_gradient_is_that_of_the_last_blocks_of_an_untied_model(kept):
     """The same blocks as copies of their own: the core's gradient is the sum over the last copies alone; the coda's is
     whole, and the prelude, behind the stop, has none. Momentum 0 leaves the gradient in the optimizer's state."""
-    c = tiny("1+2x3+1", skips="none", loop_gate="none", bptt_passes=kept)
+    c = dataclasses.replace(tiny("1+2x3+1", skips="none", loop_gate="none"), bptt_passes=kept)  # which a run refuses
     weights = perturbed(c)
     weights["loop_embed"][:] = 0
     listed = [0, *(1, 2) * 3, 3]
@@ -144,6 +145,29 @@ def test_a_stopped_gradient_is_that_of_the_last_blocks_of_an_untied_model(kept):
             last = {"0": [], "3": [7]}.get(block, [int(block) + 2 * a for a in range(3 - kept, 3)])
             expected = sum((wanted[f"blocks.{copy}.{part}"] for copy in last), np.zeros_like(value))
             assert np.abs(value - expected).max() <= 1e-3 * np.abs(expected).max() + 1e-7, (script, name)
+
+
+def test_a_prelude_that_nothing_would_teach_is_refused():
+    """Muon moves a matrix whose gradient is 0 on along its last momentum, at full length: no setting may ask for it."""
+    flags = ["--layout=2+2x3+1", "--bptt_passes=1", "--loop_schedule=0:1,0.35:3"]
+    taught = (["--layout=2+2x3+2"], ["--layout=2x3"], ["--inject=gate"], ["--exit_weight=0.1"], ["--bptt_passes=3"])
+    for script in SCRIPTS.values():
+        with pytest.raises(script.InputError, match="^BPTT_PASSES: expected 0 where nothing else .* set INJECT=gate"):
+            script.load_config(flags, {}, "")
+        for more in (["--layout=2+2x3+2", "--skips=none"], ["--bptt_passes=3", "--loop_sample=4"]):
+            with pytest.raises(script.InputError, match="^BPTT_PASSES"):
+                script.load_config([*flags, *more], {}, "")
+        for more in taught:
+            script.load_config([*flags, *more], {}, "")
+
+
+@pytest.mark.parametrize("settings", [{}, {"inject": "add"}, {"exit_weight": 0.1}])
+def test_with_a_stopped_gradient_every_matrix_has_one(settings):
+    c = tiny("1+2x3+1", skips="per_loop", bptt_passes=1, **settings)
+    engine = engine_of("torch", c, perturbed(c))
+    engine.step(Fixed(c), 0, 3, 1.0, 0.0)
+    state = engine.optimizer.state()
+    assert all(value.any() for name, value in state.items() if name.startswith("momentum.blocks"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -273,6 +297,7 @@ def test_a_run_learns_from_a_file(name, data, tmp_path):
         (("--teacher=none.rgpt",), "none.rgpt: expected an artifact or a checkpoint, found no file"),
         ((teacher, "--vocab_size=300", f"--data_path={data.path}"), "VOCAB_SIZE"),
         (("--exit_weight=0.1", "--skips=official"), "EXIT_WEIGHT: expected 0 with SKIPS=official"),
+        (("--bptt_passes=1", "--skips=official"), "BPTT_PASSES: expected 0 with SKIPS=official"),
         (("--exit_weight=0.1", "--layout=4", "--loop_schedule="), "EXIT_WEIGHT: expected 0 with one pass"),
         (("--teacher_temperature=0",), "TEACHER_TEMPERATURE: expected a number above 0"),
     ):
@@ -314,7 +339,7 @@ CURRICULA = {  # training FLOPs over those of all passes throughout, 8 blocks on
 @pytest.mark.parametrize("loops", CURRICULA)
 def test_curricula_cost_what_the_paper_says(loops):
     """arXiv 2511.07384's FLOPs, of blocks alone: 6 a weight with gradient, 2 without."""
-    c = tiny(f"4+8x{loops}+4", bptt_passes=8, skips="none")
+    c = tiny(f"4+8x{loops}+4", bptt_passes=8)
     block = torch_script.flops_per_block(c, 0)
     head = 6.0 * c.vocab_size * c.model_dim
 
@@ -341,6 +366,24 @@ def test_flops_are_those_of_the_formula():
     assert torch_script.train_flops_per_token(c, 3) == 3 * forward
     concat = dataclasses.replace(c, inject="concat")
     assert torch_script.flops_per_token(concat, 3) == forward + 2 * 2 * (32 * 64)
+    stopped = dataclasses.replace(concat, bptt_passes=1)  # two passes and the one matrix between them go forward only
+    once = 2 * (2 * 2 * (matrices + 16 * 32) + lora / 3 * 2) + 2 * (32 * 64)
+    assert torch_script.train_flops_per_token(stopped, 3) == 3 * (forward + 2 * 2 * (32 * 64)) - 2 * once
+    exits = dataclasses.replace(c, exit_weight=0.1)
+    whole = torch_script.train_flops_per_token(exits, 3)
+    assert whole == 3 * (forward + 2 * 2 * (matrices + 16 * 32 + 48 * 32))
+    assert torch_script.train_flops_per_token(dataclasses.replace(exits, bptt_passes=1), 3) == whole
+
+
+def test_passes_that_leave_early_learn_before_the_stop():
+    """Why BPTT_PASSES saves nothing beside EXIT_WEIGHT: each pass has a loss of its own."""
+    found = []
+    for weight in (0.0, 0.1):
+        c = tiny("2x2+1", skips="none", loop_gate="none", bptt_passes=1, exit_weight=weight, pass_vectors=True)
+        engine = engine_of("torch", c, perturbed(c))
+        engine.step(Fixed(c), 0, 2, 1.0, 0.0)
+        found.append(bool(engine.optimizer.state()["exp_avg.blocks.0.mlp_scale"][0].any()))
+    assert found == [False, True]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -62,10 +62,19 @@ def test_the_loss_around_a_switch_is_told(matrix, capsys, monkeypatch):
     assert f"{rise['hard']:+.4f}" in page and "| – |" in page and (matrix.with_suffix("") / "switch.png").is_file()
     monkeypatch.setattr(switch, "train", lambda *_: pytest.fail("trained again"))
     assert switch.main([str(matrix)]) == 0
+    matrix.write_text(matrix.read_text().replace("loop_gate_init = -2", "loop_gate_init = -3"))
+    with pytest.raises(switch.InputError, match="hard_seed1337.json: expected loop_gate_init=-3, found -2; delete it"):
+        switch.main([str(matrix)])
 
 
 def test_an_arm_without_a_switch_is_refused(matrix):
     matrix.write_text(matrix.read_text().replace("0:1,0.5:2", "0:2"))
     with pytest.raises(switch.InputError, match="arm hard: expected a LOOP_SCHEDULE that switches"):
         switch.main([str(matrix)])
-    assert not list(Path(matrix.with_suffix("")).glob("*.json"))
+    assert not list(Path(matrix.with_suffix("")).glob("*.json")) and not (matrix.parent / "logs").exists()
+
+
+def test_a_budget_of_seconds_is_refused(matrix):
+    matrix.write_text(matrix.read_text().replace("tokens = 6144", "seconds = 60"))
+    with pytest.raises(switch.InputError, match="expected flops or tokens, found seconds"):
+        switch.main([str(matrix)])
