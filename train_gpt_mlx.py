@@ -165,8 +165,8 @@ PRESETS = {
     # Needs no data: reads Python's own reference; under a minute on two CPU cores.
     "smoke": """data_path=./data/datasets/smoke_sp512 tokenizer_path=./data/tokenizers/smoke_512_bpe.model
         vocab_size=512 layout=1+2x2+1 model_dim=64 num_heads=4 num_kv_heads=2 train_seq_len=64 train_batch_tokens=2048
-        iterations=120 max_wallclock_seconds=0 loop_schedule=0:1,0.5:2 lr_warmup_steps=10 val_loss_every=60
-        train_log_every=20 compile=0""",
+        iterations=120 max_wallclock_seconds=0 loop_schedule=0:1,0.5:2 loop_gate=gain loop_gate_init=0
+        lr_warmup_steps=10 val_loss_every=60 train_log_every=20 compile=0""",
     # Three minutes on two CPU cores, on the corpus of data/offline.py. It is hardly trained, so that the loss added by
     # rounding is several times quant_loss.
     "demo": """data_path=./data/datasets/offline_sp1024 tokenizer_path=./data/tokenizers/offline_1024_bpe.model
@@ -183,11 +183,13 @@ PRESETS = {
         target_bytes=80000 count_code=0 calib_tokens=65536 microbatch_tokens=2048 xsa=1""",
     # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too.
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
-        loop_schedule=0:1,0.35:3 lr_warmup_steps=20 muon_momentum_warmup_steps=200 val_loss_every=200
-        val_max_tokens=1048576 train_log_every=20""",
-    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016.
-    "record": """layout=3+3x3+5 mlp_mult=4 xsa=1 loop_schedule=0:1,0.35:3 lr_warmup_steps=20 grad_clip_norm=1
-        quantizer=trellis target_bytes=16000000 count_code=packed calib_seconds=4""",
+        loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20 muon_momentum_warmup_steps=200
+        val_loss_every=200 val_max_tokens=1048576 train_log_every=20""",
+    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016. Passes come
+    # on as the identity, here and in all presets that switch: records/does_recurrence_pay/switch.
+    "record": """layout=3+3x3+5 mlp_mult=4 xsa=1 loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0
+        lr_warmup_steps=20 grad_clip_norm=1 quantizer=trellis target_bytes=16000000 count_code=packed
+        calib_seconds=4""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
     "pr319": """layout=5x3 model_dim=640 skips=none loop_gate=x0 loop_gate_init=0.3333333333333333 warmdown_frac=0
