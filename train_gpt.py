@@ -181,8 +181,8 @@ PRESETS = {
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
         loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20 muon_momentum_warmup_steps=200
         val_loss_every=200 val_max_tokens=1048576 train_log_every=20""",
-    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016. Passes come
-    # on as the identity, here and in all presets that switch: records/does_recurrence_pay/switch.
+    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016.
+    # Passes come on as the identity, here and in all presets that switch: records/does_recurrence_pay/switch.
     "record": """layout=3+3x3+5 mlp_mult=4 xsa=1 loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0
         lr_warmup_steps=20 grad_clip_norm=1 quantizer=trellis target_bytes=16000000 count_code=packed
         calib_seconds=4""",
