@@ -390,7 +390,7 @@ def test_help_names_every_setting(script):
 def other_values(script):
     """For every setting a value other than the tiny run's."""
     special = dict(dtype="bfloat16", count_code="packed", quantizer="trellis", layout="1+2x3+1", skips="none",
-                   loop_gate="gain", mode="eval", preset="demo", device="gpu", loop_schedule="0:2")  # fmt: skip
+                   loop_gate="x0", mode="eval", preset="demo", device="gpu", loop_schedule="0:2")  # fmt: skip
     base = script.load_config([], TINY, "smoke")[0]
     for field in dataclasses.fields(script.Config):
         value = getattr(base, field.name)
