@@ -64,8 +64,8 @@ from common import (
     write_json,
     write_text,
 )
-from draw import COLORS, canvas, draw_validation, save_picture, tidy, zoom
-from logs import SOURCE_END, read_log
+from draw import COLORS, canvas, draw_line, draw_validation, save_picture, tidy, zoom
+from logs import SOURCE_END, read_log, read_metrics
 
 BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
 KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int)
@@ -664,21 +664,34 @@ Again: `python records/ablate.py {short(matrix.path)}`. Each run's log, metrics 
 
 
 def draw(matrix: Matrix, kept: list[tuple[Run, dict]]) -> None:
-    """Left: validation bpb against training FLOPs, a line a seed. Right: final scores, mean and standard deviation."""
+    """Left: validation bpb against training FLOPs, a line a seed; where nothing was scored on the way, the final scores
+    by passes. Right: final scores, mean and standard deviation."""
     arms = [arm for arm in matrix.arms if any(run.arm == arm for run, _ in kept)]
     figure, (left, right) = canvas(11, max(4.2, 1.2 + 0.32 * len(arms)), ncols=2, width_ratios=(3, 2))
-    shown = []
+    shown, axis = [], "training FLOPs"
+    once = all(sum("val_bpb" in row for row in read_metrics(run.home / "metrics.jsonl")) < 2 for run, _ in kept)
+    if once and by_passes(matrix, kept):
+        axis = "passes at test time"
     for i, arm in enumerate(arms):
-        color = COLORS[i % len(COLORS)]
-        shown += draw_validation(left, [run.home / "metrics.jsonl" for run, _ in kept if run.arm == arm], i, arm)
+        color, paths = COLORS[i % len(COLORS)], [run.home / "metrics.jsonl" for run, _ in kept if run.arm == arm]
+        if axis == "training FLOPs":
+            shown += draw_validation(left, paths, i, arm)
+        for result in results_of(kept, arm)[:1] if axis != "training FLOPs" else ():
+            scores = sorted((int(n), bpb) for n, bpb in (result.get("val_bpb_by_loops") or {}).items())
+            draw_line(left, scores, i, arm, marker="o", markersize=3)
+            shown += [bpb for _, bpb in scores]
         scores = [result["val_bpb"] for result in results_of(kept, arm)]
         right.plot(scores, [i] * len(scores), "o", color=color, markersize=4, alpha=0.45)
         mean, std = mean_std(scores)
         right.errorbar(mean, i, xerr=std or 0, fmt="D", color=color, capsize=4, markersize=6)
         right.annotate(f"{mean:.4f}", (mean, i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
-    zoom(left, shown)
-    left.set(xlabel="training FLOPs", ylabel="validation, bits per byte (before export)")
-    left.legend(frameon=False)
+    if axis == "training FLOPs":
+        zoom(left, shown)
+    else:  # of which some blow up
+        left.set_ylim(min(shown) - 0.02, min(shown) + 1)
+    said = "before export" if axis == "training FLOPs" else "artifact from disk, first seed"
+    left.set(xlabel=axis, ylabel=f"validation, bits per byte ({said})")
+    left.legend(frameon=False, fontsize=8)
     right.set_yticks(range(len(arms)), arms)
     right.set(xlabel="final bits per byte, artifact from disk", ylim=(len(arms) - 0.4, -0.6))
     right.margins(x=0.12)
