@@ -522,6 +522,8 @@ def prepare(args) -> Run:
     model, tokenizer, config = opened(folder, parent_only=True)
     s = settings_of(args, recurrent.parse_layout(config["recurrence"]["layout"])[2])
     check_settings(s)
+    width = model.recurrence.config.get("hidden_size") or model.recurrence.config["n_embd"]
+    need(s.train != "lora" or s.rank <= width, "--rank", f"at most the parent's width of {width}", s.rank)
     check_length(config, s.length)
     rows, windows = read_data(args, s, Encoder(tokenizer))
     s = Settings(**(asdict(s) | {"data": hashlib.sha256(rows.tobytes()).hexdigest()[:16]}))

@@ -535,6 +535,7 @@ def test_settings_out_of_range_are_refused(home, made):
         )
     for args in (
         ("--steps", 0),
+        ("--rank", 100000),
         ("--length", 129),
         ("--lr", "nan"),
         ("--distill", 2),
