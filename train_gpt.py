@@ -1369,9 +1369,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 class Curvature(NamedTuple):
     """How the loss bends, a token, float32; what EXPORT needs of a model beside its weights."""
 
-    hessians: dict[
-        str, np.ndarray
-    ]  # of every matrix but the embedding, [in, in]: sum of x x^T over its inputs x, weighted
+    hessians: dict[str, np.ndarray]  # of all matrices but the embedding, [in, in]: sum of x x^T of inputs, weighted
     squares: dict[str, np.ndarray]  # of every parameter, its shape: the empirical Fisher information
     tokens: int  # looked at
 

@@ -1341,7 +1341,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 class Curvature(NamedTuple):
     """How the loss bends, a token, float32; what EXPORT needs of a model beside its weights."""
 
-    hessians: dict[str, np.ndarray]  # of every block matrix, [in, in]: sum of x x^T over its inputs x, weighted
+    hessians: dict[str, np.ndarray]  # of all matrices but the embedding, [in, in]: sum of x x^T of inputs, weighted
     squares: dict[str, np.ndarray]  # of every parameter, its shape: the empirical Fisher information
     tokens: int  # looked at
 

@@ -33,7 +33,7 @@ import numpy as np
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "records"))
 
 from ablate import SCRIPTS, load_script  # noqa: E402
-from common import InputError, Parser, run_tool, short  # noqa: E402
+from common import InputError, Parser, need, run_tool, short  # noqa: E402
 
 # What this tool understands of a parent. A newer setting must be off in it, or be added here.
 KNOWN = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank pass_vectors
@@ -41,12 +41,6 @@ KNOWN = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loo
 KNOWN_VALUES = {"skips": ("per_loop", "official", "none"), "loop_gate": ("x0", "gain", "none"), "inject": ("none",)}
 TYING = ("step", "average", "lower", "random")  # of which every pass stands for layers of its own
 INITS = ("keep", "drop", *TYING)
-
-
-def require(holds: object, name: object, expected: str, found: object, mend: str = "") -> None:
-    """Raises InputError "name: expected ..., found ...; mend" unless `holds`."""
-    if not holds:
-        raise InputError(f"{name}: expected {expected}, found {found}" + (f"; {mend}" if mend else ""))
 
 
 # The parent ----------------------------------------------------------------------------------------------------------
@@ -71,9 +65,9 @@ def check_known(script, model: dict) -> None:
         mend = "convert it with the tool of its own commit, or train a parent without it"
         if name not in KNOWN:
             off = name in fields and value == fields[name]
-            require(off, name, "an option of the parent that this tool knows", repr(value), mend)
+            need(off, name, "an option of the parent that this tool knows", repr(value), mend)
         allowed = KNOWN_VALUES.get(name, (value,))
-        require(value in allowed, name, f"one of {', '.join(map(str, allowed))}", repr(value), mend)
+        need(value in allowed, name, f"one of {', '.join(map(str, allowed))}", repr(value), mend)
 
 
 def layer_of(script, c, weights: dict[str, np.ndarray], visit) -> dict[str, np.ndarray]:
@@ -96,10 +90,10 @@ def read_parent(script, path: Path, passes: int) -> Parent:
     weights, model, loops = script.load_model_file(str(path))
     check_known(script, model)
     bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
-    require(not bad, path, "finite weights", f"others in {', '.join(bad[:3])}", "its training diverged")
+    need(not bad, path, "finite weights", f"others in {', '.join(bad[:3])}", "its training diverged")
     c = script.model_config(script.Config(), model)
     layout = script.parse_layout(c.layout)
-    require(0 <= passes <= layout.loops, "--passes", f"1 to {layout.loops}, those of the parent", passes)
+    need(0 <= passes <= layout.loops, "--passes", f"1 to {layout.loops}, those of the parent", passes)
     passes = passes or loops
     plan = script.visits(layout, c.skips, passes)
     rows = script.skip_rows(layout, c.skips)
@@ -135,11 +129,11 @@ def parse_layers(text: str) -> list[list[int]]:
     """Reads "0-3,10-17,18-21", the layers of prelude, core and coda; ",0-5," has neither prelude nor coda."""
     parts = text.split(",")
     good = len(parts) == 3 and all(re.fullmatch(r"(\d{1,4}(-\d{1,4})?)?", part) for part in parts)
-    require(good, "--layers", 'prelude,core,coda such as "0-3,10-17,18-21"', f'"{text}"')
+    need(good, "--layers", 'prelude,core,coda such as "0-3,10-17,18-21"', f'"{text}"')
     found = []
     for part in parts:
         low, _, high = part.partition("-")
-        require(not high or int(low) <= int(high), "--layers", "ranges that rise", part)
+        need(not high or int(low) <= int(high), "--layers", "ranges that rise", part)
         found.append(list(range(int(low), int(high or low) + 1)) if part else [])
     return found
 
@@ -151,11 +145,11 @@ def dropping(layout, count: int, text: str) -> list[int]:
         return [*range(p), *range(count - c - d, count)]
     parts = parse_layers(text)
     sizes, wanted = tuple(map(len, parts)), (p, c, d)
-    require(sizes == wanted, "--layers", f"{p}, {c} and {d} layers, those of the target", ", ".join(map(str, sizes)))
+    need(sizes == wanted, "--layers", f"{p}, {c} and {d} layers, those of the target", ", ".join(map(str, sizes)))
     layers = [layer for part in parts for layer in part]
-    require(max(layers) < count, "--layers", f"layers 0 to {count - 1} of the parent", max(layers))
+    need(max(layers) < count, "--layers", f"layers 0 to {count - 1} of the parent", max(layers))
     rising = all(a < b for a, b in zip(layers, layers[1:]))
-    require(rising, "--layers", "layers in the parent's order, each once", f'"{text}"')
+    need(rising, "--layers", "layers in the parent's order, each once", f'"{text}"')
     return layers
 
 
@@ -168,16 +162,16 @@ def plan_of(init: str, layout, count: int, layers: str = "") -> Plan:
     """Which of `count` parent layers become which block of `layout`. Raises InputError for a target that does not
     fit."""
     p, c, r, d = layout
-    require(not layers or init == "drop", "--layers", "--init drop", f"--init {init}")
+    need(not layers or init == "drop", "--layers", "--init drop", f"--init {init}")
     if init in ("keep", "drop"):
         fits = p + c + d == count if init == "keep" else p + c + d <= count
         expected = f"a target with {'' if init == 'keep' else 'at most '}{count} blocks, the parent's layers"
         mend = "with --init keep all layers stay" if init == "keep" else ""
-        require(fits, f"--init {init}", expected, f"{p} + {c} + {d}", mend)
+        need(fits, f"--init {init}", expected, f"{p} + {c} + {d}", mend)
         kept = list(range(count)) if init == "keep" else dropping(layout, count, layers)
         return Plan([[layer] for layer in kept], kept, 1)
     expected = f"a target that applies {count} blocks, one for each layer of the parent"
-    require(layout.depth == count, f"--init {init}", expected, f"{p} + {c}*{r} + {d} = {layout.depth}")
+    need(layout.depth == count, f"--init {init}", expected, f"{p} + {c}*{r} + {d} = {layout.depth}")
     tied = [[p + block + loop * c for loop in range(r)] for block in range(c)]
     core = {
         "step": [[p + layer] for layer in stepwise(c * r, c)],
@@ -207,13 +201,13 @@ def child_config(script, parent: Parent, args):
     full = args.lora_rank == "full"
     rank = parent.config.model_dim if full else int(args.lora_rank)
     most = f"0 to MODEL_DIM={parent.config.model_dim}, which is full rank"
-    require(rank <= parent.config.model_dim, "--lora-rank", most, args.lora_rank)
+    need(rank <= parent.config.model_dim, "--lora-rank", most, args.lora_rank)
     changes = {"layout": args.layout, "lora_rank": rank, "pass_vectors": args.pass_vectors}
     changes |= {"skips": args.skips or parent.config.skips, "loop_gate": args.loop_gate or parent.config.loop_gate}
     model = {name: getattr(parent.config, name) for name in script.MODEL_FIELDS} | changes
     c = script.model_config(script.Config(), model)
     gated = "loop_gate" in script.param_shapes(c)
-    require(gated or args.gate_init == 1, "--gate-init", "1 where the child has no loop gate", args.gate_init)
+    need(gated or args.gate_init == 1, "--gate-init", "1 where the child has no loop gate", args.gate_init)
     return dataclasses.replace(c, loop_gate_init=args.gate_init, seed=args.seed)
 
 
@@ -295,15 +289,13 @@ def fill_loop_vectors(script, c, parent: Parent, plan: Plan, weights: dict[str, 
     for layer, embed in parent.embeds.items():
         if layer in plan.stands_for:
             there = layer in opens and "loop_embed" in weights
-            require(
-                there, "loop_embed", f"a pass that begins at layer {layer}, where the parent adds one", "none", mend
-            )
+            need(there, "loop_embed", f"a pass that begins at layer {layer}, where the parent adds one", "none", mend)
             weights["loop_embed"][opens[layer]] = embed
     for (first, last), gate in parent.gates.items():
         if last in plan.stands_for:
             row = spans.get((first, last), 0)
             expected = f"a gate of the kind {parent.config.loop_gate} after layers {first} to {last}, as in the parent"
-            require(row and c.loop_gate == parent.config.loop_gate, "loop_gate", expected, "none", mend)
+            need(row and c.loop_gate == parent.config.loop_gate, "loop_gate", expected, "none", mend)
             weights["loop_gate"][row] = gate
 
 
@@ -325,7 +317,7 @@ def read_tokens(script, c, path: str, sequences: int) -> tuple[np.ndarray, np.nd
     """Inputs and targets, int64 [sequences, train_seq_len], from the start of the validation text of a dataset."""
     tokens, length = script.find_shards(path, "val", c.vocab_size)[0], c.train_seq_len
     count = min(sequences, (len(tokens) - 1) // length)
-    require(count, path, f"more than TRAIN_SEQ_LEN={length} tokens", len(tokens))
+    need(count, path, f"more than TRAIN_SEQ_LEN={length} tokens", len(tokens))
     ids = np.array(tokens[: count * length + 1]).astype(np.int64)
     script.check_ids(ids, c.vocab_size, path)
     return ids[:-1].reshape(count, length), ids[1:].reshape(count, length)
@@ -474,23 +466,23 @@ def parse(argv: list[str] | None):
 
 def check_args(args):
     """What can be refused before anything is read; fills in defaults."""
-    require(args.out or args.tokens, "OUT", "a file to write, or --tokens", "neither")
+    need(args.out or args.tokens, "OUT", "a file to write, or --tokens", "neither")
     made = bool(args.layout and args.init)
-    require(made == bool(args.out), "OUT", "it together with --layout and --init", "only some of them")
+    need(made == bool(args.out), "OUT", "it together with --layout and --init", "only some of them")
     whole = args.lora_rank == "full" or re.fullmatch(r"\d{1,6}", args.lora_rank)
-    require(whole, "--lora-rank", "a whole number or full", f'"{args.lora_rank}"')
-    require(args.sequences > 0, "--sequences", "1 or more", args.sequences)
-    require(0 <= args.seed < 2**32, "--seed", "0 to 2**32 - 1", args.seed)
-    require(abs(args.gate_init) < 1e6, "--gate-init", "a number", args.gate_init)
+    need(whole, "--lora-rank", "a whole number or full", f'"{args.lora_rank}"')
+    need(args.sequences > 0, "--sequences", "1 or more", args.sequences)
+    need(0 <= args.seed < 2**32, "--seed", "0 to 2**32 - 1", args.seed)
+    need(abs(args.gate_init) < 1e6, "--gate-init", "a number", args.gate_init)
     if not args.out:
         return args
-    require(args.out.suffix == ".safetensors", "OUT", "NAME.safetensors", args.out)
-    require(args.out.parent.is_dir(), args.out.parent, "a folder to write to", "none")
-    require(not args.out.exists(), args.out, "a new file", "one that exists", "delete it, or choose another name")
+    need(args.out.suffix == ".safetensors", "OUT", "NAME.safetensors", args.out)
+    need(args.out.parent.is_dir(), args.out.parent, "a folder to write to", "none")
+    need(not args.out.exists(), args.out, "a new file", "one that exists", "delete it, or choose another name")
     ties, rank = args.init in TYING, args.lora_rank != "full" and int(args.lora_rank)
     has_lora = args.lora_rank == "full" or rank > 0
-    require(args.lora is None or has_lora, "--lora", "--lora-rank with it", "0")
-    require(args.lora != "svd" or ties, "--lora svd", f"--init {', '.join(TYING)}: others tie no layers", args.init)
+    need(args.lora is None or has_lora, "--lora", "--lora-rank with it", "0")
+    need(args.lora != "svd" or ties, "--lora svd", f"--init {', '.join(TYING)}: others tie no layers", args.init)
     args.svd = has_lora and ties and args.lora != "zero"
     args.pass_vectors = args.svd if args.pass_vectors is None else bool(args.pass_vectors)
     return args

@@ -25,7 +25,6 @@ CHILDREN = {
     "random": f"{TIED} random",
     "average_svd4": f"{TIED} average --lora-rank 4",
     "average_svd16": f"{TIED} average --lora-rank 16",
-    "average_full": f"{TIED} average --lora-rank full",
     "average_zero4": f"{TIED} average --lora-rank 4 --lora zero --pass-vectors 1",
     "average_zero16": f"{TIED} average --lora-rank 16 --lora zero --pass-vectors 1",
     "first_and_last": "--layout 1+1x1 --init drop --layers 0,3,",
