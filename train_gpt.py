@@ -96,7 +96,6 @@ class Config:
     skips: str = "per_loop"  # per_loop | official | none: the U-Net shortcuts
     loop_gate: str = "x0"  # x0 | gain | none: what happens after every pass but the first
     loop_gate_init: float = 1.0  # 1 is no gate; gain: 0 lets a pass enter as the identity; x0: 1/R is PR #319's
-    inject: str = "none"  # none | add | concat | gate: how the prelude's output enters every pass but the first again
     lora_rank: int = 0  # rank of the per-pass change of every core linear; 0 = off
     pass_vectors: bool = False  # q_gain, attn_scale, mlp_scale and resid_mix of core blocks have a row a pass
     qk_gain_init: float = 1.5  # initial factor on the queries, one per head
@@ -107,14 +106,10 @@ class Config:
     max_wallclock_seconds: float = 600.0  # seconds of training, compilation and validation not counted
     max_train_flops: float = 0.0  # floating-point operations of training, by the formula of flops_per_token
     train_batch_tokens: int = 524288  # tokens a step, over all processes
-    # one pass, from 35 % of training three; or "linear:0.75", "1-sqrt:0.75": one more at a time in the first 75 %
-    loop_schedule: str = ""  # "0:1,0.35:3" and the like (above); "" = all passes throughout
+    loop_schedule: str = ""  # "0:1,0.35:3" = one pass, from 35 % of training three; "" = all passes throughout
     loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
     bptt_passes: int = 0  # gradients of the last pass's loss flow back through so many passes, the last; 0 = all
     exit_weight: float = 0.0  # of what every earlier pass says, as if the core ended there, against the last's words
-    teacher: str = ""  # artifact, checkpoint or model of the same vocabulary: its next tokens are learned as well
-    teacher_weight: float = 0.5  # of the teacher in the loss; the text has the rest
-    teacher_temperature: float = 1.0  # of teacher and model; above 1 unlikely tokens count more
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
@@ -197,7 +192,6 @@ CHOICES = {
     "preset": ("", *PRESETS),
     "skips": ("per_loop", "official", "none"),
     "loop_gate": ("x0", "gain", "none"),
-    "inject": ("none", "add", "concat", "gate"),
     "count_code": ("1", "packed", "0"),
     "quantizer": ("absmax", "trellis"),
     "device": ("", "cuda", "mps", "gpu", "cpu"),
@@ -208,9 +202,9 @@ TRAINS = ("train", "preflight")  # modes that start a model; the others use a fi
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
                     artifact="bytes_cap", log="train_log_every", machine="device", sample="prompt")  # fmt: skip
 ABOVE_ZERO = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap
-    train_batch_tokens teacher_temperature""".split()
+    train_batch_tokens""".split()
 AT_MOST = dict(vocab_size=65536, train_seq_len=2**20, seed=2**32 - 1, warmdown_frac=1, muon_momentum=1,
-               muon_momentum_warmup_start=1, teacher_weight=1)  # fmt: skip
+               muon_momentum_warmup_start=1)  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9",
@@ -308,12 +302,15 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
     pairs = (setting.split("=", 1) for setting in PRESETS.get(preset, "").split())
     chosen = {name: parse_value(name, text, kinds[name], f"preset {preset}") for name, text in pairs}
     c = Config(**chosen | values | {"preset": preset})
-    check_config(c)
+    if c.mode in TRAINS:
+        check_config(c)
+    else:  # the file says what model it is, and `model_config` checks the rest
+        check_values(c)
     return c, notices
 
 
-def check_config(c: Config) -> None:
-    """Raises InputError for the first setting that is wrong. Each section knows its own."""
+def check_values(c: Config) -> None:
+    """Raises InputError for the first setting that is wrong whatever the model is."""
     for name, allowed in CHOICES.items():
         shown = ", ".join(value for value in allowed if value)
         require(getattr(c, name) in allowed, name.upper(), f"one of {shown}", f'"{getattr(c, name)}"')
@@ -324,11 +321,16 @@ def check_config(c: Config) -> None:
             require(0 <= value <= 1e38, name.upper(), "0 or more, and at most 1e38", value)
             limit = AT_MOST.get(name, value)
             require(value <= limit, name.upper(), f"at most {limit}", value)
+    check_export(c)
+    check_run(c)
+
+
+def check_config(c: Config) -> None:
+    """Raises InputError for the first setting that is wrong. Each section knows its own."""
+    check_values(c)
     check_model(c)
     check_schedules(c)
     check_data(c)
-    check_export(c)
-    check_run(c)
 
 
 def config_sha256(c: Config) -> str:
@@ -346,7 +348,7 @@ def config_sha256(c: Config) -> str:
 # ======================================================================================================================
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank
-    pass_vectors train_seq_len xsa inject""".split()
+    pass_vectors train_seq_len xsa""".split()
 
 
 class Layout(NamedTuple):
@@ -384,9 +386,9 @@ def check_model(c: Config) -> None:
     require(heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", heads, f"try {near}")
     require(heads % c.num_kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", c.num_kv_heads)
     require(c.train_seq_len * dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", c.train_seq_len * dim)
-    for name, off in (("lora_rank", 0), ("pass_vectors", 0), ("inject", "none")):
-        value, one = getattr(c, name), f"{off} with one pass (LAYOUT={c.layout})"
-        require(value == off or layout.loops > 1, name.upper(), one, value)
+    for name in ("lora_rank", "pass_vectors"):
+        value, one = getattr(c, name), f"0 with one pass (LAYOUT={c.layout})"
+        require(layout.loops > 1 or not value, name.upper(), one, value)
     most = f"at most {layout.loops} passes with SKIPS=official (the shortcuts of more were never trained)"
     whole = re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?", c.eval_loops)
     require(whole, "EVAL_LOOPS", 'passes such as "3" or "3,1,8"', f'"{c.eval_loops}"')
@@ -490,10 +492,6 @@ def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
         shapes["loop_embed"] = (layout.loops, dim)
         if c.loop_gate != "none":
             shapes["loop_gate"] = (layout.loops,)
-        if c.inject == "gate":
-            shapes["inject_gate"] = (dim,)
-        if c.inject == "concat":
-            shapes["inject.weight"] = (dim, 2 * dim)
         for i in range(layout.prelude, layout.prelude + layout.core) if c.lora_rank else ():
             for name, (out, inp) in linear_shapes(c).items():
                 shapes[f"blocks.{i}.{name}.lora_a"] = (layout.loops, c.lora_rank, inp)
@@ -503,10 +501,10 @@ def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
 
 PARAM_GROUPS = {
     "embed": r"tok_emb\.weight",
-    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|loop_embed|inject_gate",
+    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|loop_embed",
     "gate": r"loop_gate",
     "lora": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.lora_[ab]",
-    "matrix": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.weight|inject\.weight",
+    "matrix": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.weight",
 }
 
 
@@ -525,13 +523,11 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
     """float32 start values from one generator: equal seeds give equal weights in both scripts, and equal block weights
     in every layout with the same blocks. Per-pass parameters start as the identity (but for a gate other than 1)."""
     rng, weights = np.random.RandomState(c.seed), {}
-    constants = {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init, "inject_gate": 0.5}
+    constants = {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init}
     for name, shape in param_shapes(c).items():
         leaf = name.rsplit(".", 1)[-1]
         if name == "tok_emb.weight":
             value = EMBED_INIT_STD * rng.standard_normal(shape)
-        elif name == "inject.weight":
-            value = np.hstack([0.5 * np.eye(c.model_dim)] * 2)
         elif name.endswith("proj.weight") or leaf in ("lora_b", "loop_embed"):
             value = np.zeros(shape)
         elif leaf in ("weight", "lora_a"):
@@ -561,7 +557,7 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
             for key, row in skip_rows(their_layout, their_config["skips"]).items():
                 if key in rows and value.shape[1] == c.model_dim:
                     mine[rows[key]] = value[row]
-        elif name in ("loop_embed", "loop_gate") or ".lora_" in name or name.startswith("inject"):
+        elif name in ("loop_embed", "loop_gate") or ".lora_" in name:
             alike = name != "loop_gate" or c.loop_gate == their_config["loop_gate"]  # x0's gates are no gains
             if alike and mine is not None and mine.shape[1:] == value.shape[1:]:
                 mine[: len(value)] = value[: len(mine)]
@@ -589,11 +585,10 @@ def effective_params(c: Config) -> int:
 
 def flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of one forward pass per token: 2 per weight and application, 2*seq*dim per attention
-    (its causal half), the output layer, LoRA, INJECT=concat."""
+    (its causal half), the output layer, LoRA."""
     layout = parse_layout(c.layout)
     once = (layout.prelude + layout.coda) * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim
-    concat = 4.0 * c.model_dim**2 * max(loops - 1, 0) * (c.inject == "concat")
-    return once + layout.core * flops_per_block(c, c.lora_rank) * loops + concat
+    return once + layout.core * flops_per_block(c, c.lora_rank) * loops
 
 
 def flops_per_block(c: Config, rank: int) -> float:
@@ -606,7 +601,7 @@ def flops_per_block(c: Config, rank: int) -> float:
 def train_flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of training per token: three times the forward pass, but once where BPTT_PASSES stops
     the gradient. With EXIT_WEIGHT coda and output layer count for every pass, and no pass is without a gradient, since
-    each has a loss of its own. The optimizer is not counted, and a teacher elsewhere."""
+    each has a loss of its own. The optimizer is not counted."""
     if c.exit_weight:
         layout = parse_layout(c.layout)
         exits = (loops - 1) * (layout.coda * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim)
@@ -758,11 +753,10 @@ class Block(nn.Module):
         return x + of_pass(self.mlp_scale, loop).to(x.dtype) * self.mlp(rms_norm(x), loop)
 
 
-def divergence(theirs: Tensor, mine: Tensor, temperature: float) -> Tensor:
-    """Forward Kullback-Leibler divergence of the distributions of two logits [n, t, vocab] at a temperature, times its
-    square (so that gradients keep their size), in nats [n, t]."""
-    p, q = (F.log_softmax(logits / temperature, dim=-1) for logits in (theirs, mine))
-    return temperature**2 * (p.exp() * (p - q)).sum(dim=-1)
+def divergence(theirs: Tensor, mine: Tensor) -> Tensor:
+    """Forward Kullback-Leibler divergence of the distributions of two logits [n, t, vocab], in nats [n, t]."""
+    p, q = (F.log_softmax(logits, dim=-1) for logits in (theirs, mine))
+    return (p.exp() * (p - q)).sum(dim=-1)
 
 
 class RecurrentGPT(nn.Module):
@@ -776,9 +770,7 @@ class RecurrentGPT(nn.Module):
         self.tok_emb = Linear(*shapes["tok_emb.weight"])
         passes = [self.layout.loops if i in core else 1 for i in range(self.layout.blocks)]
         self.blocks = nn.ModuleList([Block(c, n, c.lora_rank if n > 1 else 0) for n in passes])
-        if "inject.weight" in shapes:
-            self.inject = Linear(*shapes["inject.weight"])
-        for name in ("skip_weights", "loop_embed", "loop_gate", "inject_gate"):
+        for name in ("skip_weights", "loop_embed", "loop_gate"):
             if name in shapes:
                 setattr(self, name, nn.Parameter(torch.empty(shapes[name])))
         cos, sin = rotary_tables(c.train_seq_len, c.model_dim // c.num_heads)
@@ -794,13 +786,9 @@ class RecurrentGPT(nn.Module):
         for number, visit in enumerate(visits(self.layout, self.config.skips, loops)):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
             if visit.opens and looped:
-                if visit.loop == 0:
-                    entry = x
-                elif bptt_passes and visit.loop == loops - bptt_passes:
+                if 0 < visit.loop == loops - bptt_passes:
                     x = x.detach()
                 x = x_in = x + self.loop_embed[row].to(x.dtype)
-                if visit.loop > 0:
-                    x = self.injected(x, entry)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row].to(x.dtype) * saved.pop(visit.skip_from)
             loop = visit.loop if by_pass else 0  # blocks that are called alike share a compiled graph
@@ -822,17 +810,6 @@ class RecurrentGPT(nn.Module):
             x = self.blocks[visit.block](x, x0, 0, (self.cos, self.sin))
         return rms_norm(x)
 
-    def injected(self, x: Tensor, entry: Tensor) -> Tensor:
-        """What a pass but the first starts from: its state x and `entry`, the prelude's output, which is all that the
-        first starts from. `add`: x + entry; `gate`: g*x + (1-g)*entry; `concat`: A [x, entry] (arXiv 2511.07384)."""
-        if self.config.inject == "add":
-            return x + entry
-        if self.config.inject == "gate":
-            return x + (self.inject_gate - 1).to(x.dtype) * (x - entry)
-        if self.config.inject == "concat":
-            return self.inject(torch.cat((x, entry), dim=-1), 0)
-        return x
-
     def gate(self, x: Tensor, x_in: Tensor, x0: Tensor, row: int) -> Tensor:
         """After every pass but the first. `gain`: x_in + g*(x - x_in), so that a pass whose g is 0 changes nothing.
         `x0`: g*x + (1-g)*x0, as PR #319. Both are exactly x at g = 1."""
@@ -845,32 +822,29 @@ class RecurrentGPT(nn.Module):
         """Normed activations [n, t, dim] -> soft-capped logits, float32 [n, t, vocab]."""
         return LOGIT_SOFTCAP * torch.tanh(self.tok_emb(x, 0).float() / LOGIT_SOFTCAP)
 
-    def losses(self, x: Tensor, targets: Tensor, exits: Sequence[Tensor] = (), teacher: Tensor | None = None) -> Tensor:
-        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]; with a teacher's
-        logits [n, t, vocab] mixed with their divergence, and with that of what earlier passes say from the last."""
-        c, logits = self.config, self.logits(x)
+    def losses(self, x: Tensor, targets: Tensor, exits: Sequence[Tensor] = ()) -> Tensor:
+        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]; with `exits` also
+        EXIT_WEIGHT times the divergence of what earlier passes say from what the last does."""
+        logits = self.logits(x)
         is_target = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)  # no scatter backwards
         loss = logits.exp().sum(dim=-1).log() - torch.where(is_target, logits, 0.0).sum(dim=-1)
-        if teacher is not None:
-            taught = divergence(teacher, logits, c.teacher_temperature)
-            loss = (1 - c.teacher_weight) * loss + c.teacher_weight * taught
         for early in exits:
-            loss = loss + c.exit_weight * divergence(logits.detach(), self.logits(early), 1.0)
+            loss = loss + self.config.exit_weight * divergence(logits.detach(), self.logits(early))
         return loss
 
     def forward(self, ids: Tensor, loops: int) -> Tensor:
         """ids [n, t] -> logits, float32 [n, t, vocab]."""
         return self.logits(self.hidden(ids, loops))
 
-    def token_losses(self, ids: Tensor, targets: Tensor, loops: int, bptt_passes: int = 0) -> Tensor:
+    def token_losses(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
         """ids, targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
-        return self.losses(self.hidden(ids, loops, bptt_passes), targets)
+        return self.losses(self.hidden(ids, loops), targets)
 
-    def objective(self, ids: Tensor, targets: Tensor, loops: int, bptt_passes: int, teacher: Tensor | None) -> Tensor:
-        """`token_losses` with what EXIT_WEIGHT and a teacher's logits add."""
+    def objective(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
+        """What training lowers: `token_losses` with BPTT_PASSES and what EXIT_WEIGHT adds."""
         exits = [] if self.config.exit_weight else None
-        x = self.hidden(ids, loops, bptt_passes, exits)
-        return self.losses(x, targets, exits or (), teacher)
+        x = self.hidden(ids, loops, self.config.bptt_passes, exits)
+        return self.losses(x, targets, exits or ())
 
 
 # ======================================================================================================================
@@ -878,19 +852,13 @@ class RecurrentGPT(nn.Module):
 # What happens when, as functions of progress, the fraction of training done.
 # ======================================================================================================================
 def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
-    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes. A curriculum of
-    width w rises with x = progress / w, as loops * x or loops * (1 - sqrt(1 - x)), rounded up (arXiv 2511.07384)."""
+    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes."""
     name, found = "LOOP_SCHEDULE", f'"{text}"'
-    kind, _, width = text.partition(":")
     try:
-        if kind in ("linear", "1-sqrt"):
-            left = [1 - n / loops for n in range(loops)]
-            starts = [1 - part**2 if kind == "1-sqrt" else 1 - part for part in left]
-            text = ",".join(f"{start * float(width)}:{n}" for n, start in enumerate(starts, 1))
         schedule = [(float(at), int(n)) for at, n in (entry.split(":") for entry in (text or f"0:{loops}").split(","))]
     except ValueError:
         schedule = []
-    require(schedule, name, '"0:1,0.35:3", fractions of training and passes, "linear:0.75" or "1-sqrt:0.75"', found)
+    require(schedule, name, 'fractions of training and passes such as "0:1,0.35:3"', found)
     (start, fewest), (end, most) = schedule[0], schedule[-1]
     require(start == 0, name, "a start at 0", found, 'begin with "0:1"')
     rising = all(a < b and m < n for (a, m), (b, n) in zip(schedule, schedule[1:]))
@@ -914,7 +882,7 @@ def check_schedules(c: Config) -> None:
     most = loops if c.skips == "official" else 64  # shortcuts of more passes have no weights; a draw of more is a waste
     expected = f"0, or from the {loops} passes of LAYOUT to {most}"
     require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
-    mend = "set INJECT=gate, or SKIPS=per_loop with a coda as long as the prelude"
+    mend = "set SKIPS=per_loop with a coda as long as the prelude"
     require(prelude_learns(c), "BPTT_PASSES", "0 where nothing else leads back to the prelude", c.bptt_passes, mend)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
@@ -931,7 +899,7 @@ def prelude_learns(c: Config) -> bool:
     if not layout.prelude or not 0 < c.bptt_passes < max(loop_counts(c)):
         return True
     shortcut = c.skips == "per_loop" and layout.coda >= layout.prelude
-    return shortcut or c.inject != "none" or c.exit_weight > 0
+    return shortcut or c.exit_weight > 0
 
 
 def seconds_to_train(c: Config) -> float:
@@ -991,8 +959,8 @@ def adam_rates(c: Config) -> dict[str, float]:
 
 def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
     """Muon's learning rate of one matrix [rows, columns]."""
-    layout, (group, block, *_) = parse_layout(c.layout), name.split(".")
-    looped = group == "inject" or (layout.loops > 1 and 0 <= int(block) - layout.prelude < layout.core)
+    layout, block = parse_layout(c.layout), int(name.split(".")[1])
+    looped = layout.loops > 1 and 0 <= block - layout.prelude < layout.core
     return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5 * (c.core_lr_scale if looped else 1.0)
 
 
@@ -1469,8 +1437,7 @@ class Engine:
         self.model = RecurrentGPT(self.config, self.dtype).to(self.device)
         self.optimizer = Optimizer(self.model, self.config, self.rank, self.world) if training else None
         self.model.requires_grad_(training)
-        self.losses, self.teacher, self.teacher_flops = self.model.token_losses, None, 0.0
-        self.objective = self.model.objective
+        self.losses, self.objective = self.model.token_losses, self.model.objective
         if self.compiled and (self.device.type == "cpu" or self.config.loop_sample):  # one graph for all passes
             for block in self.model.blocks:
                 block.compile(dynamic=False)
@@ -1478,14 +1445,9 @@ class Engine:
         elif self.compiled:
             self.losses = torch.compile(self.losses, dynamic=False)
             self.objective = torch.compile(self.objective, dynamic=False)
+        if not (self.config.exit_weight or self.config.bptt_passes):
+            self.objective = self.losses  # one graph for both
         self.set_weights(weights)
-
-    def follow(self, c: Config, weights: dict[str, np.ndarray], loops: int) -> None:
-        """Trains from here on towards what a model of these weights says with so many passes as well."""
-        model = RecurrentGPT(c, self.dtype).to(self.device)
-        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
-        model.requires_grad_(False)
-        self.teacher, self.teacher_flops = functools.partial(model, loops=loops), flops_per_token(c, loops)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """A copy on the device; to a GPU from pinned memory, so that the host need not wait for it."""
@@ -1497,7 +1459,7 @@ class Engine:
         """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
         total, batch = torch.zeros((), device=self.device), self.config.train_batch_tokens
         for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
-            loss = self.loss(self.tensor(ids), self.tensor(targets), loops) / batch
+            loss = self.objective(self.tensor(ids), self.tensor(targets), loops).sum() / batch
             loss.backward()
             total += loss.detach()
         if self.world > 1:
@@ -1510,14 +1472,6 @@ class Engine:
         host.copy_(results, non_blocking=True)  # now: later it would queue behind the next step
         done.record()
         return host, done
-
-    def loss(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
-        """What training lowers, summed over tokens."""
-        c = self.config
-        if self.teacher is None and not c.exit_weight:
-            return self.losses(ids, targets, loops, c.bptt_passes).sum()
-        teacher = None if self.teacher is None else self.teacher(ids)
-        return self.objective(ids, targets, loops, c.bptt_passes, teacher).sum()
 
     def read(self, results: tuple) -> list[float]:
         """Loss and gradient norm of a step, once the device has done it."""
@@ -1580,7 +1534,7 @@ class Engine:
         kept = [(tensor, tensor.clone()) for tensor in (o.weights, o.exp_avg, o.exp_avg_sq, o.momentum)]
         for _ in range(times):
             self.step(stream, 0, loops, 1.0, 0.0)
-        if self.teacher is not None or self.config.exit_weight:  # scoring then has a graph of its own
+        if self.objective != self.losses:  # scoring has a graph of its own
             self.token_losses(*next(stream.microbatches(0, self.config.train_batch_tokens, 0, 1, self.largest)), loops)
         for tensor, value in kept:
             tensor.copy_(value)
@@ -1589,8 +1543,7 @@ class Engine:
 
     def token_losses(self, ids: np.ndarray, targets: np.ndarray, loops: int) -> np.ndarray:
         """float32 [n, t]. While training this is the training graph (gradients on), or one that `warm_up` compiled."""
-        losses = self.losses(self.tensor(ids), self.tensor(targets), loops, self.config.bptt_passes)
-        return losses.detach().cpu().numpy()
+        return self.losses(self.tensor(ids), self.tensor(targets), loops).detach().cpu().numpy()
 
     @torch.no_grad()
     def next_logits(self, ids: np.ndarray, loops: int) -> np.ndarray:
@@ -1775,7 +1728,7 @@ class Run:
             at = progress_of(c, state.step, seconds, state.flops)
             loops = loops_at(c, at)
             passes = draw_loops(c, loops, state.step)
-            flops = (train_flops_per_token(c, passes) + self.engine.teacher_flops) * c.train_batch_tokens
+            flops = train_flops_per_token(c, passes) * c.train_batch_tokens
             done = self.is_done(at, seconds, flops)
             self.before = seconds
             ends = done or stopped
@@ -1890,12 +1843,9 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, state = together(engine, lambda: starting_point(c))
-    teacher = together(engine, lambda: load_teacher(c))
     run = Run(c, engine, score, stream, state, stop, notices)
     with run.log.noting_crashes():
         engine.build(weights)
-        if teacher:
-            engine.follow(*teacher)
         if optimizer_state:
             engine.optimizer.load_state(optimizer_state, state.step)
             run.log.forget_after(state.step)
@@ -1928,16 +1878,6 @@ def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
         weights, model, _ = load_model_file(c.init_from)
         return transfer_weights(c, weights, model), {}, TrainState()
     return initial_weights(c), {}, TrainState()
-
-
-def load_teacher(c: Config) -> tuple[Config, dict[str, np.ndarray], int] | None:
-    """What `Engine.follow` needs of TEACHER, which reads sequences of our length. Raises InputError."""
-    if not c.teacher:
-        return None
-    weights, model, loops = load_model_file(c.teacher)
-    size, mend = model["vocab_size"], "a teacher must have learned with the same tokenizer"
-    require(size == c.vocab_size, f"TEACHER={c.teacher}", f"VOCAB_SIZE={c.vocab_size}", size, mend)
-    return dataclasses.replace(model_config(Config(), model), train_seq_len=c.train_seq_len), weights, loops
 
 
 def stopped(run: Run) -> int:
@@ -2027,7 +1967,7 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         note = json.loads(head["__metadata__"]["recurrent_gpt"])
-        model = {"pass_vectors": False, "inject": "none"} | note["model"]  # older files do not state them
+        model = {"pass_vectors": False} | note["model"]  # older files do not state it
         return parse_tensors(data), note | {"loops": int(note["loops"]), "model": model}
     except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None

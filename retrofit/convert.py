@@ -37,8 +37,8 @@ from common import InputError, Parser, need, run_tool, short  # noqa: E402
 
 # What this tool understands of a parent. A newer setting must be off in it, or be added here.
 KNOWN = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank pass_vectors
-    train_seq_len xsa inject""".split()
-KNOWN_VALUES = {"skips": ("per_loop", "official", "none"), "loop_gate": ("x0", "gain", "none"), "inject": ("none",)}
+    train_seq_len xsa""".split()
+KNOWN_VALUES = {"skips": ("per_loop", "official", "none"), "loop_gate": ("x0", "gain", "none")}
 TYING = ("step", "average", "lower", "random")  # of which every pass stands for layers of its own
 INITS = ("keep", "drop", *TYING)
 

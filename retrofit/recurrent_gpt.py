@@ -22,7 +22,6 @@ ROPE_BASE = 10000.0
 LOGIT_SOFTCAP = 30.0  # logits lie between -30 and 30
 SKIPS = ("per_loop", "official", "none")
 LOOP_GATES = ("x0", "gain", "none")
-INJECTIONS = ("none", "add", "concat", "gate")
 
 
 @dataclass
@@ -41,7 +40,6 @@ class ModelArgs(BaseModelArgs):
     pass_vectors: bool
     train_seq_len: int  # tokens; positions beyond were never trained
     xsa: bool
-    inject: str
     loops: int  # passes to run: test-time depth
     model_type: str = "recurrent_gpt"
 
@@ -59,7 +57,7 @@ class ModelArgs(BaseModelArgs):
 
     def __post_init__(self):
         trained = parse_layout(self.layout).loops
-        for name, known in (("skips", SKIPS), ("loop_gate", LOOP_GATES), ("inject", INJECTIONS)):
+        for name, known in (("skips", SKIPS), ("loop_gate", LOOP_GATES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"recurrent_gpt.py: {name}: expected one of {', '.join(known)}, found {value!r}")
         if type(self.loops) is not int or self.loops < 1:
@@ -269,10 +267,6 @@ class Model(nn.Module):
             self.loop_embed = mx.zeros((passes, args.model_dim))
             if args.loop_gate != "none":
                 self.loop_gate = mx.ones((passes,))
-            if args.inject == "gate":
-                self.inject_gate = mx.ones((args.model_dim,))
-            if args.inject == "concat":
-                self.inject = nn.Linear(2 * args.model_dim, args.model_dim, bias=False)
         self._visits = visits(self.layout, args.skips, args.loops)  # the underscore: nothing to save or to train
 
     def __call__(self, inputs: mx.array, cache: list | None = None, input_embeddings: mx.array | None = None):
@@ -292,11 +286,7 @@ class Model(nn.Module):
         for number, visit in enumerate(self._visits):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
             if visit.opens and looped:
-                if visit.loop == 0:
-                    entry = x
                 x = x_in = x + self.loop_embed[row]
-                if visit.loop > 0:
-                    x = self.injected(x, entry)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row] * saved.pop(visit.skip_from)
             x = self.blocks[visit.block](x, x0, visit.loop, mask, cache[number])
@@ -305,16 +295,6 @@ class Model(nn.Module):
             if visit.closes and visit.loop > 0 and looped and self.args.loop_gate != "none":
                 x = self.gate(x, x_in, x0, row)
         return rms_norm(x)
-
-    def injected(self, x: mx.array, entry: mx.array) -> mx.array:
-        """What a pass but the first starts from: its state x joined with `entry`, the prelude's output."""
-        if self.args.inject == "add":
-            return x + entry
-        if self.args.inject == "gate":
-            return x + (self.inject_gate - 1) * (x - entry)
-        if self.args.inject == "concat":
-            return self.inject(mx.concatenate([x, entry], axis=-1))
-        return x
 
     def gate(self, x: mx.array, x_in: mx.array, x0: mx.array, row: int) -> mx.array:
         """After every pass but the first. `gain`: x_in + g*(x - x_in); `x0`: g*x + (1-g)*x0."""

@@ -424,3 +424,16 @@ def test_the_time_kept_for_the_calibration_is_hashed(any_script):
     assert any_script.seconds_to_train(timed) == 80.0
     shorter = dataclasses.replace(timed, quantizer="absmax", max_wallclock_seconds=80.0)
     assert any_script.config_sha256(shorter) == any_script.config_sha256(timed)  # what is trained is the same
+
+
+def test_settings_of_the_score_are_measured_by_the_file(script, data, tmp_path):
+    """And not by the defaults, whose sequences are longer than those of the file."""
+    env = TINY | data.env | {"LOG_DIR": str(tmp_path), "ITERATIONS": "1"}
+    assert run_in_process(script, "--run_id=a", **env).code == 0
+    where = [f"--{name}={data.env[name.upper()]}" for name in ("data_path", "tokenizer_path")]
+    flags = ["--mode=eval", f"--checkpoint={tmp_path}/a/model.safetensors", *where]
+    outcome = run_in_process(script, *flags, "--val_max_tokens=64", "--eval_stride=8", "--microbatch_tokens=32")
+    assert outcome.code == 0 and "tokens:64" in outcome.out
+    for more, said in (("--val_max_tokens=16", "at least TRAIN_SEQ_LEN=32"), ("--eval_stride=7", "a divisor of")):
+        outcome = run_in_process(script, *flags, more)
+        assert outcome.code == 1 and said in outcome.err and outcome.err.count("\n") == 1

@@ -110,9 +110,8 @@ def test_the_model_file_computes_the_scripts_logits_with_and_without_cache(scrip
     assert_logits(script, dict(zip(NAMES, values)), loops)
 
 
-@pytest.mark.parametrize("inject,rows,loops", [("add", False, 3), ("gate", True, 2), ("concat", True, 5)])
-def test_the_model_file_knows_injections_and_rows_a_pass(script, inject, rows, loops):
-    assert_logits(script, dict(layout="1+2x3+1", inject=inject, pass_vectors=rows, loop_gate="gain"), loops)
+def test_the_model_file_knows_rows_a_pass(script):
+    assert_logits(script, dict(layout="1+2x3+1", pass_vectors=True, loop_gate="gain"), 5)
 
 
 def assert_logits(script, options, loops):
@@ -169,11 +168,10 @@ def test_the_model_file_knows_every_option_and_parameter_of_the_scripts(script):
     assert known == set(script.MODEL_FIELDS)
     assert set(recurrent_gpt.SKIPS) == set(script.CHOICES["skips"])
     assert set(recurrent_gpt.LOOP_GATES) == set(script.CHOICES["loop_gate"])
-    assert set(recurrent_gpt.INJECTIONS) == set(script.CHOICES["inject"])
     for name in ("RMS_EPS", "ROPE_BASE", "LOGIT_SOFTCAP"):
         assert getattr(recurrent_gpt, name) == getattr(script, name)
-    more = [dict(inject=kind, pass_vectors=True) for kind in recurrent_gpt.INJECTIONS]
-    for options in (dict(), dict(layout="3"), dict(lora_rank=2, loop_gate="gain"), dict(skips="none", xsa=True), *more):
+    more = (dict(lora_rank=2, loop_gate="gain"), dict(skips="none", xsa=True), dict(pass_vectors=True))
+    for options in (dict(), dict(layout="3"), *more):
         c = small(script, **(dict(layout="1+2x2+1") | options))
         shapes = script.param_shapes(c)
         model = exported_model(script, c, {name: np.zeros(shape, "f") for name, shape in shapes.items()}, 2)

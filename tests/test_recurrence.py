@@ -1,4 +1,4 @@
-"""How many passes, what enters them and how far back gradients flow: INJECT, LOOP_SAMPLE, BPTT_PASSES, curricula."""
+"""How many passes, how far back gradients flow, early exits: LOOP_SAMPLE, BPTT_PASSES, EXIT_WEIGHT."""
 
 import dataclasses
 import json
@@ -17,7 +17,6 @@ from test_parity import (
     gradients_of,
     logits_of,
     numbers,
-    only_rounding,
     perturbed,
     same,
     tiny,
@@ -25,91 +24,12 @@ from test_parity import (
     train,
 )
 
-KINDS = ("add", "concat", "gate")
-
-
-# ---- what enters a pass
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_injection_is_one_in_both_scripts(kind):
-    c = tiny("1+2x3+1", inject=kind, lora_rank=2)
-    weights, stream = perturbed(c), Fixed(c)
-    engines = {script: engine_of(script, c, weights) for script in SCRIPTS}
-    ((ids, targets),) = stream.microbatches(0, 64, 0, 1, 64)
-    for loops in (2, 3, 5):
-        logits = {script: logits_of(script, engine, ids, loops) for script, engine in engines.items()}
-        assert np.abs(logits["torch"] - logits["mlx"]).max() < 1e-4
-    grads = {script: gradients_of(script, engine, ids, targets, 3) for script, engine in engines.items()}
-    assert_close(grads["mlx"], grads["torch"], 1e-3)
-    # One step: of a gradient that is rounding errors Adam makes a whole step, from which later ones go other ways.
-    mine, theirs = (train(script, c, weights, [3]) for script in ("mlx", "torch"))
-    assert np.allclose(mine[0], theirs[0], rtol=0, atol=1e-4)
-    assert_close(mine[1], theirs[1], 1e-3, base=weights, noise=only_rounding(grads["torch"]))
-    plain = {name: value for name, value in weights.items() if not name.startswith("inject")}
-    other = logits_of("torch", engine_of("torch", tiny("1+2x3+1", lora_rank=2), plain), ids, 3)
-    assert np.abs(other - logits_of("torch", engines["torch"], ids, 3)).max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_one_pass_takes_nothing_in(script, kind):
-    """So that a trained model without loops is a looped one's first pass, bit for bit."""
-    c, ids = tiny("1+2x2+1", inject=kind), np.random.RandomState(3).randint(0, 48, (2, 16))
-    weights = perturbed(c)
-    plain = {name: value for name, value in weights.items() if not name.startswith("inject")}
-    found = logits_of(script, engine_of(script, c, weights), ids, 1)
-    assert np.array_equal(found, logits_of(script, engine_of(script, tiny("1+2x2+1"), plain), ids, 1))
-
-
-def test_injection_at_its_start_is_the_mean_of_state_and_entry():
-    """`gate` and `concat` start as (x + entry) / 2, `add` is x + entry and has no weights."""
-    ids = np.random.RandomState(3).randint(0, 48, (2, 16))
-    fresh = {kind: torch_script.initial_weights(tiny("1+2x2+1", inject=kind)) for kind in KINDS}
-    base = perturbed(tiny("1+2x2+1"))
-    found = {
-        kind: logits_of("torch", engine_of("torch", tiny("1+2x2+1", inject=kind), weights | base), ids, 2)
-        for kind, weights in fresh.items()
-    }
-    assert fresh["add"].keys() == base.keys()
-    assert np.allclose(found["gate"], found["concat"], rtol=0, atol=1e-4)
-    open_gate = fresh["gate"] | base | {"inject_gate": np.ones(32, np.float32)}
-    plain = logits_of("torch", engine_of("torch", tiny("1+2x2+1"), base), ids, 2)
-    assert np.array_equal(logits_of("torch", engine_of("torch", tiny("1+2x2+1", inject="gate"), open_gate), ids, 2),
-                          plain)  # fmt: skip
-    assert np.abs(found["add"] - plain).max() > 1e-3
-
-
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
-@pytest.mark.parametrize("quantizer", ("absmax", "trellis"))
-def test_the_matrix_of_an_injection_is_exported(script, quantizer, tmp_path):
-    """As every matrix: with its Hessian on a trellis, and read back."""
-    c = tiny("1+2x2+1", inject="concat", quantizer=quantizer, calib_tokens=64, quant_loss=0.01 * (quantizer[0] == "t"))
-    weights = perturbed(c)
-    engine = script.Engine(c)
-    engine.build(weights)
-    curvature = engine.curvature(Fixed(c), 0, 2) if quantizer == "trellis" else None
-    assert curvature is None or curvature.hessians["inject.weight"].shape == (64, 64)
-    made = script.export_model(c, weights, 2, curvature)
-    path = tmp_path / "model.int6.rgpt"
-    path.write_bytes(made.data)
-    back = script.read_artifact(path)
-    assert back.model["inject"] == "concat" and made.plain_rounded == 0
-    error = np.linalg.norm(back.weights["inject.weight"] - weights["inject.weight"])
-    assert error < 0.3 * np.linalg.norm(weights["inject.weight"])
-    started = script.transfer_weights(c, back.weights, back.model)
-    assert same(started, back.weights)
-    other = script.transfer_weights(tiny("1+2x2+1", inject="gate"), back.weights, back.model)
-    assert np.array_equal(other["inject_gate"], np.full(32, 0.5, np.float32))
-
-
 # ---- how far back
 
 
-@pytest.mark.parametrize("inject", ("none", "gate"))
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_as_many_passes_as_there_are_is_the_whole_gradient(script, inject):
-    c = tiny("1+2x3+1", inject=inject, bptt_passes=3)
+def test_as_many_passes_as_there_are_is_the_whole_gradient(script):
+    c = tiny("1+2x3+1", bptt_passes=3)
     weights = perturbed(c)
     whole = train(script, dataclasses.replace(c, bptt_passes=0), weights, [3, 2, 3])
     for kept in (3, 5):
@@ -150,9 +70,11 @@ def test_a_stopped_gradient_is_that_of_the_last_blocks_of_an_untied_model(kept):
 def test_a_prelude_that_nothing_would_teach_is_refused():
     """Muon moves a matrix whose gradient is 0 on along its last momentum, at full length: no setting may ask for it."""
     flags = ["--layout=2+2x3+1", "--bptt_passes=1", "--loop_schedule=0:1,0.35:3"]
-    taught = (["--layout=2+2x3+2"], ["--layout=2x3"], ["--inject=gate"], ["--exit_weight=0.1"], ["--bptt_passes=3"])
+    taught = (["--layout=2+2x3+2"], ["--layout=2x3"], ["--exit_weight=0.1"], ["--bptt_passes=3"])
     for script in SCRIPTS.values():
-        with pytest.raises(script.InputError, match="^BPTT_PASSES: expected 0 where nothing else .* set INJECT=gate"):
+        with pytest.raises(
+            script.InputError, match="^BPTT_PASSES: expected 0 where nothing else .* set SKIPS=per_loop"
+        ):
             script.load_config(flags, {}, "")
         for more in (["--layout=2+2x3+2", "--skips=none"], ["--bptt_passes=3", "--loop_sample=4"]):
             with pytest.raises(script.InputError, match="^BPTT_PASSES"):
@@ -161,7 +83,7 @@ def test_a_prelude_that_nothing_would_teach_is_refused():
             script.load_config([*flags, *more], {}, "")
 
 
-@pytest.mark.parametrize("settings", [{}, {"inject": "add"}, {"exit_weight": 0.1}])
+@pytest.mark.parametrize("settings", [{}, {"exit_weight": 0.1}])
 def test_with_a_stopped_gradient_every_matrix_has_one(settings):
     c = tiny("1+2x3+1", skips="per_loop", bptt_passes=1, **settings)
     engine = engine_of("torch", c, perturbed(c))
@@ -181,24 +103,22 @@ def test_the_curvature_sees_every_pass(script):
     assert same(whole.hessians, stopped.hessians) and same(whole.squares, stopped.squares)
 
 
-# ---- what else is learned from: a teacher, earlier passes
+# ---- early exits
 
 
-def distributions(logits, temperature):
-    z = logits.astype(np.float64) / temperature
+def distributions(logits):
+    z = logits.astype(np.float64)
     z = np.exp(z - z.max(axis=-1, keepdims=True))
     return z / z.sum(axis=-1, keepdims=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("temperature", (1.0, 2.0))
-def test_divergence_is_kullback_and_leiblers(script, temperature):
+def test_divergence_is_kullback_and_leiblers(script):
     rng = np.random.RandomState(0)
     theirs, mine = (3 * rng.standard_normal((2, 5, 7)).astype(np.float32) for _ in range(2))
-    p, q = distributions(theirs, temperature), distributions(mine, temperature)
-    expected = temperature**2 * (p * np.log(p / q)).sum(axis=-1)
-    found = numbers(SCRIPTS[script].divergence(array(script, theirs), array(script, mine), temperature))
-    assert np.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    p, q = distributions(theirs), distributions(mine)
+    found = numbers(SCRIPTS[script].divergence(array(script, theirs), array(script, mine)))
+    assert np.allclose(found, (p * np.log(p / q)).sum(axis=-1), rtol=1e-4, atol=1e-5)
 
 
 def hidden(script, engine, ids, loops, exits=None):
@@ -215,7 +135,7 @@ def hidden(script, engine, ids, loops, exits=None):
     [
         ("2+2x3+2", dict()),
         ("3x3", dict(skips="none", loop_gate="gain", lora_rank=2)),
-        ("1+3x3", dict(inject="gate", pass_vectors=True)),
+        ("1+3x3", dict(pass_vectors=True)),
     ],
 )
 def test_an_exit_is_the_model_with_fewer_passes(script, layout, options):
@@ -227,29 +147,23 @@ def test_an_exit_is_the_model_with_fewer_passes(script, layout, options):
         assert np.array_equal(numbers(found), numbers(hidden(script, engine, ids, passes)))
 
 
-def test_a_teacher_and_exits_are_one_in_both_scripts():
+def test_exits_are_one_in_both_scripts():
     """The loss is what its formula says, and both scripts take the same steps from it."""
-    c = tiny("1+2x3+1", exit_weight=0.1, teacher_weight=0.3, teacher_temperature=2.0)
-    wise = tiny("2", model_dim=16)
-    weights, lessons, stream = perturbed(c), perturbed(wise, seed=6), Fixed(c)
+    c = tiny("1+2x3+1", exit_weight=0.1)
+    weights, stream = perturbed(c), Fixed(c)
     ((ids, targets),) = stream.microbatches(0, 64, 0, 1, 64)
     plain = engine_of("torch", c, weights)
     logits = [logits_of("torch", plain, ids, loops) for loops in (1, 2, 3)]
-    theirs = logits_of("torch", engine_of("torch", wise, lessons), ids, 1)
 
-    def kl(a, b, temperature):
-        p, q = distributions(a, temperature), distributions(b, temperature)
-        return temperature**2 * (p * np.log(p / q)).sum(axis=-1).mean()
+    def kl(a, b):
+        p, q = distributions(a), distributions(b)
+        return (p * np.log(p / q)).sum(axis=-1).mean()
 
-    text = -np.log(np.take_along_axis(distributions(logits[2], 1), targets[..., None], axis=-1)).mean()
-    expected = (
-        0.7 * text + 0.3 * kl(theirs, logits[2], 2) + 0.1 * (kl(logits[2], logits[0], 1) + kl(logits[2], logits[1], 1))
-    )
+    text = -np.log(np.take_along_axis(distributions(logits[2]), targets[..., None], axis=-1)).mean()
+    expected = text + 0.1 * (kl(logits[2], logits[0]) + kl(logits[2], logits[1]))
     ends = {}
     for script in SCRIPTS:
         engine = engine_of(script, c, weights)
-        engine.follow(wise, lessons, 1)
-        assert engine.teacher_flops == torch_script.flops_per_token(wise, 1)
         losses = [engine.read(engine.step(stream, 64 * step, 3, 1.0, 0.9))[0] for step in range(3)]
         assert losses[0] == pytest.approx(expected, abs=1e-4)
         ends[script] = losses, engine.weights()
@@ -261,45 +175,16 @@ def test_a_teacher_and_exits_are_one_in_both_scripts():
 
 def plain_loss(engine, script, ids, targets):
     logits = logits_of(script, engine, ids, 3)
-    return -np.log(np.take_along_axis(distributions(logits, 1), targets[..., None], axis=-1)).mean()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_teacher_of_no_weight_changes_no_bit(script):
-    c = tiny("1+2x2+1", teacher_weight=0.0)
-    weights, ends = perturbed(c), []
-    for taught in (False, True):
-        engine = engine_of(script, c, weights)
-        if taught:
-            engine.follow(c, perturbed(c, seed=8), 2)
-        for step in range(2):
-            engine.step(Fixed(c), 64 * step, 2, 1.0, 0.9)
-        ends.append(engine.weights())
-    assert same(*ends)
+    return -np.log(np.take_along_axis(distributions(logits), targets[..., None], axis=-1)).mean()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_learns_from_a_file(name, data, tmp_path):
+def test_what_passes_cannot_have_is_refused(name, data, tmp_path):
     script, env = SCRIPTS[name], TINY | data.env | {"LOG_DIR": str(tmp_path)}
-    outcome = run_in_process(script, "--run_id=parent", "--layout=2", "--loop_schedule=", "--iterations=2", **env)
-    assert outcome.code == 0, outcome
-    teacher = f"--teacher={tmp_path}/parent/model.safetensors"
-    flags = (teacher, "--exit_weight=0.1", "--loop_schedule=", "--iterations=2", "--train_seq_len=16")
-    outcome = run_in_process(script, "--run_id=child", *flags, **env)
-    assert outcome.code == 0, outcome
-    c = script.load_config(list(flags), {k: str(v) for k, v in env.items()}, "")[0]
-    parent = dataclasses.replace(c, layout="2")
-    a_token = script.train_flops_per_token(c, 2) + script.flops_per_token(parent, 1)
-    result = json.loads((tmp_path / "child" / "result.json").read_text())
-    assert result["train_flops"] == pytest.approx(a_token * 2 * 256)
-    assert script.train_flops_per_token(c, 2) > script.train_flops_per_token(dataclasses.replace(c, exit_weight=0.0), 2)
     for more, said in (
-        (("--teacher=none.rgpt",), "none.rgpt: expected an artifact or a checkpoint, found no file"),
-        ((teacher, "--vocab_size=300", f"--data_path={data.path}"), "VOCAB_SIZE"),
         (("--exit_weight=0.1", "--skips=official"), "EXIT_WEIGHT: expected 0 with SKIPS=official"),
         (("--bptt_passes=1", "--skips=official"), "BPTT_PASSES: expected 0 with SKIPS=official"),
         (("--exit_weight=0.1", "--layout=4", "--loop_schedule="), "EXIT_WEIGHT: expected 0 with one pass"),
-        (("--teacher_temperature=0",), "TEACHER_TEMPERATURE: expected a number above 0"),
     ):
         outcome = run_in_process(script, "--run_id=other", *more, **env)
         assert outcome.code == 1 and said in outcome.err and outcome.err.count("\n") == 1, outcome
@@ -329,33 +214,6 @@ def test_drawn_passes_have_the_mean_that_is_scheduled(mean, cap):
     assert torch_script.loop_counts(c) == list(range(1, cap + 1))
 
 
-CURRICULA = {  # training FLOPs over those of all passes throughout, 8 blocks once, 8 looped, 8 passes with gradient
-    4: (0.925, 0.85, 0.775, 0.70, 0.894, 0.787, 0.681, 0.575),
-    8: (0.903, 0.805, 0.708, 0.611, 0.866, 0.733, 0.599, 0.465),
-    32: (0.915, 0.831, 0.746, 0.662, 0.882, 0.764, 0.646, 0.528),
-}
-
-
-@pytest.mark.parametrize("loops", CURRICULA)
-def test_curricula_cost_what_the_paper_says(loops):
-    """arXiv 2511.07384's FLOPs, of blocks alone: 6 a weight with gradient, 2 without."""
-    c = tiny(f"4+8x{loops}+4", bptt_passes=8)
-    block = torch_script.flops_per_block(c, 0)
-    head = 6.0 * c.vocab_size * c.model_dim
-
-    def cost(n: int) -> float:
-        return (torch_script.train_flops_per_token(c, n) - head) / block
-
-    assert cost(loops) == pytest.approx(3 * (8 + 8 * min(loops, 8)) + 8 * max(loops - 8, 0))
-    found = []
-    for kind in ("linear", "1-sqrt"):
-        for width in (0.25, 0.5, 0.75, 1.0):
-            schedule = torch_script.parse_loop_schedule(f"{kind}:{width}", loops)
-            ends = [at for at, _ in schedule[1:]] + [1.0]
-            found.append(sum((end - at) * cost(n) for (at, n), end in zip(schedule, ends)) / cost(loops))
-    assert np.allclose(found, CURRICULA[loops], rtol=0, atol=0.0051)
-
-
 def test_flops_are_those_of_the_formula():
     """An amended formula must leave what was published as it was."""
     c = tiny("1+2x3+1", lora_rank=2)
@@ -364,11 +222,9 @@ def test_flops_are_those_of_the_formula():
     forward = 2 * (8 * (matrices + 16 * 32) + lora + 48 * 32)
     assert torch_script.flops_per_token(c, 3) == forward
     assert torch_script.train_flops_per_token(c, 3) == 3 * forward
-    concat = dataclasses.replace(c, inject="concat")
-    assert torch_script.flops_per_token(concat, 3) == forward + 2 * 2 * (32 * 64)
-    stopped = dataclasses.replace(concat, bptt_passes=1)  # two passes and the one matrix between them go forward only
-    once = 2 * (2 * 2 * (matrices + 16 * 32) + lora / 3 * 2) + 2 * (32 * 64)
-    assert torch_script.train_flops_per_token(stopped, 3) == 3 * (forward + 2 * 2 * (32 * 64)) - 2 * once
+    stopped = dataclasses.replace(c, bptt_passes=1)  # two passes go forward only
+    once = 2 * (2 * 2 * (matrices + 16 * 32) + lora / 3 * 2)
+    assert torch_script.train_flops_per_token(stopped, 3) == 3 * forward - 2 * once
     exits = dataclasses.replace(c, exit_weight=0.1)
     whole = torch_script.train_flops_per_token(exits, 3)
     assert whole == 3 * (forward + 2 * 2 * (matrices + 16 * 32 + 48 * 32))
@@ -390,14 +246,7 @@ def test_passes_that_leave_early_learn_before_the_stop():
 def test_a_run_draws_its_passes_and_counts_them(name, data, tmp_path):
     """Every step has the passes that its seed and number draw, no draw is a switch, and FLOPs are added up as drawn."""
     script = SCRIPTS[name]
-    flags = (
-        "--eval_loops=2,1,4",
-        "--loop_sample=4",
-        "--bptt_passes=1",
-        "--inject=concat",
-        "--loop_schedule=0:1,0.25:2",
-        "--run_id=a",
-    )
+    flags = ("--eval_loops=2,1,4", "--loop_sample=4", "--bptt_passes=1", "--loop_schedule=0:1,0.25:2", "--run_id=a")
     outcome = run_in_process(script, *flags, LOG_DIR=tmp_path, **TINY | data.env)
     assert outcome.code == 0, outcome
     log = (tmp_path / "a" / "train.log").read_text()
