@@ -1921,6 +1921,9 @@ LARGEST_NUMBER = 1e30  # of weights and gradients
 WEIGHTS_A_BYTE = 256  # at most in a file: a reader looks before it makes anything of that size
 LEAST_BITS = {"absmax": 4.5, "trellis": 0.7}  # a weight, all included: less was never seen ...
 LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
+# Of the mean curvature: no row counts for less. A calibration knows little of rare tokens, and their loss is no
+# parabola: rows that are too coarse cost up to half of all that rounding costs (tests/fit_floor.py, records/rare_rows).
+ROW_FLOOR = 0.01
 FEW_BITS = 3.0  # a weight; below, fewer parameters are better once they are well trained (records/ablations/mini_bits)
 
 
@@ -2035,7 +2038,7 @@ def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float,
     diagonal), else its mean Fisher information, too; columns of vectors are alike."""
     of_rows, of_columns = (squares.mean(axis=axis, dtype=np.float64) for axis in (1, 0))
     mean = max(of_rows.mean(), 1e-30)
-    of_rows, of_columns = of_rows + 1e-3 * mean, of_columns / mean + 1e-3  # what few tokens touched is not free
+    of_rows, of_columns = of_rows + ROW_FLOOR * mean, of_columns / mean + 1e-3  # what few tokens touched is not free
     if factor is not None:
         of_columns[factor.order] = np.diag(factor.upper).astype(np.float64) ** -2
     columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))  # 2 ** 40 either way
