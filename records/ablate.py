@@ -21,10 +21,11 @@ A matrix, NAME.toml (settings are those of the script, in lower case):
     layout = "3+3x3+3"
 
 Finished runs lie in NAME/<arm>_seed<N>/ beside the TOML (run.json, train.log, metrics.jsonl, result.json): commit them,
-and another machine goes on from there. The script lies there once, NAME/<script>.<first 12 digits of its SHA-256>.py,
-and not at the head of every log. Runs in hand lie in logs/NAME/ with their checkpoints; Ctrl-C, SIGTERM and
---max-minutes stop them there, and the same command resumes them, unless the script or their settings have changed: then
-they start anew. A run that diverged is a result and is kept (diverged.json); other failures are tried again.
+and another machine goes on from there. The script is that of the commit in result.json, and not at the head of every
+log; one that differed from its commit lies there once, NAME/<script>.<first 12 digits of its SHA-256>.py. Runs in
+hand lie in logs/NAME/ with their checkpoints; Ctrl-C, SIGTERM and --max-minutes stop them there, and the same command
+resumes them, unless the script or their settings have changed: then they start anew. A run that diverged is a result
+and is kept (diverged.json); other failures are tried again.
 """
 
 import dataclasses
@@ -510,10 +511,12 @@ class Queue:
             print(f"    {run.name}: {result['val_bpb']:.4f} bpb {how}{cap}", flush=True)
 
     def keep(self, run: Run, diverged: str | None) -> None:
-        """Copies the files of a finished run beside the matrix, whole or not at all, and the script once."""
+        """Copies the files of a finished run beside the matrix, whole or not at all; the script once, if no commit has
+        it."""
         source = self.plan.source
         copy = self.matrix.home / f"{Path(self.matrix.script).stem}.{sha256(source)[:12]}.py"
-        if not copy.is_file():
+        commit = str((self.result_in_hand(run) or {}).get("commit"))
+        if not copy.is_file() and not re.fullmatch("[0-9a-f]{40}", commit):  # "+" at its end: files differed
             write_text(copy, source)
         part = run.home.with_name(f"{run.name}.tmp")
         shutil.rmtree(part, ignore_errors=True)

@@ -22,7 +22,7 @@ import datetime
 import difflib
 import functools
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import lzma
@@ -39,12 +39,13 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import distributions
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import constriction
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -72,7 +73,7 @@ class InputError(ValueError):
 @dataclass(frozen=True)
 class Config:
     # run: what to do, where
-    mode: str = "train"  # train | eval | sample | export
+    mode: str = "train"  # train | preflight: what a run would take | eval | sample | export
     preset: str = ""  # smoke | demo | mini | laptop | record | baseline | pr319
     run_id: str = ""  # name of the folder under log_dir; "" makes one from the date, the preset and the seed
     resume: bool = False  # go on from the checkpoint of run_id
@@ -95,8 +96,16 @@ class Config:
     skips: str = "per_loop"  # per_loop | official | none: the U-Net shortcuts
     loop_gate: str = "x0"  # x0 | gain | none: what happens after every pass but the first
     loop_gate_init: float = 1.0  # 1 is no gate; gain: 0 lets a pass enter as the identity; x0: 1/R is PR #319's
+    inject: str = "none"  # none | add | concat | gate: how the prelude's output enters every pass but the first again
     lora_rank: int = 0  # rank of the per-pass change of every core linear; 0 = off
+    pass_vectors: bool = False  # q_gain, attn_scale, mlp_scale and resid_mix of core blocks have a row a pass
     qk_gain_init: float = 1.5  # initial factor on the queries, one per head
+    rotary_frac: float = 1.0  # part of each head's dimensions that the rotary embedding turns
+    norm_scale: bool = False  # what a block reads is scaled by 1 / sqrt(its number, from 1)
+    skip_gate: bool = False  # shortcuts blend by a sigmoid
+    parallel_from: int = 0  # from this block on (counted from 1) attention and MLP read the same input; 0 = none
+    leaky: float = 0.0  # slope of the MLP's activation below 0, before it is squared
+    attn_gate: bool = False  # a factor on each head's output, read off the block's input
     xsa: bool = False  # exclusive self attention: what a head says of a token's own value is taken off (PR #634)
     init_from: str = ""  # artifact, checkpoint or model with the same blocks, of any layout; weights go by name
     # training (it ends at the first budget that is reached; 0 = no such budget)
@@ -104,7 +113,14 @@ class Config:
     max_wallclock_seconds: float = 600.0  # seconds of training, compilation and validation not counted
     max_train_flops: float = 0.0  # floating-point operations of training, by the formula of flops_per_token
     train_batch_tokens: int = 524288  # tokens a step, over all processes
-    loop_schedule: str = ""  # "0:1,0.35:3" = one pass, from 35 % of training three; "" = all passes throughout
+    # one pass, from 35 % of training three; or "linear:0.75", "1-sqrt:0.75": one more at a time in the first 75 %
+    loop_schedule: str = ""  # "0:1,0.35:3" and the like (above); "" = all passes throughout
+    loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
+    bptt_passes: int = 0  # gradients of the last pass's loss flow back through so many passes, the last; 0 = all
+    exit_weight: float = 0.0  # of what every earlier pass says, as if the core ended there, against the last's words
+    teacher: str = ""  # artifact, checkpoint or model of the same vocabulary: its next tokens are learned as well
+    teacher_weight: float = 0.5  # of the teacher in the loss; the text has the rest
+    teacher_temperature: float = 1.0  # of teacher and model; above 1 unlikely tokens count more
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
@@ -116,9 +132,18 @@ class Config:
     muon_momentum: float = 0.95  # Muon's momentum
     muon_momentum_warmup_start: float = 0.85  # ... and its value at the first step
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
+    muon_row_norm: bool = False  # rows of Muon's update get one length before it is made orthogonal
+    polar_express: bool = False  # Polar Express instead of Newton-Schulz
+    matrix_decay: float = 0.0  # decoupled weight decay of block matrices, times matrix_lr
+    embed_decay: float = 0.0  # ... of the embedding, times tied_embed_lr
+    min_lr_frac: float = 0.0  # the learning rates end at this fraction
+    ema_decay: float = 0.0  # the weights that are scored are an exponential average over steps; 0 = the last ones
+    adam_beta2: float = 0.95  # Adam
+    normuon: float = 0.0  # second moment of the update's rows
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
     # score
-    eval_loops: int = 0  # passes when scoring and sampling; 0 = the number active at the end of training
+    eval_loops: str = ""  # passes when scoring and sampling; of a list "3,1,8" the first counts, the others are shown;
+    # "" = the number active at the end of training
     eval_stride: int = 0  # tokens between scoring windows (each token then sees more context); 0 = train_seq_len
     val_max_tokens: int = 0  # score only this many validation tokens; the score is then labelled partial; 0 = all
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
@@ -129,7 +154,6 @@ class Config:
     target_bytes: int = 0  # trellis: tune QUANT_LOSS until code + artifact just fit into so many bytes; 0 = off
     quantizer: str = "absmax"  # absmax: int6, a row spans its largest weight | trellis: as coarse as the loss allows
     quant_loss: float = 0.0  # trellis: what rounding may add to the loss, nats a token, about; 0 = 0.005
-    embed_float16: bool = False  # keep the embedding as exact as float16
     calib_tokens: int = 131072  # trellis: training tokens whose activations and gradients it looks at
     calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds reserved for that; it stops when they end
     # log
@@ -148,11 +172,11 @@ class Config:
 
 
 PRESETS = {
-    # Needs no data: makes its own text and tokenizer; under a minute on two CPU cores.
+    # Needs no data: reads Python's own reference; under a minute on two CPU cores.
     "smoke": """data_path=./data/datasets/smoke_sp512 tokenizer_path=./data/tokenizers/smoke_512_bpe.model
         vocab_size=512 layout=1+2x2+1 model_dim=64 num_heads=4 num_kv_heads=2 train_seq_len=64 train_batch_tokens=2048
-        iterations=120 max_wallclock_seconds=0 loop_schedule=0:1,0.5:2 lr_warmup_steps=10 val_loss_every=60
-        train_log_every=20 compile=0""",
+        iterations=120 max_wallclock_seconds=0 loop_schedule=0:1,0.5:2 loop_gate=gain loop_gate_init=0
+        lr_warmup_steps=10 val_loss_every=60 train_log_every=20 compile=0""",
     # Three minutes on two CPU cores, on the corpus of data/offline.py. It is hardly trained, so that the loss added by
     # rounding is several times quant_loss.
     "demo": """data_path=./data/datasets/offline_sp1024 tokenizer_path=./data/tokenizers/offline_1024_bpe.model
@@ -160,42 +184,47 @@ PRESETS = {
         max_wallclock_seconds=180 loop_schedule=0:1,0.6:2 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20
         muon_momentum_warmup_steps=100 val_loss_every=100 val_max_tokens=65536 train_log_every=20
         quantizer=trellis quant_loss=0.001 calib_tokens=16384 calib_seconds=15""",
-    # The scale model: 80,000 bytes of weights, 5e13 FLOPs (track_mini). Vocabulary, depth, batch and about four bits a
-    # weight by records/ablations/mini_bits and mini_shape, at half the size, xsa by mini_trials; width by the bytes.
+    # The scale model: 80,000 bytes of weights, 5e13 FLOPs (track_mini). Vocabulary, depth and batch by
+    # records/ablations/mini_bits and mini_shape, at half the size, xsa by mini_trials; width so that a weight gets five
+    # bits, by mini_full.
     "mini": """data_path=./data/datasets/mini_sp1024 tokenizer_path=./data/tokenizers/fineweb_1024_bpe.model
-        layout=2 model_dim=64 num_heads=2 num_kv_heads=1 mlp_mult=4 train_seq_len=256 train_batch_tokens=4096
+        layout=2 model_dim=56 num_heads=2 num_kv_heads=1 mlp_mult=4 train_seq_len=256 train_batch_tokens=4096
         iterations=0 max_wallclock_seconds=0 max_train_flops=5e13 warmdown_frac=0.67 lr_warmup_steps=20
         muon_momentum_warmup_steps=100 val_loss_every=2000 train_log_every=200 quantizer=trellis bytes_cap=80000
         target_bytes=80000 count_code=0 calib_tokens=65536 microbatch_tokens=2048 xsa=1""",
     # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too.
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
-        loop_schedule=0:1,0.35:3 lr_warmup_steps=20 muon_momentum_warmup_steps=200 val_loss_every=200
-        val_max_tokens=1048576 train_log_every=20""",
+        loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20 muon_momentum_warmup_steps=200
+        val_loss_every=200 val_max_tokens=1048576 train_log_every=20""",
     # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016.
-    "record": """layout=3+3x3+5 mlp_mult=4 xsa=1 loop_schedule=0:1,0.35:3 lr_warmup_steps=20 grad_clip_norm=1
-        quantizer=trellis target_bytes=16000000 count_code=packed calib_seconds=4""",
+    # Passes come on as the identity, here and in all presets that switch: records/does_recurrence_pay/switch.
+    "record": """layout=3+3x3+5 mlp_mult=4 xsa=1 loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0
+        lr_warmup_steps=20 grad_clip_norm=1 quantizer=trellis target_bytes=16000000 count_code=packed
+        calib_seconds=4""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
     "pr319": """layout=5x3 model_dim=640 skips=none loop_gate=x0 loop_gate_init=0.3333333333333333 warmdown_frac=0
         train_batch_tokens=786432 max_wallclock_seconds=2400""",
 }
 CHOICES = {
-    "mode": ("train", "eval", "sample", "export"),
+    "mode": ("train", "preflight", "eval", "sample", "export"),
     "preset": ("", *PRESETS),
     "skips": ("per_loop", "official", "none"),
     "loop_gate": ("x0", "gain", "none"),
+    "inject": ("none", "add", "concat", "gate"),
     "count_code": ("1", "packed", "0"),
     "quantizer": ("absmax", "trellis"),
     "device": ("", "cuda", "mps", "gpu", "cpu"),
     "dtype": ("", "bfloat16", "float32"),
 }
+TRAINS = ("train", "preflight")  # modes that start a model; the others use a file
 # The first setting of each group; a group ends where the next begins.
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
                     artifact="bytes_cap", log="train_log_every", machine="device", sample="prompt")  # fmt: skip
 ABOVE_ZERO = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap
-    train_batch_tokens""".split()
+    train_batch_tokens teacher_temperature""".split()
 AT_MOST = dict(vocab_size=65536, train_seq_len=2**20, seed=2**32 - 1, warmdown_frac=1, muon_momentum=1,
-               muon_momentum_warmup_start=1)  # fmt: skip
+               muon_momentum_warmup_start=1, teacher_weight=1)  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9",
@@ -209,7 +238,6 @@ REPLACED = {
     "MLX_MAX_MICROBATCH_TOKENS": "MICROBATCH_TOKENS",
     "EMBED_LR": "TIED_EMBED_LR",
     "HEAD_LR": "TIED_EMBED_LR",
-    "EMBED_BITS": "EMBED_FLOAT16=1",
     "TRAIN_MAX_SEQ_LEN": "TRAIN_SEQ_LEN",
     "OUT_DIR": "LOG_DIR",
 }
@@ -286,7 +314,7 @@ def load_config(argv: list[str], environ: dict[str, str], default_preset: str) -
     kinds = {field.name: str(field.type) for field in dataclasses.fields(Config)}
     values, notices = read_environment(environ, kinds)
     values |= read_flags(argv, kinds)
-    trains = values.get("mode", "train") == "train"  # what uses a file has no preset unless it is named
+    trains = values.get("mode", "train") in TRAINS  # what uses a file has no preset unless it is named
     preset = values.get("preset") or (default_preset if trains else "")
     near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
     known = preset in PRESETS or not preset
@@ -332,7 +360,7 @@ def config_sha256(c: Config) -> str:
 # ======================================================================================================================
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank
-    train_seq_len xsa""".split()
+    pass_vectors train_seq_len xsa inject rotary_frac norm_scale skip_gate parallel_from leaky attn_gate""".split()
 
 
 class Layout(NamedTuple):
@@ -370,10 +398,19 @@ def check_model(c: Config) -> None:
     require(heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", heads, f"try {near}")
     require(heads % c.num_kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", c.num_kv_heads)
     require(c.train_seq_len * dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", c.train_seq_len * dim)
-    require(not c.lora_rank or layout.loops > 1, "LORA_RANK", f"0 with one pass (LAYOUT={c.layout})", c.lora_rank)
+    for name, off in (("lora_rank", 0), ("pass_vectors", 0), ("inject", "none")):
+        value, one = getattr(c, name), f"{off} with one pass (LAYOUT={c.layout})"
+        require(value == off or layout.loops > 1, name.upper(), one, value)
     most = f"at most {layout.loops} passes with SKIPS=official (the shortcuts of more were never trained)"
-    trained = c.eval_loops <= layout.loops or c.skips != "official"
+    whole = re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?", c.eval_loops)
+    require(whole, "EVAL_LOOPS", 'passes such as "3" or "3,1,8"', f'"{c.eval_loops}"')
+    trained = max(eval_passes(c, 0)) <= layout.loops or c.skips != "official"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
+
+
+def eval_passes(c: Config, trained: int) -> list[int]:
+    """EVAL_LOOPS as numbers, the one that counts first; for none, and for 0, the number that was trained."""
+    return [int(passes) or trained for passes in (c.eval_loops or "0").split(",")]
 
 
 class Visit(NamedTuple):
@@ -442,22 +479,38 @@ def linear_shapes(c: Config) -> dict[str, tuple[int, int]]:
     }
 
 
+def vector_shapes(c: Config, passes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the vectors of one block, which is applied in `passes` passes."""
+    dim, rows = c.model_dim, (passes,) if c.pass_vectors and passes > 1 else ()
+    return {
+        "attn.q_gain": (*rows, c.num_heads),
+        **({"attn.gate": (c.num_heads, 12)} if c.attn_gate else {}),
+        "attn_scale": (*rows, dim),
+        "mlp_scale": (*rows, dim),
+        "resid_mix": (*rows, 2, dim),
+    }
+
+
 def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, in the order in which they are drawn; with one pass none is per pass."""
     layout, dim = parse_layout(c.layout), c.model_dim
     shapes = {"tok_emb.weight": (c.vocab_size, dim)}
     for i in range(layout.blocks):
         shapes |= {f"blocks.{i}.{name}.weight": shape for name, shape in linear_shapes(c).items()}
-        shapes[f"blocks.{i}.attn.q_gain"] = (c.num_heads,)
-        shapes[f"blocks.{i}.attn_scale"] = (dim,)
-        shapes[f"blocks.{i}.mlp_scale"] = (dim,)
-        shapes[f"blocks.{i}.resid_mix"] = (2, dim)
+        passes = layout.loops if 0 <= i - layout.prelude < layout.core else 1
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in vector_shapes(c, passes).items()}
     if rows := skip_rows(layout, c.skips):
         shapes["skip_weights"] = (len(rows), dim)
+        if c.skip_gate:
+            shapes["skip_gates"] = (len(rows), dim)
     if layout.loops > 1:
         shapes["loop_embed"] = (layout.loops, dim)
         if c.loop_gate != "none":
             shapes["loop_gate"] = (layout.loops,)
+        if c.inject == "gate":
+            shapes["inject_gate"] = (dim,)
+        if c.inject == "concat":
+            shapes["inject.weight"] = (dim, 2 * dim)
         for i in range(layout.prelude, layout.prelude + layout.core) if c.lora_rank else ():
             for name, (out, inp) in linear_shapes(c).items():
                 shapes[f"blocks.{i}.{name}.lora_a"] = (layout.loops, c.lora_rank, inp)
@@ -467,10 +520,10 @@ def param_shapes(c: Config) -> dict[str, tuple[int, ...]]:
 
 PARAM_GROUPS = {
     "embed": r"tok_emb\.weight",
-    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|loop_embed",
+    "scalar": r"blocks\.\d+\.(attn\.q_gain|attn\.gate|attn_scale|mlp_scale|resid_mix)|skip_weights|skip_gates|loop_embed|inject_gate",
     "gate": r"loop_gate",
     "lora": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.lora_[ab]",
-    "matrix": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.weight",
+    "matrix": r"blocks\.\d+\.(attn\.(q|k|v|proj)|mlp\.(fc|proj))\.weight|inject\.weight",
 }
 
 
@@ -489,17 +542,20 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
     """float32 start values from one generator: equal seeds give equal weights in both scripts, and equal block weights
     in every layout with the same blocks. Per-pass parameters start as the identity (but for a gate other than 1)."""
     rng, weights = np.random.RandomState(c.seed), {}
-    constants = {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init}
+    constants = {"q_gain": c.qk_gain_init, "loop_gate": c.loop_gate_init, "inject_gate": 0.5}
     for name, shape in param_shapes(c).items():
         leaf = name.rsplit(".", 1)[-1]
         if name == "tok_emb.weight":
             value = EMBED_INIT_STD * rng.standard_normal(shape)
-        elif name.endswith("proj.weight") or leaf in ("lora_b", "loop_embed"):
+        elif name == "inject.weight":
+            value = np.hstack([0.5 * np.eye(c.model_dim)] * 2)
+        elif name.endswith("proj.weight") or leaf in ("lora_b", "loop_embed", "gate", "skip_gates"):
             value = np.zeros(shape)
         elif leaf in ("weight", "lora_a"):
             value = rng.uniform(-1, 1, shape) / math.sqrt(shape[-1])
         elif leaf == "resid_mix":
-            value = np.stack([np.ones(shape[1]), np.zeros(shape[1])])
+            value = np.ones(shape)
+            value[..., 1, :] = 0
         else:
             value = np.full(shape, constants.get(leaf, 1.0))
         weights[name] = value.astype(np.float32)
@@ -508,25 +564,29 @@ def initial_weights(c: Config) -> dict[str, np.ndarray]:
 
 def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dict) -> dict[str, np.ndarray]:
     """Start values of `c`, with those of the same name from a model of another layout with the same blocks. Rows of
-    skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as in a new model."""
+    skip_weights go to the shortcut between the same blocks; per-pass rows beyond theirs start as in a new model, but
+    those of a block's vectors (PASS_VECTORS) as its last one."""
     weights, layout, their_layout = initial_weights(c), parse_layout(c.layout), parse_layout(their_config["layout"])
     blocks, rows = layout.blocks, skip_rows(layout, c.skips)
     require(
         their_layout.blocks == blocks, "INIT_FROM", f"the {blocks} blocks of LAYOUT={c.layout}", their_layout.blocks
     )
-    mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT and VOCAB_SIZE must be those of the file"
+    mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT, VOCAB_SIZE and PASS_VECTORS must be those of the file"
     for name, value in theirs.items():
         mine = weights.get(name)
         if name == "skip_weights":
             for key, row in skip_rows(their_layout, their_config["skips"]).items():
                 if key in rows and value.shape[1] == c.model_dim:
                     mine[rows[key]] = value[row]
-        elif name in ("loop_embed", "loop_gate") or ".lora_" in name:
+        elif name in ("loop_embed", "loop_gate") or ".lora_" in name or name.startswith("inject"):
             alike = name != "loop_gate" or c.loop_gate == their_config["loop_gate"]  # x0's gates are no gains
             if alike and mine is not None and mine.shape[1:] == value.shape[1:]:
                 mine[: len(value)] = value[: len(mine)]
         else:
-            shape = None if mine is None else mine.shape
+            shape, plain = () if mine is None else mine.shape, 2 if name.endswith("resid_mix") else 1
+            if is_vector(name) and len(shape) > plain:  # a row a pass
+                rows_of = value if value.ndim > plain else value[None]
+                value = rows_of[np.minimum(np.arange(shape[0]), len(rows_of) - 1)]
             require(value.shape == shape, f"INIT_FROM: {name}", f"shape {shape}", value.shape, mend)
             mine[:] = value
     return weights
@@ -537,20 +597,40 @@ def count_params(c: Config) -> int:
 
 
 def effective_params(c: Config) -> int:
-    """Parameters counted once per application, with all passes on (LoRA and loop vectors have their own row a pass)."""
+    """Parameters counted once per application, with all passes on (what has its own row a pass is counted once)."""
     layout, shapes = parse_layout(c.layout), param_shapes(c)
-    per_block = sum(math.prod(shapes[name]) for name in shapes if re.match(r"blocks\.0\.(?!.*lora)", name))
+    tied = r"blocks\.0\..*weight" if c.pass_vectors else r"blocks\.0\.(?!.*lora)"
+    per_block = sum(math.prod(shapes[name]) for name in shapes if re.match(tied, name))
     return count_params(c) + per_block * (layout.depth - layout.blocks)
 
 
 def flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of one forward pass per token: 2 per weight and application, 2*seq*dim per attention
-    (its causal half), the output layer, LoRA. Training costs three times this; the optimizer is not counted."""
-    layout, linears = parse_layout(c.layout), linear_shapes(c).values()
-    applications = layout.prelude + layout.core * loops + layout.coda
-    matrices = sum(out * inp for out, inp in linears)
-    lora = c.lora_rank * sum(out + inp for out, inp in linears) * layout.core * loops
-    return 2.0 * (applications * (matrices + c.train_seq_len * c.model_dim) + lora + c.vocab_size * c.model_dim)
+    (its causal half), the output layer, LoRA, INJECT=concat."""
+    layout = parse_layout(c.layout)
+    once = (layout.prelude + layout.coda) * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim
+    concat = 4.0 * c.model_dim**2 * max(loops - 1, 0) * (c.inject == "concat")
+    return once + layout.core * flops_per_block(c, c.lora_rank) * loops + concat
+
+
+def flops_per_block(c: Config, rank: int) -> float:
+    """Floating-point operations of a block with LoRA of this rank, per token, forward."""
+    linears = linear_shapes(c).values()
+    lora = rank * sum(out + inp for out, inp in linears)
+    return 2.0 * (sum(out * inp for out, inp in linears) + c.train_seq_len * c.model_dim + lora)
+
+
+def train_flops_per_token(c: Config, loops: int) -> float:
+    """Floating-point operations of training per token: three times the forward pass, but once where BPTT_PASSES stops
+    the gradient. With EXIT_WEIGHT coda and output layer count for every pass, and no pass is without a gradient, since
+    each has a loss of its own. The optimizer is not counted, and a teacher elsewhere."""
+    if c.exit_weight:
+        layout = parse_layout(c.layout)
+        exits = (loops - 1) * (layout.coda * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim)
+        return 3 * (flops_per_token(c, loops) + exits)
+    stopped = max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
+    without = flops_per_token(c, stopped) - flops_per_token(c, 0) if stopped else 0.0
+    return 3 * flops_per_token(c, loops) - 2 * without
 
 
 # ======================================================================================================================
@@ -621,6 +701,11 @@ def without_own(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * own).mean(dim=-1, keepdim=True) * own).flatten(2)
 
 
+def of_pass(vector: Tensor, loop: int, axes: int = 1) -> Tensor:
+    """The vector of `axes` axes that a pass uses: with PASS_VECTORS a row, the last one beyond the trained passes."""
+    return vector if vector.ndim == axes else vector[min(loop, len(vector) - 1)]
+
+
 class Linear(nn.Module):
     """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
 
@@ -649,16 +734,24 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
         for name in ("q", "k", "v", "proj"):
             setattr(self, name, Linear(*linear_shapes(c)[f"attn.{name}"], passes, rank))
-        self.q_gain, self.xsa = nn.Parameter(torch.empty(c.num_heads)), c.xsa
+        self.q_gain, self.xsa = nn.Parameter(torch.empty(vector_shapes(c, passes)["attn.q_gain"])), c.xsa
+        self.turned = int(self.head_dim * c.rotary_frac) // 2 * 2
+        if c.attn_gate:
+            self.gate = nn.Parameter(torch.empty(vector_shapes(c, passes)["attn.gate"]))
 
     def forward(self, x: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q = self.q(x, loop).unflatten(-1, (self.heads, self.head_dim))
         k = self.k(x, loop).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v(x, loop).unflatten(-1, (self.kv_heads, self.head_dim))
         cos, sin = (table[: x.size(1), None].to(x.dtype) for table in rotary)
-        q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
-        y = attend(q * self.q_gain.to(x.dtype)[:, None], k, v)
-        return self.proj(without_own(y, v) if self.xsa else y, loop)
+        q, k, d = rms_norm(q), rms_norm(k), self.turned
+        q, k = (torch.cat((rotate(z[..., :d], cos, sin), z[..., d:]), dim=-1) for z in (q, k))
+        y = attend(q * of_pass(self.q_gain, loop).to(x.dtype)[:, None], k, v)
+        y = without_own(y, v) if self.xsa else y
+        if hasattr(self, "gate"):
+            gate = 2 * torch.sigmoid(F.linear(x[..., :12], self.gate.to(x.dtype)))
+            y = (y.unflatten(-1, (self.heads, self.head_dim)) * gate.unsqueeze(-1)).flatten(-2)
+        return self.proj(y, loop)
 
 
 class MLP(nn.Module):
@@ -668,27 +761,39 @@ class MLP(nn.Module):
         super().__init__()
         self.fc = Linear(*linear_shapes(c)["mlp.fc"], passes, rank)
         self.proj = Linear(*linear_shapes(c)["mlp.proj"], passes, rank)
+        self.leaky = c.leaky
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
-        return self.proj(torch.relu(self.fc(x, loop)).square(), loop)
+        h = self.fc(x, loop)
+        return self.proj((F.leaky_relu(h, self.leaky) if self.leaky else torch.relu(h)).square(), loop)
 
 
 class Block(nn.Module):
     """x = mix0*x + mix1*x0; x += attn_scale*attn(norm(x)); x += mlp_scale*mlp(norm(x))."""
 
-    def __init__(self, c: Config, passes: int, rank: int):
+    def __init__(self, c: Config, passes: int, rank: int, number: int = 1):
         super().__init__()
+        self.scale = number**-0.5 if c.norm_scale else 1.0
+        self.parallel = 0 < c.parallel_from <= number
         self.attn = Attention(c, passes, rank)
         self.mlp = MLP(c, passes, rank)
-        self.attn_scale = nn.Parameter(torch.empty(c.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(c.model_dim))
-        self.resid_mix = nn.Parameter(torch.empty(2, c.model_dim))
+        for name in ("attn_scale", "mlp_scale", "resid_mix"):
+            setattr(self, name, nn.Parameter(torch.empty(vector_shapes(c, passes)[name])))
 
     def forward(self, x: Tensor, x0: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        mix = self.resid_mix.to(x.dtype)
+        mix = of_pass(self.resid_mix, loop, 2).to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), loop, rotary)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x), loop)
+        seen = rms_norm(x) * self.scale
+        x = x + of_pass(self.attn_scale, loop).to(x.dtype) * self.attn(seen, loop, rotary)
+        seen = seen if self.parallel else rms_norm(x) * self.scale
+        return x + of_pass(self.mlp_scale, loop).to(x.dtype) * self.mlp(seen, loop)
+
+
+def divergence(theirs: Tensor, mine: Tensor, temperature: float) -> Tensor:
+    """Forward Kullback-Leibler divergence of the distributions of two logits [n, t, vocab] at a temperature, times its
+    square (so that gradients keep their size), in nats [n, t]."""
+    p, q = (F.log_softmax(logits / temperature, dim=-1) for logits in (theirs, mine))
+    return temperature**2 * (p.exp() * (p - q)).sum(dim=-1)
 
 
 class RecurrentGPT(nn.Module):
@@ -700,34 +805,69 @@ class RecurrentGPT(nn.Module):
         core = range(self.layout.prelude, self.layout.prelude + self.layout.core)
         shapes = param_shapes(c)
         self.tok_emb = Linear(*shapes["tok_emb.weight"])
-        ranks = [c.lora_rank if i in core else 0 for i in range(self.layout.blocks)]
-        self.blocks = nn.ModuleList([Block(c, self.layout.loops, rank) for rank in ranks])
-        for name in ("skip_weights", "loop_embed", "loop_gate"):
+        passes = [self.layout.loops if i in core else 1 for i in range(self.layout.blocks)]
+        self.blocks = nn.ModuleList([Block(c, n, c.lora_rank if n > 1 else 0, i + 1) for i, n in enumerate(passes)])
+        if "inject.weight" in shapes:
+            self.inject = Linear(*shapes["inject.weight"])
+        for name in ("skip_weights", "skip_gates", "loop_embed", "loop_gate", "inject_gate"):
             if name in shapes:
                 setattr(self, name, nn.Parameter(torch.empty(shapes[name])))
-        cos, sin = rotary_tables(c.train_seq_len, c.model_dim // c.num_heads)
+        cos, sin = rotary_tables(c.train_seq_len, int(c.model_dim // c.num_heads * c.rotary_frac) // 2 * 2)
         self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
         self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
 
-    def hidden(self, ids: Tensor, loops: int) -> Tensor:
-        """ids [n, t] -> normed activations [n, t, dim]."""
+    def hidden(self, ids: Tensor, loops: int, bptt_passes: int = 0, exits: list | None = None) -> Tensor:
+        """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all.
+        `exits` gets the activations as they were if the core ended with each pass but the last."""
         x0 = x = rms_norm(F.embedding(ids, self.tok_emb.weight).to(self.dtype))
-        looped = self.layout.loops > 1
+        looped, by_pass = self.layout.loops > 1, self.config.lora_rank or self.config.pass_vectors
         saved: dict[int, Tensor] = {}
         for number, visit in enumerate(visits(self.layout, self.config.skips, loops)):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
             if visit.opens and looped:
-                x = x + self.loop_embed[row].to(x.dtype)
-                x_in = x
+                if visit.loop == 0:
+                    entry = x
+                elif bptt_passes and visit.loop == loops - bptt_passes:
+                    x = x.detach()
+                x = x_in = x + self.loop_embed[row].to(x.dtype)
+                if visit.loop > 0:
+                    x = self.injected(x, entry)
             if visit.skip_from >= 0:
-                x = x + self.skip_weights[visit.skip_row].to(x.dtype) * saved.pop(visit.skip_from)
-            loop = visit.loop if self.config.lora_rank else 0  # blocks that are called alike share a compiled graph
+                skip = self.skip_weights[visit.skip_row].to(x.dtype) * saved.pop(visit.skip_from)
+                if self.config.skip_gate:
+                    g = torch.sigmoid(self.skip_gates[visit.skip_row]).to(x.dtype)
+                    x = g * x + (1 - g) * skip
+                else:
+                    x = x + skip
+            loop = visit.loop if by_pass else 0  # blocks that are called alike share a compiled graph
             x = self.blocks[visit.block](x, x0, loop, (self.cos, self.sin))
             if visit.saves:
                 saved[number] = x
             if visit.closes and visit.loop > 0 and looped and self.config.loop_gate != "none":
                 x = self.gate(x, x_in, x0, row)
+            if visit.closes and exits is not None and visit.loop + 1 < loops:
+                exits.append(self.leave(x, x0, visit.loop + 1, saved))
         return rms_norm(x)
+
+    def leave(self, x: Tensor, x0: Tensor, loops: int, saved: dict[int, Tensor]) -> Tensor:
+        """Normed activations [n, t, dim] of a core that ends at x, after `loops` passes: what the coda makes of it."""
+        plan = visits(self.layout, self.config.skips, loops)
+        for visit in plan[len(plan) - self.layout.coda :]:
+            if visit.skip_from >= 0:
+                x = x + self.skip_weights[visit.skip_row].to(x.dtype) * saved[visit.skip_from]
+            x = self.blocks[visit.block](x, x0, 0, (self.cos, self.sin))
+        return rms_norm(x)
+
+    def injected(self, x: Tensor, entry: Tensor) -> Tensor:
+        """What a pass but the first starts from: its state x and `entry`, the prelude's output, which is all that the
+        first starts from. `add`: x + entry; `gate`: g*x + (1-g)*entry; `concat`: A [x, entry] (arXiv 2511.07384)."""
+        if self.config.inject == "add":
+            return x + entry
+        if self.config.inject == "gate":
+            return x + (self.inject_gate - 1).to(x.dtype) * (x - entry)
+        if self.config.inject == "concat":
+            return self.inject(torch.cat((x, entry), dim=-1), 0)
+        return x
 
     def gate(self, x: Tensor, x_in: Tensor, x0: Tensor, row: int) -> Tensor:
         """After every pass but the first. `gain`: x_in + g*(x - x_in), so that a pass whose g is 0 changes nothing.
@@ -741,19 +881,32 @@ class RecurrentGPT(nn.Module):
         """Normed activations [n, t, dim] -> soft-capped logits, float32 [n, t, vocab]."""
         return LOGIT_SOFTCAP * torch.tanh(self.tok_emb(x, 0).float() / LOGIT_SOFTCAP)
 
-    def losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
-        logits = self.logits(x)
+    def losses(self, x: Tensor, targets: Tensor, exits: Sequence[Tensor] = (), teacher: Tensor | None = None) -> Tensor:
+        """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]; with a teacher's
+        logits [n, t, vocab] mixed with their divergence, and with that of what earlier passes say from the last."""
+        c, logits = self.config, self.logits(x)
         is_target = torch.arange(logits.size(-1), device=logits.device) == targets.unsqueeze(-1)  # no scatter backwards
-        return logits.exp().sum(dim=-1).log() - torch.where(is_target, logits, 0.0).sum(dim=-1)
+        loss = logits.exp().sum(dim=-1).log() - torch.where(is_target, logits, 0.0).sum(dim=-1)
+        if teacher is not None:
+            taught = divergence(teacher, logits, c.teacher_temperature)
+            loss = (1 - c.teacher_weight) * loss + c.teacher_weight * taught
+        for early in exits:
+            loss = loss + c.exit_weight * divergence(logits.detach(), self.logits(early), 1.0)
+        return loss
 
     def forward(self, ids: Tensor, loops: int) -> Tensor:
         """ids [n, t] -> logits, float32 [n, t, vocab]."""
         return self.logits(self.hidden(ids, loops))
 
-    def token_losses(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
+    def token_losses(self, ids: Tensor, targets: Tensor, loops: int, bptt_passes: int = 0) -> Tensor:
         """ids, targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
-        return self.losses(self.hidden(ids, loops), targets)
+        return self.losses(self.hidden(ids, loops, bptt_passes), targets)
+
+    def objective(self, ids: Tensor, targets: Tensor, loops: int, bptt_passes: int, teacher: Tensor | None) -> Tensor:
+        """`token_losses` with what EXIT_WEIGHT and a teacher's logits add."""
+        exits = [] if self.config.exit_weight else None
+        x = self.hidden(ids, loops, bptt_passes, exits)
+        return self.losses(x, targets, exits or (), teacher)
 
 
 # ======================================================================================================================
@@ -761,13 +914,19 @@ class RecurrentGPT(nn.Module):
 # What happens when, as functions of progress, the fraction of training done.
 # ======================================================================================================================
 def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
-    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes."""
+    """Reads "0:1,0.35:3" as [(0.0, 1), (0.35, 3)]: from this fraction of training on, so many passes. A curriculum of
+    width w rises with x = progress / w, as loops * x or loops * (1 - sqrt(1 - x)), rounded up (arXiv 2511.07384)."""
     name, found = "LOOP_SCHEDULE", f'"{text}"'
+    kind, _, width = text.partition(":")
     try:
+        if kind in ("linear", "1-sqrt"):
+            left = [1 - n / loops for n in range(loops)]
+            starts = [1 - part**2 if kind == "1-sqrt" else 1 - part for part in left]
+            text = ",".join(f"{start * float(width)}:{n}" for n, start in enumerate(starts, 1))
         schedule = [(float(at), int(n)) for at, n in (entry.split(":") for entry in (text or f"0:{loops}").split(","))]
     except ValueError:
         schedule = []
-    require(schedule, name, 'fraction:passes,... such as "0:1,0.35:3"', found)
+    require(schedule, name, '"0:1,0.35:3", fractions of training and passes, "linear:0.75" or "1-sqrt:0.75"', found)
     (start, fewest), (end, most) = schedule[0], schedule[-1]
     require(start == 0, name, "a start at 0", found, 'begin with "0:1"')
     rising = all(a < b and m < n for (a, m), (b, n) in zip(schedule, schedule[1:]))
@@ -780,13 +939,35 @@ def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
 
 
 def check_schedules(c: Config) -> None:
-    parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops)
+    loops = parse_layout(c.layout).loops
+    parse_loop_schedule(c.loop_schedule, loops)
+    one_pass = f"0 with one pass (LAYOUT={c.layout})"
+    for name in ("loop_sample", "bptt_passes", "exit_weight"):
+        require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
+    for name in ("bptt_passes", "exit_weight"):
+        value, expected = getattr(c, name), "0 with SKIPS=official (whose shortcuts go from pass to pass)"
+        require(c.skips != "official" or not value, name.upper(), expected, value)
+    most = loops if c.skips == "official" else 64  # shortcuts of more passes have no weights; a draw of more is a waste
+    expected = f"0, or from the {loops} passes of LAYOUT to {most}"
+    require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
+    mend = "set INJECT=gate, or SKIPS=per_loop with a coda as long as the prelude"
+    require(prelude_learns(c), "BPTT_PASSES", "0 where nothing else leads back to the prelude", c.bptt_passes, mend)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
-    require(budget or c.mode != "train", name, "one budget", "none", "set one")
+    require(budget or c.mode not in TRAINS, name, "one budget", "none", "set one")
     kept, below = export_seconds(c), f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
     left = not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
     require(left, "CALIB_SECONDS", below, f"{kept:g}, which leaves nothing to train in")
+
+
+def prelude_learns(c: Config) -> bool:
+    """Whether the loss reaches the prelude past the stop of BPTT_PASSES. Muon would move a matrix without a gradient on
+    along its last momentum, at full length."""
+    layout = parse_layout(c.layout)
+    if not layout.prelude or not 0 < c.bptt_passes < max(loop_counts(c)):
+        return True
+    shortcut = c.skips == "per_loop" and layout.coda >= layout.prelude
+    return shortcut or c.inject != "none" or c.exit_weight > 0
 
 
 def seconds_to_train(c: Config) -> float:
@@ -804,11 +985,28 @@ def loops_at(c: Config, progress: float) -> int:
     return [n for at, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops) if at <= progress][-1]
 
 
+def draw_loops(c: Config, mean: int, step: int) -> int:
+    """Passes of a step where about `mean` are scheduled: with LOOP_SAMPLE one more than a Poisson number whose rate is
+    log-normal with sigma 1/2 and mean `mean` - 1 (arXiv 2511.07384, where the mean is one more). The same on every
+    process and in both scripts, since the seed and the step draw it."""
+    if not c.loop_sample or mean == 1:
+        return mean
+    rng, sigma = np.random.RandomState([c.seed, step]), 0.5  # its stream is the same in every NumPy
+    rate = math.exp(rng.normal(math.log(mean - 1) - sigma**2 / 2, sigma))
+    return min(1 + int(rng.poisson(rate)), c.loop_sample)
+
+
+def loop_counts(c: Config) -> list[int]:
+    """Every number of passes that a step of training can have."""
+    scheduled = [n for _, n in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops)]
+    return list(range(1, c.loop_sample + 1)) if c.loop_sample else scheduled
+
+
 def lr_mul_at(c: Config, step: int, progress: float) -> float:
     """Factor on every learning rate: up to 1 over the first steps, down to 0 over the last part of training."""
     steps = min(c.lr_warmup_steps, c.iterations or c.lr_warmup_steps)
     rise = min(1.0, (step + 1) / steps) if steps else 1.0
-    return rise * (min(1.0, (1.0 - progress) / c.warmdown_frac) if c.warmdown_frac else 1.0)
+    return rise * max(min(1.0, (1.0 - progress) / c.warmdown_frac) if c.warmdown_frac else 1.0, c.min_lr_frac)
 
 
 def momentum_at(c: Config, step: int) -> float:
@@ -829,8 +1027,8 @@ def adam_rates(c: Config) -> dict[str, float]:
 
 def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
     """Muon's learning rate of one matrix [rows, columns]."""
-    layout, block = parse_layout(c.layout), int(name.split(".")[1])
-    looped = layout.loops > 1 and layout.prelude <= block < layout.prelude + layout.core
+    layout, (group, block, *_) = parse_layout(c.layout), name.split(".")
+    looped = group == "inject" or (layout.loops > 1 and 0 <= int(block) - layout.prelude < layout.core)
     return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5 * (c.core_lr_scale if looped else 1.0)
 
 
@@ -849,14 +1047,22 @@ def optimizer_buffers(c: Config) -> dict[str, tuple[int, ...]]:
 # views of one flat vector, and so are their gradients: one all-reduce, one norm, and matrices of one shape lie side by
 # side, so that Newton-Schulz runs on all at once. A parameter that a loop count does not touch has a zero gradient.
 # ======================================================================================================================
-def newton_schulz(g: Tensor) -> Tensor:
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def newton_schulz(g: Tensor, polar: bool = False) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly, of g [count, rows, columns], in g's dtype (Jordan et al., Muon)."""
-    a, b, c = NEWTON_SCHULZ
     flip = g.size(1) > g.size(2)
     x = g.mT if flip else g
     norm = x.float().square().sum(dim=(1, 2), keepdim=True).sqrt()
-    x = x / (norm + 1e-7).to(x.dtype)
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    x = x / (norm * (1.02 if polar else 1) + 1e-7).to(x.dtype)
+    for a, b, c in POLAR_EXPRESS if polar else (NEWTON_SCHULZ,) * NEWTON_SCHULZ_STEPS:
         xx = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
     return x.mT if flip else x
@@ -929,16 +1135,23 @@ class Optimizer:
         norm = torch.linalg.vector_norm(self.grads)
         if self.config.grad_clip_norm:
             self.grads.mul_((self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        if self.config.embed_decay:
+            low, high, rate = self.adam_ranges[0]
+            self.weights[low:high].mul_(1 - rate * lr_mul * self.config.embed_decay)
         self.update_adam(lr_mul)
         self.update_muon(lr_mul, momentum, compute_dtype)
+        if self.config.ema_decay:
+            if not hasattr(self, "average"):
+                self.average = self.weights.clone()
+            self.average.lerp_(self.weights, 1 - min(self.config.ema_decay, self.steps / (self.steps + 10)))
         self.grads.zero_()
         return norm
 
     def update_adam(self, lr_mul: float) -> None:
         weights, grads = self.weights[: self.adam_end], self.grads[: self.adam_end]
         self.exp_avg.lerp_(grads, 1 - BETA1)
-        self.exp_avg_sq.mul_(BETA2).addcmul_(grads, grads, value=1 - BETA2)
-        root = (self.exp_avg_sq / (1 - BETA2**self.steps)).sqrt_().add_(ADAM_EPS)
+        self.exp_avg_sq.mul_(self.config.adam_beta2).addcmul_(grads, grads, value=1 - self.config.adam_beta2)
+        root = (self.exp_avg_sq / (1 - self.config.adam_beta2**self.steps)).sqrt_().add_(ADAM_EPS)
         for low, high, rate in self.adam_ranges:
             step_size = rate * lr_mul / (1 - BETA1**self.steps)
             weights[low:high].addcdiv_(self.exp_avg[low:high], root[low:high], value=-step_size)
@@ -949,12 +1162,25 @@ class Optimizer:
         grads.add_(self.momentum, alpha=momentum)  # Nesterov
         for low, high, shape, rates in self.stacks:
             direction = self.orthogonal(self.grads[low:high].view(shape).to(compute_dtype)).float()
+            if self.config.matrix_decay:
+                self.weights[low:high].mul_(1 - self.config.matrix_lr * lr_mul * self.config.matrix_decay)
+            if self.config.normuon:
+                if not hasattr(self, "second"):
+                    self.second = {}
+                before = direction.square().sum(dim=(1, 2), keepdim=True).sqrt()
+                rows = direction.square().mean(dim=2, keepdim=True)
+                held = self.second.setdefault(low, torch.zeros_like(rows))
+                held.lerp_(rows, 1 - self.config.normuon)
+                direction = direction / (held / (1 - self.config.normuon**self.steps)).sqrt().add(1e-10)
+                direction = direction * (before / direction.square().sum(dim=(1, 2), keepdim=True).sqrt())
             self.weights[low:high].view(shape).sub_(direction * (rates * lr_mul))
 
     def orthogonal(self, g: Tensor) -> Tensor:
         """Newton-Schulz of g [count, rows, columns]; with several processes each does its share of the matrices."""
+        if self.config.muon_row_norm:
+            g = rms_norm(g)
         if self.world == 1:
-            return newton_schulz(g)
+            return newton_schulz(g, self.config.polar_express)
         share = -(-g.size(0) // self.world)
         padded = F.pad(g, (0, 0, 0, 0, 0, self.world * share - g.size(0)))
         mine, out = padded[self.rank * share : (self.rank + 1) * share], torch.empty_like(padded)
@@ -983,7 +1209,7 @@ def check_data(c: Config) -> None:
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
 
 
-def open_shard(path: Path, vocab_size: int) -> np.ndarray:
+def open_shard(path: Path, vocab_size: int) -> np.memmap:
     """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
     head, repair = SHARD_HEADER_BYTES, "delete it and run the data tool again"
     require(path.is_file(), path, "a shard", "no file (a broken link?)", repair)
@@ -1005,25 +1231,23 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: object) -> None:
     require(top < vocab_size, where, known, top, "another tokenizer made this shard")
 
 
-def find_shards(data_path: str, split: str, vocab_size: int) -> list[Path]:
-    """The sorted shards of a split ("train" or "val"), each opened and checked. Raises InputError."""
+def find_shards(data_path: str, split: str, vocab_size: int) -> list[np.memmap]:
+    """The shards of a split ("train" or "val"), sorted by name, as `open_shard` gives them. Raises InputError."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
     require(paths, data_path, f"fineweb_{split}_*.bin", "none", f"set DATA_PATH, or {GET_DATA}")
-    for path in paths:
-        open_shard(path, vocab_size)
-    return paths
+    return [open_shard(path, vocab_size) for path in paths]
 
 
 class TokenStream:
     """The endless stream of training sequences; `total` is the number of tokens after which it begins anew."""
 
-    def __init__(self, paths: list[Path], c: Config):
-        self.paths, self.vocab_size, self.length = paths, c.vocab_size, c.train_seq_len
+    def __init__(self, shards: list[np.memmap], c: Config):
+        self.shards, self.vocab_size, self.length = shards, c.vocab_size, c.train_seq_len
         self.shuffle, self.seed = c.shuffle, c.seed
-        self.shards = [open_shard(path, c.vocab_size) for path in paths]
-        self.counts = [(len(shard) - 1) // self.length for shard in self.shards]  # sequences
+        self.counts = [(len(shard) - 1) // self.length for shard in shards]  # sequences
         self.starts = np.cumsum([0, *self.counts]).tolist()
-        require(self.starts[-1], paths[0].parent, f"a shard longer than TRAIN_SEQ_LEN={self.length}", "none")
+        home, longer = shards[0].filename.parent, f"a shard longer than TRAIN_SEQ_LEN={self.length}"
+        require(self.starts[-1], home, longer, "none")
         self.total = self.starts[-1] * self.length
         self.order = functools.lru_cache(maxsize=4)(self.permutation)
 
@@ -1040,7 +1264,7 @@ class TokenStream:
         shard = int(np.searchsorted(self.starts, place, side="right")) - 1
         start = int(self.order(epoch, shard)[place - self.starts[shard]]) * self.length
         tokens = self.shards[shard][start : start + self.length + 1]
-        check_ids(tokens, self.vocab_size, self.paths[shard])
+        check_ids(tokens, self.vocab_size, self.shards[shard].filename)
         return tokens
 
     def microbatches(self, start: int, batch: int, rank: int, world: int, largest: int) -> Iterator[tuple]:
@@ -1065,10 +1289,9 @@ def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[i
 
 def load_validation(c: Config) -> tuple[np.ndarray, bool]:
     """Validation tokens, uint16 [n * train_seq_len + 1], and whether VAL_MAX_TOKENS left some out."""
-    paths, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
-    shards = [open_shard(path, c.vocab_size) for path in paths]
-    for path, shard in zip(paths, shards):
-        check_ids(shard, c.vocab_size, path)
+    shards, length = find_shards(c.data_path, "val", c.vocab_size), c.train_seq_len
+    for shard in shards:
+        check_ids(shard, c.vocab_size, shard.filename)
     tokens = np.concatenate(shards)
     usable = (len(tokens) - 1) // length * length
     longer = f"a validation set longer than TRAIN_SEQ_LEN={length}"
@@ -1157,20 +1380,25 @@ class Score:
 
 
 def make_smoke_data(c: Config) -> None:
-    """Writes about 1 MB of made-up English and a tokenizer for it, so that the smoke preset needs nothing."""
-    folder, path, documents = Path(c.data_path), Path(c.tokenizer_path), smoke_documents()
+    """Writes shards of Python's own reference, what help("LAMBDA") shows, and a tokenizer for them, so that the smoke
+    preset needs nothing."""
+    from pydoc_data.topics import topics
+
+    folder, path = Path(c.data_path), Path(c.tokenizer_path)
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
     if list(folder.glob("fineweb_*.bin")):  # never replaces a dataset ...
         return
     try:
         if not path.exists():  # ... or a tokenizer
             model = io.BytesIO()
-            spm.SentencePieceTrainer.train(sentence_iterator=iter(documents), model_writer=model, model_type="bpe",
-                                           vocab_size=c.vocab_size, byte_fallback=True, minloglevel=2)  # fmt: skip
+            spm.SentencePieceTrainer.train(sentence_iterator=iter(paragraphs), model_writer=model, model_type="bpe",
+                                           vocab_size=c.vocab_size, byte_fallback=True, character_coverage=0.98,
+                                           minloglevel=2)  # fmt: skip
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, model.getvalue())
         tokenizer = load_tokenizer(c.tokenizer_path, c.vocab_size)
         folder.mkdir(parents=True, exist_ok=True)
-        for split, texts in (("val", documents[:100]), ("train", documents[100:])):
+        for split, texts in (("val", paragraphs[:400]), ("train", paragraphs[400:])):
             ids = np.array([i for text in texts for i in [tokenizer.bos_id(), *tokenizer.encode(text)]], dtype="<u2")
             header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(ids)).ljust(SHARD_HEADER_BYTES, b"\0")
             write_atomically(folder / f"fineweb_{split}_000000.bin", header + ids.tobytes())
@@ -1179,23 +1407,6 @@ def make_smoke_data(c: Config) -> None:
     except OSError as error:
         where = error.filename or folder
         require(False, where, "a folder to write to", error.strerror, "set DATA_PATH and TOKENIZER_PATH")
-
-
-def smoke_documents() -> list[str]:
-    """2,000 documents of random sentences and sums, always the same."""
-    rng = np.random.RandomState(0)
-    words = """the a small deep shared early late quiet plain long identical loop block gate depth pass core stack
-        token layer curve model prelude coda weight feeds scales mixes repeats trains shortens follows opens
-        measures""".split()
-    order = {word: rng.choice(words, 4) for word in words}  # each word has four that may follow
-
-    def sentence() -> str:
-        n, said = int(rng.randint(2, 60)), [words[rng.randint(len(words))]]
-        while len(said) < 4 + n % 6:
-            said.append(str(order[said[-1]][rng.randint(4)]))
-        return f"{n} plus {n} is {2 * n}." if n % 3 == 0 else " ".join(said).capitalize() + "."
-
-    return [" ".join(sentence() for _ in range(rng.randint(4, 30))) for _ in range(2000)]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -1222,7 +1433,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 class Curvature(NamedTuple):
     """How the loss bends, a token, float32; what EXPORT needs of a model beside its weights."""
 
-    hessians: dict[str, np.ndarray]  # of every block matrix, [in, in]: sum of x x^T over its inputs x, weighted
+    hessians: dict[str, np.ndarray]  # of all matrices but the embedding, [in, in]: sum of x x^T of inputs, weighted
     squares: dict[str, np.ndarray]  # of every parameter, its shape: the empirical Fisher information
     tokens: int  # looked at
 
@@ -1245,16 +1456,13 @@ class Probe(torch.autograd.Function):
 
 def launched_as(environ: dict[str, str]) -> tuple[int, int, int]:
     """(rank, number of processes, rank on this host) as torchrun states them. Raises InputError for left-overs."""
-    values = []
+    values, mend = [], "unset RANK, WORLD_SIZE and LOCAL_RANK, or start with torchrun"
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", environ.get("RANK") or "0")):
         text = environ.get(name) or default
         whole = text.isdecimal() and len(text) < 7
-        require(
-            whole, name, "a whole number, as torchrun sets it", f'"{text}"', f"unset {name}, or start with torchrun"
-        )
+        require(whole, name, "a whole number, as torchrun sets it", f'"{text}"', mend)
         values.append(int(text))
     rank, world, local = values
-    mend = "unset RANK, WORLD_SIZE and LOCAL_RANK, or start with torchrun"
     for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
         require(world > value, name, f"a number below WORLD_SIZE={world}", value, mend)
     there = world == 1 or (environ.get("MASTER_ADDR") and environ.get("MASTER_PORT"))
@@ -1285,12 +1493,16 @@ class Engine:
         fast = kind != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         self.dtype = getattr(torch, c.dtype or ("bfloat16" if fast else "float32"))
         self.largest = c.microbatch_tokens or (65536 if kind == "cuda" else 8192)
-        self.runs_ahead = kind != "cpu"  # step() returns before the device has done it
+        self.memory, self.runs_ahead = "", kind != "cpu"  # step() returns before the device has done it
         torch.use_deterministic_algorithms(c.deterministic)
         if kind == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             while not c.microbatch_tokens and self.largest > 4096 and memory_needed(c, self.largest) > 0.8 * memory:
                 self.largest //= 2
+            needed = memory_needed(c, self.largest)
+            self.memory = f", {needed / 2**30:.1f} GiB estimated, of the card's {memory / 2**30:.1f}"
+            if needed > memory:
+                self.notices.append(f"notice: the memory may not do{self.memory}; lower MICROBATCH_TOKENS")
             if c.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             options = importlib.import_module("torch._inductor.config").triton
@@ -1321,14 +1533,23 @@ class Engine:
         self.model = RecurrentGPT(self.config, self.dtype).to(self.device)
         self.optimizer = Optimizer(self.model, self.config, self.rank, self.world) if training else None
         self.model.requires_grad_(training)
-        self.losses = self.model.token_losses
-        if self.compiled and self.device.type == "cpu":  # one graph for all blocks and passes compiles much sooner
+        self.losses, self.teacher, self.teacher_flops = self.model.token_losses, None, 0.0
+        self.objective = self.model.objective
+        if self.compiled and (self.device.type == "cpu" or self.config.loop_sample):  # one graph for all passes
             for block in self.model.blocks:
                 block.compile(dynamic=False)
             self.model.losses = torch.compile(self.model.losses, dynamic=False)
         elif self.compiled:
             self.losses = torch.compile(self.losses, dynamic=False)
+            self.objective = torch.compile(self.objective, dynamic=False)
         self.set_weights(weights)
+
+    def follow(self, c: Config, weights: dict[str, np.ndarray], loops: int) -> None:
+        """Trains from here on towards what a model of these weights says with so many passes as well."""
+        model = RecurrentGPT(c, self.dtype).to(self.device)
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+        model.requires_grad_(False)
+        self.teacher, self.teacher_flops = functools.partial(model, loops=loops), flops_per_token(c, loops)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """A copy on the device; to a GPU from pinned memory, so that the host need not wait for it."""
@@ -1340,7 +1561,7 @@ class Engine:
         """One optimizer step on the tokens from `start` on; returns what `read` turns into loss and gradient norm."""
         total, batch = torch.zeros((), device=self.device), self.config.train_batch_tokens
         for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.largest):
-            loss = self.losses(self.tensor(ids), self.tensor(targets), loops).sum() / batch
+            loss = self.loss(self.tensor(ids), self.tensor(targets), loops) / batch
             loss.backward()
             total += loss.detach()
         if self.world > 1:
@@ -1353,6 +1574,14 @@ class Engine:
         host.copy_(results, non_blocking=True)  # now: later it would queue behind the next step
         done.record()
         return host, done
+
+    def loss(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
+        """What training lowers, summed over tokens."""
+        c = self.config
+        if self.teacher is None and not c.exit_weight:
+            return self.losses(ids, targets, loops, c.bptt_passes).sum()
+        teacher = None if self.teacher is None else self.teacher(ids)
+        return self.objective(ids, targets, loops, c.bptt_passes, teacher).sum()
 
     def read(self, results: tuple) -> list[float]:
         """Loss and gradient norm of a step, once the device has done it."""
@@ -1367,12 +1596,10 @@ class Engine:
         output (GuidedQuant, arXiv 2505.07004); squares are of the gradient of each sequence."""
         params = dict(self.model.named_parameters())
         linears = {
-            name: part
-            for name, part in self.model.named_modules()
-            if isinstance(part, Linear) and name.startswith("blocks.")
+            name: part for name, part in self.model.named_modules() if isinstance(part, Linear) and name != "tok_emb"
         }
         batch, began, seen = calibration_tokens(self.config, self.world), time.perf_counter(), 0
-        with self.probed(linears) as sums, torch.compiler.set_stance("force_eager"):
+        with self.probed(linears) as sums, self.eager():
             sources = [*params.values(), *sums]
             totals = [torch.zeros_like(source, requires_grad=False) for source in sources]
             for ids, targets in stream.microbatches(start, batch, self.rank, self.world, self.config.train_seq_len):
@@ -1386,10 +1613,14 @@ class Engine:
                     break
         for total in totals if self.world > 1 else ():
             dist.all_reduce(total)
-        tokens = int(self.sum(seen))
+        tokens = int(self.gather([seen]).sum())
         found = [(total / tokens).cpu().numpy() for total in totals]
         hessians = {f"{name}.weight": value for name, value in zip(linears, found[len(params) :])}
         return Curvature(hessians, dict(zip(params, found)), tokens)
+
+    def eager(self) -> contextlib.AbstractContextManager:
+        """In it nothing is compiled; without compilation its import, of seconds, is spared."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def probed(self, linears: dict[str, Linear]) -> Iterator[list[Tensor]]:
@@ -1407,19 +1638,23 @@ class Engine:
             for linear in linears.values():
                 linear.probe = None
 
-    def warm_up(self, stream: TokenStream, loops: int) -> None:
+    def warm_up(self, stream: TokenStream, loops: int, times: int = 1) -> None:
         """Compiles and runs everything that a step with so many passes needs; leaves weights and state as they were."""
         o, steps = self.optimizer, self.optimizer.steps
         kept = [(tensor, tensor.clone()) for tensor in (o.weights, o.exp_avg, o.exp_avg_sq, o.momentum)]
-        self.step(stream, 0, loops, 1.0, 0.0)
+        for _ in range(times):
+            self.step(stream, 0, loops, 1.0, 0.0)
+        if self.teacher is not None or self.config.exit_weight:  # scoring then has a graph of its own
+            self.token_losses(*next(stream.microbatches(0, self.config.train_batch_tokens, 0, 1, self.largest)), loops)
         for tensor, value in kept:
             tensor.copy_(value)
         o.steps = steps
         self.sync()
 
     def token_losses(self, ids: np.ndarray, targets: np.ndarray, loops: int) -> np.ndarray:
-        """float32 [n, t]. While training this is the training graph (gradients on), so that nothing new is compiled."""
-        return self.losses(self.tensor(ids), self.tensor(targets), loops).detach().cpu().numpy()
+        """float32 [n, t]. While training this is the training graph (gradients on), or one that `warm_up` compiled."""
+        losses = self.losses(self.tensor(ids), self.tensor(targets), loops, self.config.bptt_passes)
+        return losses.detach().cpu().numpy()
 
     @torch.no_grad()
     def next_logits(self, ids: np.ndarray, loops: int) -> np.ndarray:
@@ -1427,7 +1662,7 @@ class Engine:
         last = len(ids) - 1
         if self.device.type == "cuda":  # whose attention may be planned anew for every length
             ids = np.pad(ids, (0, self.config.train_seq_len - len(ids)))
-        with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+        with self.eager():  # every length would be compiled
             return self.model(self.tensor(ids[None]), loops)[0, last].cpu().numpy()
 
     def weights(self) -> dict[str, np.ndarray]:
@@ -1438,12 +1673,13 @@ class Engine:
         for name, p in self.model.named_parameters():
             p.copy_(torch.from_numpy(weights[name]))
 
-    def agree(self, seconds: float, stop: bool) -> tuple[float, bool]:
-        """Rank 0's clock for everyone, and a stop that anyone asked for."""
-        values = torch.tensor([seconds if self.rank == 0 else 0.0, float(stop)], dtype=torch.float64)
+    def gather(self, values: list[float]) -> np.ndarray:
+        """The numbers of all processes, float64 [world, n]."""
+        rows = torch.zeros(self.world, len(values), dtype=torch.float64)
+        rows[self.rank] = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return values[0].item(), values[1].item() > 0
+            dist.all_reduce(rows)
+        return rows.numpy()
 
     def exchange(self, text: str) -> list[str]:
         """The texts of all processes, in the order of their ranks."""
@@ -1451,13 +1687,6 @@ class Engine:
         if self.world > 1:
             dist.all_gather_object(texts, text)  # over gloo
         return texts
-
-    def sum(self, value: float) -> float:
-        """Sum over the processes."""
-        total = torch.tensor(value, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.item()
 
     def sync(self) -> None:
         """Waits until the device has done all its work."""
@@ -1551,7 +1780,7 @@ class Launched(NamedTuple):
 
     step: int
     loops: int
-    flops: float
+    flops: float  # of training up to its end
     lr_mul: float
     results: tuple  # what `Engine.read` turns into loss and gradient norm
     seconds: float
@@ -1572,40 +1801,45 @@ def evaluate(c: Config, engine: Engine, tokens: np.ndarray, loops: int, stop: St
         windows = tokens[batch[:, None] + np.arange(length + 1)].astype(np.int64)
         losses = engine.token_losses(windows[:, :-1], windows[:, 1:], loops).astype(np.float64)
         total += sum(row[0 if s == 0 else length - stride :].sum() for s, row in zip(batch[: high - a], losses))
-    stopped = engine.sum(float(bool(stop and stop.number)))
-    total = engine.sum(total)
+    total, stopped = engine.gather([total, bool(stop and stop.number)]).sum(axis=0).tolist()
     return None if stopped else total / (len(tokens) - 1)
 
 
-class Trainer:
-    """The training loop of one run, from the state it is given to the end of a budget or a signal."""
+class Run:
+    """One run: what it works with, and the training loop, from the state it is given to the end of a budget or a
+    signal."""
 
-    def __init__(self, c: Config, engine: Engine, log: RunLog, stream: TokenStream, score: Score, state: TrainState,
-                 stop: StopSignal):  # fmt: skip
-        self.config, self.engine, self.log, self.stream, self.score, self.state = c, engine, log, stream, score, state
-        self.stop = stop
+    def __init__(self, c: Config, engine: Engine, score: Score, stream: TokenStream, state: TrainState,
+                 stop: StopSignal | None, notices: list[str]):  # fmt: skip
+        name = together(engine, lambda: c.run_id or run_name(c), first_only=True)
+        self.config = c = dataclasses.replace(c, run_id=name)
+        self.engine, self.score, self.stream, self.state, self.stop = engine, score, stream, state, stop
+        self.log = together(engine, lambda: RunLog(c, engine.rank))
         self.launched: Launched | None = None
         self.saved = state.step  # step of the last checkpoint
         self.restart_clock(state.seconds)
+        write_head(self, [*notices, *engine.notices, *score.notices()])
 
     def restart_clock(self, seconds: float) -> None:
         """The clock of training goes on from `seconds`; whatever came since it was read does not count."""
         self.started = time.perf_counter() - seconds
-        self.logged = (self.state.step, seconds)  # rates are taken from here on
+        self.logged = (self.state.step, seconds, self.state.flops)  # rates are taken from here on
         self.before = seconds  # when the loop last looked: a step ago
 
     def clock(self) -> tuple[float, bool]:
         """(seconds of training, whether a signal came), the same on every process."""
-        return self.engine.agree(time.perf_counter() - self.started, bool(self.stop.number))
+        rows = self.engine.gather([time.perf_counter() - self.started, bool(self.stop.number)])
+        return rows[0, 0].item(), bool(rows[:, 1].any())
 
-    def run(self) -> bool:
+    def train(self) -> bool:
         """Trains until a budget is used up (True) or a signal comes (False)."""
         c, state = self.config, self.state
         while True:
             seconds, stopped = self.clock()
             at = progress_of(c, state.step, seconds, state.flops)
             loops = loops_at(c, at)
-            flops = 3 * flops_per_token(c, loops) * c.train_batch_tokens
+            passes = draw_loops(c, loops, state.step)
+            flops = (train_flops_per_token(c, passes) + self.engine.teacher_flops) * c.train_batch_tokens
             done = self.is_done(at, seconds, flops)
             self.before = seconds
             ends = done or stopped
@@ -1616,13 +1850,13 @@ class Trainer:
             if ends:
                 return done
             if whole:
-                self.launch(at, loops, flops)
+                self.launch(at, loops, passes, flops)
 
     def is_done(self, at: float, seconds: float, flops: float) -> bool:
         """Whether a budget is used up, or would be by one more step."""
         c, state = self.config, self.state
-        average = seconds / max(state.step, 1)
-        pace = max(average, seconds - self.before)  # with more passes steps are longer at once
+        average = seconds * flops / state.flops if state.flops else 0.0  # of a step with so many passes
+        pace = max(average, seconds - self.before)
         cap = seconds_to_train(c)
         late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap
         return bool(at >= 1 or late or (c.max_train_flops and state.flops + flops > c.max_train_flops))
@@ -1648,7 +1882,7 @@ class Trainer:
             whole = loss is not None
             if whole:
                 state.scored = state.step
-                write_score(c, log, state, self.score, loss, state.loops)
+                write_score(self, loss, state.loops)
         if ends or self.saves_now():
             state.loops = state.loops or loops  # none are in use before the first step
             if save_checkpoint(c, self.engine, log, state):
@@ -1659,22 +1893,22 @@ class Trainer:
         self.restart_clock(seconds)
         return whole
 
-    def launch(self, at: float, loops: int, flops: float) -> None:
-        """Starts the next step, then reads and logs the one before."""
+    def launch(self, at: float, loops: int, passes: int, flops: float) -> None:
+        """Starts the next step, of `passes`, where `loops` are scheduled; then reads and logs the one before."""
         c, state = self.config, self.state
         epoch = state.tokens // self.stream.total
         if state.step and epoch > (state.tokens - c.train_batch_tokens) // self.stream.total:
             again = f"epoch:{epoch + 1} the {self.stream.total} training tokens are read again"
             self.log.line(f"step:{state.step}/{c.iterations} {again}")
         lr_mul = lr_mul_at(c, state.step, at)
-        results = self.engine.step(self.stream, state.tokens, loops, lr_mul, momentum_at(c, state.step))
+        results = self.engine.step(self.stream, state.tokens, passes, lr_mul, momentum_at(c, state.step))
         state.step += 1
         state.tokens += c.train_batch_tokens
         state.flops += flops
         state.loops = loops
         self.read_launched()
         seconds = time.perf_counter() - self.started
-        self.launched = Launched(state.step, loops, state.flops, lr_mul, results, seconds)
+        self.launched = Launched(state.step, passes, state.flops, lr_mul, results, seconds)
 
     def read_launched(self) -> None:
         """Waits for the step launched last, checks it and logs it."""
@@ -1693,13 +1927,14 @@ class Trainer:
         self.log.progress(at, f"step {one.step} loss {loss:.4f} loops {one.loops} {rate:,.0f} tok/s, {left} left")
         if one.step <= 10 or (c.train_log_every and one.step % c.train_log_every == 0):
             self.write_step(one, loss, norm, seconds, rate, left)
-            self.logged = (one.step, seconds)
+            self.logged = (one.step, seconds, one.flops)
 
     def write_step(self, one: Launched, loss: float, norm: float, seconds: float, rate: float, left: str) -> None:
         """A line in the challenge's keys, and the same in metrics.jsonl."""
         c, ms = self.config, 1000 * seconds
         peak = (self.engine.peak_flops or 0) * self.engine.world
-        mfu = f" mfu:{rate * 3 * flops_per_token(c, one.loops) / peak:.3f}" if peak else ""
+        flops = one.flops - self.logged[2]  # since the last line: passes may differ from step to step
+        mfu = f" mfu:{flops / max(seconds - self.logged[1], 1e-9) / peak:.3f}" if peak else ""
         self.log.line(
             f"step:{one.step}/{c.iterations} train_loss:{loss:.4f} loops:{one.loops} lr_mul:{one.lr_mul:.3f} "
             f"grad_norm:{norm:.2f} train_time:{ms:.0f}ms step_avg:{ms / one.step:.2f}ms "
@@ -1711,32 +1946,34 @@ class Trainer:
 
 
 def train(c: Config, engine: Engine, notices: list[str]) -> int:
-    """A whole run: checks, compilation, training, export, score from disk. Returns the exit code."""
-    stop = StopSignal()  # a signal that comes from here on ends the run with a checkpoint
+    """A whole run: checks, compilation (for MODE=preflight no more), training, export, score. Returns the exit code."""
+    stop, warmed, began = StopSignal(), {}, time.perf_counter()  # from here on a signal ends in a checkpoint
     notices = notices + together(engine, lambda: prepare(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, state = together(engine, lambda: starting_point(c))
-    c, log = open_log(c, engine)
-    with log.noting_crashes():
+    teacher = together(engine, lambda: load_teacher(c))
+    run = Run(c, engine, score, stream, state, stop, notices)
+    with run.log.noting_crashes():
         engine.build(weights)
+        if teacher:
+            engine.follow(*teacher)
         if optimizer_state:
             engine.optimizer.load_state(optimizer_state, state.step)
-            log.forget_after(state.step)
-            log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run and are done again")
-        write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
-        trainer = Trainer(c, engine, log, stream, score, state, stop)
-        for _, loops in parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops):
-            if not engine.agree(0.0, bool(stop.number))[1]:
-                began = time.perf_counter()
-                engine.warm_up(stream, loops)
-                log.line(f"warm_up: loops:{loops} {time.perf_counter() - began:.1f}s")
-        trainer.restart_clock(state.seconds)
-        if trainer.run() and (code := finish(c, engine, log, state, score, stream, stop)) is not None:
+            run.log.forget_after(state.step)
+            run.log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run, done again")
+        for loops in loop_counts(c):
+            if not run.clock()[1]:
+                warmed[loops] = seconds_of(engine, engine.warm_up, stream, loops)
+                run.log.line(f"warm_up: loops:{loops} {warmed[loops]:.1f}s")
+        if c.mode == "preflight":
+            return 128 + stop.number if stop.number else preflight(run, warmed, time.perf_counter() - began)
+        run.restart_clock(state.seconds)
+        if run.train() and (code := finish(run)) is not None:
             return code
-        return stopped(c, engine, log, score, trainer)
+        return stopped(run)
 
 
 def prepare(c: Config) -> list[str]:
@@ -1757,21 +1994,32 @@ def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
     return initial_weights(c), {}, TrainState()
 
 
-def stopped(c: Config, engine: Engine, log: RunLog, score: Score, trainer: Trainer) -> int:
+def load_teacher(c: Config) -> tuple[Config, dict[str, np.ndarray], int] | None:
+    """What `Engine.follow` needs of TEACHER, which reads sequences of our length. Raises InputError."""
+    if not c.teacher:
+        return None
+    weights, model, loops = load_model_file(c.teacher)
+    size, mend = model["vocab_size"], "a teacher must have learned with the same tokenizer"
+    require(size == c.vocab_size, f"TEACHER={c.teacher}", f"VOCAB_SIZE={c.vocab_size}", size, mend)
+    return dataclasses.replace(model_config(Config(), model), train_seq_len=c.train_seq_len), weights, loops
+
+
+def stopped(run: Run) -> int:
     """The end of a run that a signal stopped; its checkpoint is written, if it can be. Returns the exit code."""
-    write_result(c, engine, log, trainer.state, score, {"complete": False})
-    step, saved = trainer.state.step, trainer.saved
-    again = "" if saved == step else f", from step {saved}"
-    log.line(f"stopped by a signal after step {step}; {log.advice()}{again if log.checkpoint.is_file() else ''}")
-    return 128 + (trainer.stop.number or signal.SIGTERM)
+    write_result(run, {})
+    step, log = run.state.step, run.log
+    again = f", from step {run.saved}" if run.saved < step and log.checkpoint.is_file() else ""
+    log.line(f"stopped by a signal after step {step}; {log.advice()}{again}")
+    return 128 + (run.stop.number or signal.SIGTERM)
 
 
-def write_score(c: Config, log: RunLog, state: TrainState, score: Score, loss: float, loops: int) -> None:
+def write_score(run: Run, loss: float, loops: int) -> None:
+    c, state, score = run.config, run.state, run.score
     step, ms, bpb = state.step, 1000 * state.seconds, score.bpb(loss)
-    log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
-             f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
-    log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state.tokens,
-                flops=state.flops, partial=score.partial)  # fmt: skip
+    run.log.line(f"step:{step}/{c.iterations} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{ms:.0f}ms "
+                 f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
+    run.log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state.tokens,
+                    flops=state.flops, partial=score.partial)  # fmt: skip
 
 
 def about(c: Config, loops: int) -> dict:
@@ -1803,16 +2051,16 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[
     """(weights, optimizer state, training state) for RESUME=1. Raises InputError if it is of another configuration."""
     none = "without RESUME set another RUN_ID, or delete the folder"
     require(path.is_file(), path, "a checkpoint to go on from", "none", none)
-    weights, model, _ = load_model_file(str(path))
+    tensors, note = load_tensors(path)
+    weights, model, _ = read_weights(path, tensors, note)
     mend = "resume with the run's own settings (its train.log states them), or use INIT_FROM in a new run"
     for name in MODEL_FIELDS:
         require(model[name] == getattr(c, name), path, f"{name.upper()}={getattr(c, name)}", model[name], mend)
-    tensors, note = load_tensors(path)
-    found = note["state"] if isinstance(note.get("state"), dict) else {}
+    found, mine = note["state"] if isinstance(note.get("state"), dict) else {}, identity(c)
     fields = [field.name for field in dataclasses.fields(TrainState)]
-    whole = {*fields, *identity(c)} <= found.keys()
+    whole = {*fields, *mine} <= found.keys()
     require(whole, path, "a checkpoint with training state", "weights only", "use INIT_FROM")
-    for name, value in identity(c).items():
+    for name, value in mine.items():
         require(found[name] == value, path, f"the {name} that it was trained with", f"{found[name]}, not {value}", mend)
     kept = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
     same = {name: value.shape for name, value in kept.items()} == optimizer_buffers(c)
@@ -1826,7 +2074,8 @@ def model_config(c: Config, model: dict) -> Config:
     for name, value in fields.items():
         kind = type(getattr(Config, name))
         require(type(value) is kind, name, f"a {kind.__name__}", repr(value))
-    found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="")
+    found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="",
+                                loop_sample=0, bptt_passes=0, exit_weight=0.0)  # fmt: skip
     check_config(found)
     return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
 
@@ -1842,7 +2091,8 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         note = json.loads(head["__metadata__"]["recurrent_gpt"])
-        return parse_tensors(data), note | {"loops": int(note["loops"]), "model": dict(note["model"])}
+        model = {"pass_vectors": False, "inject": "none"} | note["model"]  # older files do not state them
+        return parse_tensors(data), note | {"loops": int(note["loops"]), "model": model}
     except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None
 
@@ -1855,7 +2105,11 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
     if is_artifact:
         found = read_artifact(Path(path))
         return found.weights, found.model, found.loops
-    tensors, note = load_tensors(Path(path))
+    return read_weights(path, *load_tensors(Path(path)))
+
+
+def read_weights(path: object, tensors: dict[str, np.ndarray], note: dict) -> tuple[dict[str, np.ndarray], dict, int]:
+    """(weights, model settings, passes) in what `load_tensors` has read. Raises InputError."""
     weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
     try:
         c = model_config(Config(), note["model"])
@@ -1876,10 +2130,10 @@ def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
 # One file: magic, version, length of the header, header (JSON, deflated), the code of all tensors, SHA-256 of all
 # before. Reading runs no code of the file.
 # ======================================================================================================================
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 7, struct.Struct("<4sII")
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"RGPT", 8, struct.Struct("<4sII")
 LARGEST_HEADER = 1 << 20  # bytes, unpacked
 LARGEST_SYMBOL, LARGEST_EXPONENT = 2**15 - 1, 480  # of the integers, and of the steps in quarter octaves
-INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors, as float16
+INT6, INT8, FINE = 31, 127, 2047  # absmax, largest integer: of matrices; embedding and LoRA; vectors
 DEFAULT_LOSS = 0.005  # nats a token, where QUANT_LOSS is 0
 # 2 ** (exponent / 4) is one of these times a power of two, equal on every platform.
 QUARTERS = np.float32([1.0, 1.1892071, 1.4142135, 1.6817929])
@@ -1912,9 +2166,7 @@ class Export(NamedTuple):
 
     data: bytes
     size: int
-    bytes_by_group: dict[str, int]
     bits_per_weight: float  # of the coded matrices, with their steps
-    entropy_bits_per_weight: float  # order 0, of the integers of each matrix
     loss_aimed: float  # trellis: nats a token that rounding would add if the Fisher information were all
     rounds: int  # how often it was coded
     plain_rounded: int  # matrices whose Hessian could not be used
@@ -1939,7 +2191,7 @@ def check_export(c: Config) -> None:
     require(not (c.quant_loss and c.target_bytes), "TARGET_BYTES", "no QUANT_LOSS beside it", c.quant_loss, mend)
     cap = f"at most BYTES_CAP={c.bytes_cap}"
     require(c.target_bytes <= c.bytes_cap, "TARGET_BYTES", cap, c.target_bytes)
-    enough = not trellis or c.mode != "train" or c.calib_tokens >= c.train_seq_len
+    enough = not trellis or c.mode not in TRAINS or c.calib_tokens >= c.train_seq_len
     require(enough, "CALIB_TOKENS", f"at least TRAIN_SEQ_LEN={c.train_seq_len}", c.calib_tokens)
 
 
@@ -1958,18 +2210,8 @@ def calibration_tokens(c: Config, world: int) -> int:
     return max(c.calib_tokens // c.train_seq_len, world) * c.train_seq_len
 
 
-def need_constriction():
-    """The entropy coder, or an InputError that says how to get it."""
-    there = importlib.util.find_spec("constriction") is not None
-    require(there, "constriction", "the package, which codes the artifact", "none", "pip install constriction")
-    import constriction
-
-    return constriction
-
-
 def check_before_start(c: Config) -> list[str]:
     """Refuses what would fail after training; returns notices."""
-    need_constriction()
     code, cap = code_size(c.count_code), c.target_bytes or c.bytes_cap
     least, likely = (count_params(c) * bits[c.quantizer] / 8 for bits in (LEAST_BITS, LIKELY_BITS))
     name = "TARGET_BYTES" if c.target_bytes else "BYTES_CAP"
@@ -1986,18 +2228,14 @@ def is_vector(name: str) -> bool:
     return param_group(name) in ("scalar", "gate")
 
 
-def on_trellis(c: Config, name: str) -> bool:
-    return c.quantizer == "trellis" and not (c.embed_float16 and param_group(name) == "embed")
-
-
 def powers(exponents: np.ndarray) -> np.ndarray:
     """float32 2 ** (exponents / 4)."""
     return np.ldexp(QUARTERS[exponents % 4], (exponents // 4).astype(np.int32))
 
 
-def spanning_steps(c: Config, name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spanning_steps(name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Steps of the rows [n] and columns [m] (all 1), of which so many span the largest number of a row."""
-    tops = {"matrix": INT6, "lora": INT8, "embed": FINE if c.embed_float16 else INT8}
+    tops = {"matrix": INT6, "lora": INT8, "embed": INT8}
     largest = np.abs(values).max(axis=1).astype(np.float64)
     rows = np.ceil(4 * np.log2(np.maximum(largest, 1e-30) / tops.get(param_group(name), FINE)))
     rows[largest == 0] = rows.max()  # whatever is nearest to the others
@@ -2142,12 +2380,12 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
     values, steps, symbols, stacks = {}, {}, {}, {}
     for name, weight in weights.items():
         values[name] = value = weight.reshape(-1, weight.shape[-1]).astype(np.float32)
-        if on_trellis(c, name):
+        if calibrates(c):
             steps[name] = loss_steps(name, value, squares[name].reshape(value.shape), width, factors.get(name))
             alone = name if factors.get(name) is None else ""
             stacks.setdefault((value.shape, alone), []).append(name)
         else:
-            steps[name] = spanning_steps(c, name, value)
+            steps[name] = spanning_steps(name, value)
             symbols[name] = np.rint(value / powers(steps[name][0])[:, None]).astype(np.int16)
     for (_, alone), names in stacks.items():
         parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
@@ -2205,7 +2443,7 @@ def spread_coder(spread: int, shape: int, odd: int) -> tuple[int, object]:
         raise ValueError(f"spread {spread}, shape {shape}")
     frequencies = spread_model(spread, shape, odd)[0]
     probabilities = frequencies / frequencies.sum()
-    return len(frequencies) // 2, need_constriction().stream.model.Categorical(probabilities, perfect=False)
+    return len(frequencies) // 2, constriction.stream.model.Categorical(probabilities, perfect=False)
 
 
 class Writer:
@@ -2315,13 +2553,12 @@ def checksum(tables: dict[str, Table]) -> int:
 
 def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, dict[str, float]]:
     """The bytes of the artifact, and the bits of every tensor in it."""
-    ans, bits = need_constriction().stream.stack.AnsCoder(), {}
+    ans, bits, trellis = constriction.stream.stack.AnsCoder(), {}, calibrates(c)
     for name, table in reversed(tables.items()):
-        writer, trellis = Writer(), on_trellis(c, name)
+        writer = Writer()
         code_table(writer, facts_of(table, trellis), table, trellis)
         bits[name] = writer.finish(ans)
-    header = {"model": {field: getattr(c, field) for field in MODEL_FIELDS}, "loops": loops, "quantizer": c.quantizer,
-              "embed_float16": c.embed_float16, "crc": checksum(tables)}  # fmt: skip
+    header = about(c, loops) | {"quantizer": c.quantizer, "crc": checksum(tables)}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head
     body += ans.get_compressed().astype("<u4").tobytes()
@@ -2353,30 +2590,9 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     dense = f"at most {WEIGHTS_A_BYTE} weights a byte"
     require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")
     matrices = [name for name in tables if not is_vector(name)]
-    coded = sum(tables[name].symbols.size for name in matrices)
-    entropy = sum(entropy_bits(tables[name].symbols) for name in matrices) / coded
-    per_weight = sum(bits[name] for name in matrices) / coded
+    per_weight = sum(bits[name] for name in matrices) / sum(tables[name].symbols.size for name in matrices)
     plain = sum(factor is None for factor in factors.values())
-    return Export(data, len(data), bytes_by_group(c, bits, len(data)), per_weight, entropy, aimed, len(sizes), plain)
-
-
-def entropy_bits(symbols: np.ndarray) -> float:
-    counts = np.unique(symbols, return_counts=True)[1]
-    return float((counts * np.log2(counts.sum() / counts)).sum())
-
-
-def bytes_by_group(c: Config, bits: dict[str, float], size: int) -> dict[str, int]:
-    """Bytes of the parts of the model; the rest is the header and the checksum."""
-    groups = dict.fromkeys(("embed", "prelude", "core", "coda", "lora", "vectors"), 0.0)
-    layout = parse_layout(c.layout)
-    for name, some in bits.items():
-        group = "vectors" if is_vector(name) else param_group(name)
-        if group == "matrix":
-            block = int(name.split(".")[1])
-            group = "prelude" if block < layout.prelude else "core" if block < layout.prelude + layout.core else "coda"
-        groups[group] += some / 8
-    found = {group: round(some) for group, some in groups.items() if some}
-    return found | {"header": size - sum(found.values())}
+    return Export(data, len(data), per_weight, aimed, len(sizes), plain)
 
 
 def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
@@ -2403,7 +2619,6 @@ def read_artifact(path: Path) -> Artifact:
     require(version == ARTIFACT_VERSION, path, f"version {ARTIFACT_VERSION}", version, older)
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, path, "its SHA-256 at the end", "another (cut short or changed)", mend)
-    need_constriction()
     start = ARTIFACT_HEAD.size + head_bytes
     try:
         return read_body(data[ARTIFACT_HEAD.size : start], data[start:-32], len(data))
@@ -2421,50 +2636,52 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
         raise ValueError("a header without its end, or half a word")
     header = json.loads(text)
     c, loops = model_config(Config(), header["model"]), int(header["loops"])
-    c = dataclasses.replace(c, quantizer=header["quantizer"], embed_float16=bool(header["embed_float16"]))
+    c = dataclasses.replace(c, quantizer=header["quantizer"])
     if count_params(c) > WEIGHTS_A_BYTE * size:
         raise ValueError(f"{size} bytes for {count_params(c)} parameters")
     if c.quantizer not in CHOICES["quantizer"] or not 1 <= loops <= parse_layout(c.layout).loops:
         raise ValueError(f"quantizer {c.quantizer}, {loops} passes")
-    ans, tables, bits, weights = need_constriction().stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
+    trellis = calibrates(c)
+    ans, tables, bits, weights = constriction.stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
     for name, shape in param_shapes(c).items():
         n, m, before = math.prod(shape[:-1]), shape[-1], ans.num_valid_bits()
         tables[name] = Table(*(np.zeros(part, np.int16) for part in (n, m, n, (n, m))))
-        code_table(Reader(ans), np.zeros(FACTS), tables[name], on_trellis(c, name))
+        code_table(Reader(ans), np.zeros(FACTS), tables[name], trellis)
         bits[name] = before - ans.num_valid_bits()
     if not ans.is_empty() or checksum(tables) != header["crc"]:
         raise ValueError("bytes that are left over, or another CRC-32")
     for name, shape in param_shapes(c).items():
-        weights[name] = values_of(tables[name], on_trellis(c, name)).reshape(shape)
+        weights[name] = values_of(tables[name], trellis).reshape(shape)
         if not np.isfinite(weights[name]).all():
             raise ValueError(f"numbers that are not finite in {name}")
     return Artifact(header["model"], loops, c.quantizer, weights, bits)
 
 
-def calibrate(c: Config, engine: Engine, stream: TokenStream, state: TrainState, loops: int) -> Curvature | None:
+def calibrate(run: Run, loops: int) -> Curvature | None:
     """The curvature on the tokens after those of training, in what is left of the wall clock; None where the quantizer
     needs none."""
+    c, left = run.config, math.inf
     if not calibrates(c):
         return None
-    left = math.inf
     if c.mode == "train" and c.max_wallclock_seconds:
-        left = 0.9 * (c.max_wallclock_seconds - state.seconds)  # a tenth for what comes after the last tokens
-    return engine.curvature(stream, state.tokens, loops, left)
+        left = 0.9 * (c.max_wallclock_seconds - run.state.seconds)  # a tenth for what comes after the last tokens
+    return run.engine.curvature(run.stream, run.state.tokens, loops, left)
 
 
-def write_export(c: Config, engine: Engine, log: RunLog, state: TrainState, curvature: Curvature | None) -> Export:
+def write_export(run: Run, curvature: Curvature | None) -> Export:
     """The first process writes the artifact and the model; all get what is said of them (without the bytes)."""
+    c, log, loops = run.config, run.log, run.state.loops
 
     def write() -> list:
-        weights = engine.weights()
-        made = export_model(c, weights, state.loops, curvature, code_size(c.count_code))
+        weights = run.engine.weights()
+        made = export_model(c, weights, loops, curvature, code_size(c.count_code))
         log.write_file(log.artifact, made.data)
         named = {f"weights.{name}": value for name, value in weights.items()}
-        note = {"recurrent_gpt": json.dumps(about(c, state.loops))}
+        note = {"recurrent_gpt": json.dumps(about(c, loops))}
         log.write_file(log.folder / "model.safetensors", pack_tensors(named, metadata=note), needed=False)
         return ["", *made[1:]]
 
-    return Export(*together(engine, write, first_only=True))
+    return Export(*together(run.engine, write, first_only=True))
 
 
 def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: int,
@@ -2474,61 +2691,76 @@ def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: 
     return evaluate(c, engine, score.tokens, loops, stop)
 
 
-def finish(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, stream: TokenStream,
-           stop: StopSignal | None = None) -> int | None:  # fmt: skip
+def finish(run: Run) -> int | None:
     """Scores the weights, exports them, scores what is on disk and closes the log. Returns the exit code; None where a
     signal came first."""
-    loops = c.eval_loops or state.loops
-    raw = evaluate(c, engine, score.tokens, loops, stop)
+    c, score, (loops, *others) = run.config, run.score, eval_passes(run.config, run.state.loops)
+    if c.ema_decay:
+        run.log.line(f"last weights: val_bpb:{score.bpb(evaluate(c, run.engine, score.tokens, loops, run.stop)):.5f}")
+        run.engine.optimizer.weights.copy_(run.engine.optimizer.average)
+    raw = evaluate(c, run.engine, score.tokens, loops, run.stop)
     if raw is None:
         return None
-    write_score(c, log, state, score, raw, loops)
+    write_score(run, raw, loops)
     result = {"val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "bytes_code": code_size(c.count_code)}
-    if not math.isfinite(raw):
-        return report_failure(c, engine, log, state, score, result)
-    began = time.perf_counter()
-    curvature = calibrate(c, engine, stream, state, loops)
-    calibrated = time.perf_counter()
     try:
-        made = write_export(c, engine, log, state, curvature)
-    except Agreed:  # a full disk, or weights that cannot be rounded: the result says that there is none
-        write_result(c, engine, log, state, score, result | {"complete": False})
+        must_be_finite(run, raw)
+        began = time.perf_counter()
+        curvature = calibrate(run, loops)
+        calibrated = time.perf_counter()
+        made = write_export(run, curvature)
+        exported = time.perf_counter()
+        loss = score_from_disk(c, run.engine, run.log.artifact, score, loops, run.stop)
+        if loss is None:
+            return None
+        result |= {
+            "calib_time_ms": round(1000 * (calibrated - began)) if curvature else None,
+            "eval_time_ms": round(1000 * (time.perf_counter() - exported)),
+            "val_loss": loss,
+            "val_bpb": score.bpb(loss),
+            "bytes_artifact": made.size,
+            "bytes_total": result["bytes_code"] + made.size,
+            "fits": result["bytes_code"] + made.size <= c.bytes_cap,
+            "bits_per_weight": made.bits_per_weight,
+        }
+        line = "final_int6_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{eval_time_ms}ms"
+        run.log.line(line.format(**result) + score.label)
+        line = "final_int6_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
+        run.log.line(line.format(**result) + score.label)
+        must_be_finite(run, loss)
+        result["val_bpb_by_loops"] = {str(loops): score.bpb(loss)} | score_passes(run, others)
+    except Agreed:  # no score, a full disk, or weights that cannot be rounded: the result says that there is none
+        write_result(run, result)
         raise
-    exported = time.perf_counter()
-    loss = score_from_disk(c, engine, log.artifact, score, loops, stop)
-    if loss is None:
-        return None
-    milliseconds = round(1000 * (time.perf_counter() - exported))
-    bpb, total = score.bpb(loss), result["bytes_code"] + made.size
-    log.line(f"final_int6_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{milliseconds}ms{score.label}")
-    log.line(f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}{score.label}")
-    result |= {
-        "eval_time_ms": milliseconds,
-        "calib_time_ms": round(1000 * (calibrated - began)) if curvature else None,
-        "val_loss": loss,
-        "val_bpb": bpb,
-        "bytes_artifact": made.size,
-        "bytes_total": total,
-        "fits": total <= c.bytes_cap,
-        "bits_per_weight": made.bits_per_weight,
-        "entropy_bits_per_weight": made.entropy_bits_per_weight,
-        "complete": not score.partial,
-    }
+    report(run, write_result(run, result | {"complete": not score.partial}), made, exported - began)
+    for notice in export_notices(run, made, curvature, c.target_bytes - result["bytes_total"]):
+        run.log.line(notice)
+    return 0 if result["bytes_total"] <= (c.target_bytes or c.bytes_cap) else 1
+
+
+def score_passes(run: Run, others: list[int]) -> dict[str, float]:
+    """Bits per byte of what is on the device with other numbers of passes; less of them where a signal comes."""
+    found = {}
+    for loops in others:
+        loss = evaluate(run.config, run.engine, run.score.tokens, loops, run.stop)
+        if loss is not None:
+            found[str(loops)] = run.score.bpb(loss)
+            run.log.line(f"loops:{loops} val_loss:{loss:.4f} val_bpb:{found[str(loops)]:.4f}{run.score.label}")
+    return found
+
+
+def must_be_finite(run: Run, loss: float) -> None:
+    """Raises Agreed for a score that is no number, which is the same on every process."""
     if not math.isfinite(loss):
-        return report_failure(c, engine, log, state, score, result)
-    written = write_result(c, engine, log, state, score, result)
-    report(c, engine, log, state, score, written, made, exported - began)
-    for notice in export_notices(c, engine, made, curvature, c.target_bytes - total):
-        log.line(notice)
-    return 0 if total <= (c.target_bytes or c.bytes_cap) else 1
+        mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1"
+        raise Agreed(f"the score after step {run.state.step}: expected a finite loss, found {loss}; {mend}")
 
 
-def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature | None, spare: int) -> list[str]:
+def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: int) -> list[str]:
     """What a reader of the closing block should know of the export; `spare`: bytes of TARGET_BYTES that are left."""
-    found = []
-    if curvature and curvature.tokens < (asked := calibration_tokens(c, engine.world)):
-        text = f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS"
-        found.append(text)
+    c, found = run.config, []
+    if curvature and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
+        found.append(f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS")
     if made.plain_rounded:
         found.append(f"{made.plain_rounded} matrices were rounded without GPTQ, since their Hessians were none")
     if c.target_bytes and spare > 0.002 * c.target_bytes:
@@ -2546,14 +2778,9 @@ def export_notices(c: Config, engine: Engine, made: Export, curvature: Curvature
 # checkpoint.safetensors, model.safetensors, model.int6.rgpt. The first process writes; live progress goes to a terminal
 # only. A console that goes away or a full disk costs lines, never the run.
 # ======================================================================================================================
-RESULT_KEYS = """run_id framework layout loops eval_loops eval_stride params_stored params_effective seed steps tokens
-    train_flops train_time_ms eval_time_ms calib_time_ms tok_s peak_mem_bytes val_tokens val_loss_raw val_bpb_raw
-    val_loss val_bpb bytes_code bytes_artifact bytes_total bytes_cap fits bits_per_weight entropy_bits_per_weight
-    quantizer count_code device world_size versions commit script_sha256 config_sha256 dataset dataset_sha256
-    complete""".split()
-
-
 CHECKPOINT = "checkpoint.safetensors"
+SCORES = """val_loss_raw val_bpb_raw val_loss val_bpb val_bpb_by_loops bytes_code bytes_artifact bytes_total fits
+    bits_per_weight calib_time_ms eval_time_ms""".split()  # of result.json, null until the run has come to its end
 
 
 def run_name(c: Config) -> str:
@@ -2589,7 +2816,8 @@ class RunLog:
     """The files of one run. Its folder is claimed here: a name in use is refused, unless the run is resumed."""
 
     def __init__(self, c: Config, rank: int):
-        self.rank, self.bar, self.lost = rank, None, False
+        self.rank, self.bar, self.lost, self.room = rank, None, False, (0, 0)
+        self.dry = c.mode == "preflight"  # which keeps nothing
         self.folder = Path(c.log_dir) / c.run_id
         self.checkpoint = self.folder / CHECKPOINT
         self.artifact = self.folder / "model.int6.rgpt"
@@ -2599,16 +2827,18 @@ class RunLog:
     def claim(self, c: Config) -> None:
         try:
             home = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-            free, need = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
+            free, need = self.room = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
             require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
-            self.file = open(self.folder / "train.log", "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+            open(self.folder / "train.log", "a").close()  # it can be written
+            if self.dry and not c.resume:
+                shutil.rmtree(self.folder)
         except FileExistsError:
             mend = "set another RUN_ID, or delete the folder" + ", or RESUME=1 to go on" * self.checkpoint.is_file()
             require(False, "RUN_ID", "a new name", self.folder, mend)
         except OSError as error:
             require(False, "LOG_DIR", "a folder to write to", f"{self.folder}: {error.strerror}", "set LOG_DIR")
-        for leftover in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        for leftover in () if self.dry else self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
 
     def advice(self) -> str:
@@ -2619,18 +2849,16 @@ class RunLog:
     def line(self, text: str, console: bool = True) -> None:
         """One line to train.log and to the console."""
         if self.rank == 0:
-            self.append(self.folder / "train.log", text)
+            self.append("train.log", text)
             if console:
                 say(text)
 
-    def append(self, path: Path, text: str) -> None:
+    def append(self, name: str, text: str) -> None:
+        """A line to a file of the run, if the disk takes it."""
+        path = Path(os.devnull) if self.dry else self.folder / name
         try:
-            if path.name == "train.log":
-                self.file.write(text + "\n")
-                self.file.flush()
-            else:
-                with open(path, "a", encoding="utf-8", newline="\n") as file:
-                    file.write(text + "\n")
+            with open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                file.write(text + "\n")
         except OSError as error:
             if not self.lost:
                 say(f"notice: {path}: {error.strerror or error}; lines are lost, the run goes on")
@@ -2638,7 +2866,7 @@ class RunLog:
 
     def metrics(self, **values: object) -> None:
         if self.rank == 0:
-            self.append(self.folder / "metrics.jsonl", finite_json(values))
+            self.append("metrics.jsonl", finite_json(values))
 
     def write_file(self, path: Path, content: bytes, needed: bool = True) -> None:
         """Writes a file of the run; one that is not needed may fail with a notice. Raises InputError."""
@@ -2652,7 +2880,7 @@ class RunLog:
     def forget_after(self, step: int) -> None:
         """Drops the metrics of steps that a resumed run will do again."""
         path = self.folder / "metrics.jsonl"
-        if self.rank == 0 and path.is_file():
+        if self.rank == 0 and path.is_file() and not self.dry:
             rows = path.read_bytes().splitlines(keepends=True)
             self.write_file(path, b"".join(row for row in rows if step_of(row) <= step), needed=False)
 
@@ -2672,27 +2900,20 @@ class RunLog:
             self.line(f"stopped: {error}", console=False)
             raise
         except Exception:
-            path = self.folder / ("train.log" if self.rank == 0 else f"crash_rank{self.rank}.log")
-            self.append(path, traceback.format_exc())
+            self.append("train.log" if self.rank == 0 else f"crash_rank{self.rank}.log", traceback.format_exc())
             raise
         finally:
             if self.bar is not None:
                 self.bar.close()
-            if self.rank == 0:
-                with contextlib.suppress(OSError):  # a full disk
-                    self.file.close()
-
-
-def open_log(c: Config, engine: Engine) -> tuple[Config, RunLog]:
-    """The log of this run, with the name that the first process gives it; returns `c` with that name, too."""
-    c = dataclasses.replace(c, run_id=together(engine, lambda: c.run_id or run_name(c), first_only=True))
-    return c, together(engine, lambda: RunLog(c, engine.rank))
 
 
 def versions() -> dict[str, str]:
-    found = {d.metadata["Name"]: d.version for d in distributions()} | {"python": platform.python_version()}
-    names = ("python", "torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction")
-    return {name: found[name] for name in names if name in found}
+    """Of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "mlx", "numpy", "sentencepiece", "safetensors", "constriction"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def source_commit() -> str | None:
@@ -2742,19 +2963,18 @@ def peak_process_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def write_head(c: Config, engine: Engine, log: RunLog, notices: list[str], score: Score, stream: TokenStream) -> None:
+def write_head(run: Run, notices: list[str]) -> None:
     """The first lines of train.log: source, settings, versions, what will be trained on what."""
+    c, engine, log, score, stream = run.config, run.engine, run.log, run.score, run.stream
     layout, dtype, val_tokens = parse_layout(c.layout), str(engine.dtype).split(".")[-1], len(score.tokens) - 1
     log.line(script_source() + "\n" + "=" * 120, console=False)
     log.line("config: " + json.dumps(dataclasses.asdict(c)), console=False)
     log.line(f"run: {log.folder}  script: {FRAMEWORK}  sha256: {source_sha256()}  commit: {source_commit()}")
-    for group, names in GROUPS.items():
-        log.line(f"{group}: " + " ".join(f"{name}={getattr(c, name)}" for name in names.split()), console=False)
     order = "shuffled" if c.shuffle else "contiguous"
     log.line(f"""\
 versions: {json.dumps(versions())}
 device: {engine.device_name}  processes: {engine.world}  dtype: {dtype}  compiled: {engine.compiled}
-data: {c.data_path}  train tokens: {stream.total} in {len(stream.paths)} shards, {order}  val tokens: {val_tokens}  \
+data: {c.data_path}  train tokens: {stream.total} in {len(stream.shards)} shards, {order}  val tokens: {val_tokens}  \
 val bytes: {score.bytes}{score.label}
 model: {c.layout} ({layout.blocks} blocks, {layout.depth} applied)  parameters: {count_params(c)} stored, \
 {effective_params(c)} applied  loops: {c.loop_schedule or layout.loops}  skips: {c.skips}""")
@@ -2762,15 +2982,16 @@ model: {c.layout} ({layout.blocks} blocks, {layout.depth} applied)  parameters: 
         log.line(notice)
 
 
-def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, more: dict) -> dict:
+def write_result(run: Run, scores: dict) -> dict:
     """result.json: always the same keys, null where something does not apply or is not finite. Without a score a run
     ends as well without it."""
-    result = dict.fromkeys(RESULT_KEYS) | {
-        "run_id": log.folder.name,
+    c, engine, state = run.config, run.engine, run.state
+    result = {
+        "run_id": run.log.folder.name,
         "framework": FRAMEWORK,
         "layout": c.layout,
         "loops": state.loops,
-        "eval_loops": c.eval_loops or state.loops,
+        "eval_loops": eval_passes(c, state.loops)[0],
         "eval_stride": c.eval_stride or c.train_seq_len,
         "params_stored": count_params(c),
         "params_effective": effective_params(c),
@@ -2781,9 +3002,9 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, scor
         "train_time_ms": round(1000 * state.seconds),
         "tok_s": round(state.tokens / max(state.seconds, 1e-9)),
         "peak_mem_bytes": engine.peak_memory(),
-        "val_tokens": len(score.tokens) - 1,
+        "val_tokens": len(run.score.tokens) - 1,
         "bytes_cap": c.bytes_cap,
-        "quantizer": c.quantizer + " embed_float16" * c.embed_float16,
+        "quantizer": c.quantizer,
         "count_code": c.count_code,
         "device": engine.device_name,
         "world_size": engine.world,
@@ -2793,39 +3014,27 @@ def write_result(c: Config, engine: Engine, log: RunLog, state: TrainState, scor
         "config_sha256": config_sha256(c),
         "dataset": Path(c.data_path).name,
         "dataset_sha256": dataset_sha256(c),
+        "complete": False,
     }
-    result = json.loads(finite_json(result | more))
-    assert list(result) == RESULT_KEYS
+    result = json.loads(finite_json(result | dict.fromkeys(SCORES) | scores))
     if engine.rank == 0:
         content = (json.dumps(result, indent=1) + "\n").encode()
-        log.write_file(log.folder / "result.json", content, needed=result["val_bpb"] is not None)
+        run.log.write_file(run.log.folder / "result.json", content, needed=result["val_bpb"] is not None)
     return result
 
 
-def report_failure(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, result: dict) -> int:
-    """The end of a run whose score is no number: writes its result and raises Agreed."""
-    write_result(c, engine, log, state, score, result | {"complete": False})
-    loss = result.get("val_loss", result["val_loss_raw"])
-    mend = "lower MATRIX_LR and SCALAR_LR, or set GRAD_CLIP_NORM=1"
-    raise Agreed(f"the score after step {state.step}: expected a finite loss, found {loss}; {mend}")
-
-
-def report(c: Config, engine: Engine, log: RunLog, state: TrainState, score: Score, r: dict, made: Export,
-           seconds: float) -> None:  # fmt: skip
+def report(run: Run, r: dict, made: Export, seconds: float) -> None:
     """The closing block; `r` is what result.json says, `seconds` those of the export."""
+    c, state, log = run.config, run.state, run.log
     code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
-    over = 100 * (r["bits_per_weight"] / max(r["entropy_bits_per_weight"], 1e-9) - 1)
-    side = f"{abs(over):.2f} % {'above' if over > 0 else 'below'}"  # the coder knows more than a histogram
     aimed = f", {made.loss_aimed:.5f} nats aimed at" if calibrates(c) else ""
     kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
     calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if calibrates(c) else ""
     log.line(f"""---
 score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {r["eval_loops"]} passes)\
-{score.label}
-size:     {r["bytes_total"]} bytes of {c.bytes_cap}: {"PASS" if r["bytes_total"] <= c.bytes_cap else "FAIL"} ({code} + \
-artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight, entropy {r["entropy_bits_per_weight"]:.3f}, \
-{side} it)
-bytes:    {", ".join(f"{group} {size}" for group, size in made.bytes_by_group.items())}
+{run.score.label}
+size:     {r["bytes_total"]} bytes of {c.bytes_cap}: {"PASS" if r["fits"] else "FAIL"} ({code} + \
+artifact {r["bytes_artifact"]}, {r["bits_per_weight"]:.3f} bits a weight)
 export:   {r["quantizer"]}{aimed}, {seconds:.1f} s{calibration}, {made.rounds} round{"s" * (made.rounds > 1)}
 training: {state.step} steps, {state.tokens} tokens, {state.flops:.3g} FLOPs, {state.seconds:.1f} s, \
 {r["tok_s"]} tok/s, peak memory {r["peak_mem_bytes"] / 2**20:.0f} MiB
@@ -2843,9 +3052,9 @@ TOP_K = 50  # samples are drawn from the likeliest
 def check_run(c: Config) -> None:
     name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", c.run_id or "x")
     require(name, "RUN_ID", 'letters, digits, ".", "_" and "-"', f'"{c.run_id}"')
-    if c.mode == "train":
+    if c.mode in TRAINS:
         file, mend = c.artifact or c.checkpoint, "to start from weights set INIT_FROM"
-        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", "MODE=train", mend)
+        require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", f"MODE={c.mode}", mend)
         require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
         require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
         return
@@ -2878,13 +3087,18 @@ def sample(c: Config, engine: Engine, loops: int) -> str:
 
 
 def score_file(c: Config, engine: Engine, loops: int) -> str:
-    """MODE=eval: the line that says the score."""
+    """MODE=eval: for every number of passes the line that says the score."""
     score = together(engine, lambda: Score(c))
     warn(engine, score.notices())
-    loss, count = evaluate(c, engine, score.tokens, loops), len(score.tokens) - 1
-    if not math.isfinite(loss):  # the same on every process
-        raise Agreed(f"{c.artifact or c.checkpoint}: expected a model with a finite loss, found {loss}")
-    return f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{loops} tokens:{count}{score.label}"
+    count, lines = len(score.tokens) - 1, []
+    for passes in eval_passes(c, loops):
+        loss = evaluate(c, engine, score.tokens, passes)
+        if not math.isfinite(loss):  # the same on every process
+            raise Agreed(f"{c.artifact or c.checkpoint}: expected a model with a finite loss, found {loss}")
+        lines.append(
+            f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{passes} tokens:{count}{score.label}"
+        )
+    return "\n".join(lines)
 
 
 def export_file(c: Config, engine: Engine, notices: list[str], loops: int) -> int:
@@ -2892,10 +3106,9 @@ def export_file(c: Config, engine: Engine, notices: list[str], loops: int) -> in
     notices = notices + together(engine, lambda: check_before_start(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
-    c, log = open_log(c, engine)
-    write_head(c, engine, log, [*notices, *engine.notices, *score.notices()], score, stream)
-    with log.noting_crashes():
-        return finish(c, engine, log, TrainState(loops=loops), score, stream)
+    run = Run(c, engine, score, stream, TrainState(loops=loops), None, notices)
+    with run.log.noting_crashes():
+        return finish(run)
 
 
 def use_file(c: Config, engine: Engine, notices: list[str], weights: dict[str, np.ndarray], loops: int) -> int:
@@ -2903,9 +3116,8 @@ def use_file(c: Config, engine: Engine, notices: list[str], weights: dict[str, n
     engine.build(weights, training=False)
     if c.mode == "export":
         return export_file(c, engine, notices, loops)
-    loops = c.eval_loops or loops
     warn(engine, [*notices, *engine.notices])
-    text = sample(c, engine, loops) if c.mode == "sample" else score_file(c, engine, loops)
+    text = sample(c, engine, eval_passes(c, loops)[0]) if c.mode == "sample" else score_file(c, engine, loops)
     if engine.rank == 0:
         say(text)
     return 0
@@ -2915,6 +3127,57 @@ def warn(engine: Engine, notices: list[str]) -> None:
     """Notices for standard error, where standard output is the answer alone."""
     for notice in notices if engine.rank == 0 else ():
         complain(notice)
+
+
+def seconds_of(engine: Engine, work: Callable, *arguments: object) -> float:
+    """Seconds that the first process takes for `work`."""
+    began = time.perf_counter()
+    work(*arguments)
+    return engine.gather([time.perf_counter() - began])[0, 0].item()
+
+
+def expected_use(c: Config, state: TrainState, took: dict[int, float]) -> np.ndarray:
+    """Steps, seconds and FLOPs from `state` to the end of training if a step with n passes takes took[n] seconds."""
+    caps, used = (c.iterations, seconds_to_train(c), c.max_train_flops), [state.step, state.seconds, state.flops]
+    schedule, used = parse_loop_schedule(c.loop_schedule, parse_layout(c.layout).loops), np.array(used, float)
+    for (_, mean), (end, _) in zip(schedule, [*schedule[1:], (1.0, 0)]):
+        drawn = [draw_loops(c, mean, step) for step in range(200 if c.loop_sample else 1)]
+        flops = np.mean([train_flops_per_token(c, passes) for passes in drawn]) * c.train_batch_tokens
+        cost = np.array([1.0, np.mean([took[passes] for passes in drawn]), flops])
+        used += cost * max(0.0, min((end * cap - u) / x for cap, u, x in zip(caps, used, cost) if cap))
+    return used
+
+
+def preflight(run: Run, warm: dict[int, float], start: float) -> int:
+    """MODE=preflight: times some steps and the scoring of a step's tokens, and says what the run would take."""
+    c, engine, score, state = run.config, run.engine, run.score, run.state
+    took = {passes: seconds_of(engine, engine.warm_up, run.stream, passes, 3) / 3 for passes in warm}
+    steps, seconds, flops = expected_use(c, state, took)
+    passes, *others = eval_passes(c, parse_layout(c.layout).loops)
+    ends = range(c.train_seq_len, len(score.tokens), c.eval_stride or c.train_seq_len)
+    few = ends[: c.train_batch_tokens // c.train_seq_len]
+    scoring = [seconds_of(engine, evaluate, c, engine, score.tokens[: few[-1] + 1], passes) for _ in range(2)][1]
+    scores = 2 + sum(flops_per_token(c, n) for n in others) / flops_per_token(c, passes)
+    scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
+    looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
+    looks = c.calib_seconds if c.max_wallclock_seconds else looks
+    coding = 7e-6 * count_params(c) * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
+    parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]
+    parts.append(looks + coding if calibrates(c) else 0.0)
+    start, training, scoring, export, paid = (f"{part / 60:.2f}" for part in [*parts, sum(parts)])
+    code, cap = code_size(c.count_code), c.target_bytes or c.bytes_cap
+    size = cap - code if c.target_bytes else count_params(c) * LIKELY_BITS[c.quantizer] / 8
+    run.log.line(f"""---
+steps:    {steps:.0f}, {steps * c.train_batch_tokens:.4g} tokens, {flops:.3g} FLOPs expected; a step (measured): \
+{", ".join(f"{1000 * s:.1f} ms with {n} pass{'es' * (n > 1)}" for n, s in took.items())}
+paid:     {paid} minutes a seed: start {start} ({sum(warm.values()):.0f} s compiling, measured), training {training}, \
+evaluation {scoring} ({scores:.1f} times, from {len(few)} of {len(ends)} windows), export {export} (estimated)
+room:     {engine.peak_memory() / 2**30:.2f} GiB of memory (measured){engine.memory}; \
+{run.log.room[1] / 1e9:.3f} GB of {run.log.room[0] / 1e9:.1f} free on disk
+data:     {dataset_sha256(c)} (SHA-256 of shards and tokenizer)
+artifact: {"likely fits" if code + size <= cap else "MAY NOT FIT"}: code {code} + about {size:.0f} of {cap} bytes, \
+{8 * size / count_params(c):.2f} bits a weight""")
+    return 0
 
 
 def help_text() -> str:
@@ -2931,23 +3194,23 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         return 0
     c, notices = load_config(argv, environ, DEFAULT_PRESET)
     weights, loops = None, 0
-    if c.mode != "train":
+    if c.mode not in TRAINS:
         weights, model, loops = load_model_file(c.artifact or c.checkpoint)
         notices += [f"notice: {name.upper()}={model.get(name)}, as the file says, not {asked}" for name in MODEL_FIELDS
                     if (asked := getattr(c, name)) not in (model.get(name), getattr(Config, name))]  # fmt: skip
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
-    engine = Engine(c)
+    engine, code = Engine(c), 1
     try:
         code = use_file(c, engine, notices, weights, loops) if weights else train(c, engine, notices)
     except Agreed as error:
         if engine.rank == 0:
             complain(f"error: {error}")
-        code = 1
     except Exception as error:
-        if engine.world == 1:
+        if engine.world == 1 and c.mode != "preflight":
             raise
         complain(f"error: process {engine.rank}: {str(error) or type(error).__name__}")
-        os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
+        if engine.world > 1:
+            os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
     engine.close(code)
     return code
 
