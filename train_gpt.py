@@ -2932,7 +2932,6 @@ def check_run(c: Config) -> None:
         file, mend = c.artifact or c.checkpoint, "to start from weights set INIT_FROM"
         require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", f"MODE={c.mode}", mend)
         require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
-        require(not (c.resume and c.init_from), "RESUME=1", "no INIT_FROM (a resumed run has its weights)", c.init_from)
         return
     given = bool(c.artifact) + bool(c.checkpoint)
     found = "both" if given == 2 else "neither"

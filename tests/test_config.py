@@ -141,7 +141,6 @@ BAD_SETTINGS = {
     "training with an artifact": ("--artifact=a.rgpt", "ARTIFACT", "MODE=eval", "INIT_FROM"),
     "init from a missing file": ("--init_from=none.safetensors", "none.safetensors", "expected", "found no file"),
     "resume without name": ("--resume", "RESUME", "RUN_ID"),
-    "resume with init": ("--resume --run_id=a --init_from=b", "RESUME", "INIT_FROM", "expected", "found"),
     "resume of nothing": ("--resume --run_id=a", "a.checkpoint.safetensors", "expected a checkpoint", "found none"),
     "name that is a path": ("--run_id=a/b", "RUN_ID", "expected letters", "a/b"),
     "name above the folder": ("--run_id=..", "RUN_ID", "expected letters"),

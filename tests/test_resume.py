@@ -290,6 +290,22 @@ def test_init_from_starts_a_run_at_the_parents_loss(script, config, tiny, data, 
     assert np.array_equal(kept["weights.tok_emb.weight"], script.load_tensors(path)[0]["weights.tok_emb.weight"])
 
 
+def test_a_run_with_a_parent_is_resumed(script, config, tiny, tmp_path, monkeypatch):
+    """With its own settings, INIT_FROM among them, though its parent is gone."""
+    path = tmp_path / "parent.safetensors"
+    parent(script, config(script, layout="4", loop_schedule=""), path)
+    flags = [f"--init_from={path}", "--iterations=6"]
+    assert run_in_process(script, *flags, "--run_id=whole", **tiny).code == 0
+    with monkeypatch.context() as patch:
+        stopping(script, patch, 5)  # two of them warm up
+        assert run_in_process(script, *flags, "--run_id=stopped", **tiny).code == 143
+    path.unlink()
+    outcome = run_in_process(script, *flags, "--run_id=stopped", "--resume", **tiny)
+    assert outcome.code == 0, outcome
+    whole, stopped = (result_of(tmp_path / "logs" / name) for name in ("whole", "stopped"))
+    assert whole["steps"] == stopped["steps"] == 6 and whole["val_loss"] == stopped["val_loss"]
+
+
 def test_init_from_what_cannot_serve(script, config, tiny, tmp_path):
     path = tmp_path / "parent.safetensors"
     for fields, patterns in (
