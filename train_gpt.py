@@ -1596,9 +1596,11 @@ class Engine:
 
 def memory_needed(c: Config, tokens: int) -> float:
     """Bytes of a GPU, about, that training with microbatches of so many tokens takes: fitted to traces of `baseline`
-    (10.1 GiB at 65,536 tokens) and `record` (22.9 GiB)."""
-    width, applied = parse_layout(c.layout).depth * c.model_dim, 28 + 4 * c.mlp_mult
-    return 20.0 * count_params(c) + tokens * (width * applied + 12.0 * c.vocab_size)
+    (10.1 GiB at 65,536 tokens) and `record` (22.9 GiB). With EXIT_WEIGHT every pass has a coda and an output layer."""
+    layout = parse_layout(c.layout)
+    ends = layout.loops if c.exit_weight else 1
+    width = (layout.depth + (ends - 1) * layout.coda) * c.model_dim
+    return 20.0 * count_params(c) + tokens * (width * (28 + 4 * c.mlp_mult) + 12.0 * c.vocab_size * ends)
 
 
 def keep_freed_memory() -> None:
