@@ -430,7 +430,7 @@ def test_settings_of_the_score_are_measured_by_the_file(script, data, tmp_path):
     env = TINY | data.env | {"LOG_DIR": str(tmp_path), "ITERATIONS": "1"}
     assert run_in_process(script, "--run_id=a", **env).code == 0
     where = [f"--{name}={data.env[name.upper()]}" for name in ("data_path", "tokenizer_path")]
-    flags = ["--mode=eval", f"--checkpoint={tmp_path}/a/model.safetensors", *where]
+    flags = ["--mode=eval", "--compile=0", f"--checkpoint={tmp_path}/a/model.safetensors", *where]
     outcome = run_in_process(script, *flags, "--val_max_tokens=64", "--eval_stride=8", "--microbatch_tokens=32")
     assert outcome.code == 0 and "tokens:64" in outcome.out
     for more, said in (("--val_max_tokens=16", "at least TRAIN_SEQ_LEN=32"), ("--eval_stride=7", "a divisor of")):
