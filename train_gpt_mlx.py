@@ -1850,6 +1850,9 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[
 
 def model_config(c: Config, model: dict) -> Config:
     """`c` with the model settings of a file. Raises InputError if they are not those of a model."""
+    others = ", ".join(sorted(model.keys() - set(MODEL_FIELDS)))
+    mend = "use the scripts of its own commit"
+    require(not others, "model settings", "those that this version knows", others, mend)
     fields = {name: model.get(name) for name in MODEL_FIELDS}
     for name, value in fields.items():
         kind = type(getattr(Config, name))
@@ -1871,10 +1874,16 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     try:
         head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         note = json.loads(head["__metadata__"]["recurrent_gpt"])
-        model = {"pass_vectors": False} | note["model"]  # older files do not state it
-        return parse_tensors(data), note | {"loops": int(note["loops"]), "model": model}
-    except (SafetensorError, ValueError, LookupError, TypeError, MemoryError, RecursionError) as error:
+        return parse_tensors(data), note | {"loops": int(note["loops"]), "model": known_options(note["model"])}
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, MemoryError,
+            RecursionError) as error:  # fmt: skip
         raise InputError(f"{path}: {expected} ({str(error)[:80] or type(error).__name__})") from None
+
+
+def known_options(model: dict) -> dict:
+    """The model settings of a file as of today: older ones may lack `pass_vectors`, and state an `inject` of none."""
+    gone = ("inject", "none")
+    return {"pass_vectors": False} | {name: value for name, value in model.items() if (name, value) != gone}
 
 
 def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
@@ -1897,7 +1906,7 @@ def read_weights(path: object, tensors: dict[str, np.ndarray], note: dict) -> tu
         require(same, "tensors", f"those of LAYOUT={c.layout}", "others")
         require(0 <= note["loops"] <= parse_layout(c.layout).loops, "loops", "passes of its layout", note["loops"])
     except InputError as error:
-        raise InputError(f"{path}: {error}; the file is damaged") from None
+        raise InputError(f"{path}: {error}; the file is damaged or of another version") from None
     return weights, note["model"], note["loops"] or parse_layout(c.layout).loops
 
 
@@ -1922,7 +1931,7 @@ WEIGHTS_A_BYTE = 256  # at most in a file: a reader looks before it makes anythi
 LEAST_BITS = {"absmax": 4.5, "trellis": 0.7}  # a weight, all included: less was never seen ...
 LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
 # Of the mean curvature: no row counts for less. A calibration knows little of rare tokens, and their loss is no
-# parabola: rows that are too coarse cost up to half of all that rounding costs (tests/fit_floor.py, records/rare_rows).
+# parabola; ten times less costs up to twice as much (tests/fit_floor.py, records/rare_rows).
 ROW_FLOOR = 0.01
 FEW_BITS = 3.0  # a weight; below, fewer parameters are better once they are well trained (records/ablations/mini_bits)
 
@@ -2418,7 +2427,8 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
     if not unpack.eof or unpack.unused_data or len(code) % 4:
         raise ValueError("a header without its end, or half a word")
     header = json.loads(text)
-    c, loops = model_config(Config(), header["model"]), int(header["loops"])
+    model, loops = known_options(header["model"]), int(header["loops"])
+    c = model_config(Config(), model)
     c = dataclasses.replace(c, quantizer=header["quantizer"])
     if count_params(c) > WEIGHTS_A_BYTE * size:
         raise ValueError(f"{size} bytes for {count_params(c)} parameters")
@@ -2437,7 +2447,7 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
         weights[name] = values_of(tables[name], trellis).reshape(shape)
         if not np.isfinite(weights[name]).all():
             raise ValueError(f"numbers that are not finite in {name}")
-    return Artifact(header["model"], loops, c.quantizer, weights, bits)
+    return Artifact(model, loops, c.quantizer, weights, bits)
 
 
 def calibrate(run: Run, loops: int) -> Curvature | None:

@@ -164,6 +164,12 @@ class Run:
         return [*(f"--{name}={value}" for name, value in settings.items()), *own]
 
 
+def of_commit(commit: str, script: str) -> bytes | None:
+    """The script as a commit has it; None where it is not known here."""
+    done = subprocess.run(["git", "show", f"{commit}:{script}"], cwd=ROOT, capture_output=True)
+    return done.stdout if done.returncode == 0 else None
+
+
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -331,7 +337,8 @@ def check_finished(matrix: Matrix, plan: Plan | None = None) -> None:
     for run, result in matrix.finished():
         here, found = short(run.home), read_json(run.home / "run.json", "what a finished run was made of")
         commit = (result.get("commit") or "its commit").rstrip("+")
-        mend = f"two scripts are no comparison: git checkout {commit} -- {matrix.script}, or start a new matrix"
+        script = f"git checkout {commit} -- {matrix.script} (or take the copy beside it)"
+        mend = f"two scripts are no comparison: {script}, or start a new matrix"
         current = not plan or found.get("script_sha256") == sha256(plan.source)
         need(current, here, f"a run of this {matrix.script}", "one of another version", mend)
         wanted = run.origin(found.get("script_sha256"))
@@ -516,7 +523,7 @@ class Queue:
         source = self.plan.source
         copy = self.matrix.home / f"{Path(self.matrix.script).stem}.{sha256(source)[:12]}.py"
         commit = str((self.result_in_hand(run) or {}).get("commit"))
-        if not copy.is_file() and not re.fullmatch("[0-9a-f]{40}", commit):  # "+" at its end: files differed
+        if not copy.is_file() and of_commit(commit, self.matrix.script) != source.encode():
             write_text(copy, source)
         part = run.home.with_name(f"{run.name}.tmp")
         shutil.rmtree(part, ignore_errors=True)
@@ -658,7 +665,8 @@ Arms, and what each sets beyond that:
 
 {chr(10).join(f"- `{arm}`: {listed(settings) or 'nothing more'}" for arm, settings in matrix.arms.items())}
 
-Again: `python records/ablate.py {short(matrix.path)}`. Each run's log, metrics and result lie in its folder here.
+Again, with that script: `python records/ablate.py {short(matrix.path)}`. Each run's log, metrics and result lie in its
+folder here.
 """
     if kept:
         draw(matrix, kept)

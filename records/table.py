@@ -58,7 +58,8 @@ TOOLS = """## Tools
 
 [does_recurrence_pay/](does_recurrence_pay/README.md): what is known so far, on one page. retrofit/: trained models
 made to loop, [SmolLM2](retrofit/smollm2/README.md) and [ours](retrofit/own/README.md).
-[coders/](coders/README.md): the artifact's coder beside general compressors.
+[coders/](coders/README.md): the artifact's coder beside general compressors. [rare_rows/](rare_rows/README.md): what
+rounding costs where a calibration is short.
 
 To compare ideas, declare a matrix (settings, arms, seeds, a budget; `--help` shows one) and run it. Ctrl-C at will: the
 same command goes on. It ends in a table (mean, standard deviation, Welch's test) and a picture. A trial of a minute:

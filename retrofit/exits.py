@@ -92,7 +92,9 @@ def watch(script, config, weights: dict[str, np.ndarray], tokens: np.ndarray, pa
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="artifact, checkpoint or model.safetensors")
-    parser.add_argument("--passes", type=int, default=0, help="at most so many; default: those that were trained")
+    parser.add_argument(
+        "--passes", type=int, default=0, help="at most so many; default: those in use at the end of training"
+    )
     args, settings = parser.parse_known_args(argv)
     script = load_script(SCRIPTS[0])
     try:

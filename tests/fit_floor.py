@@ -33,12 +33,12 @@ def token_losses(engine: script.Engine, weights: dict[str, np.ndarray], tokens: 
     return np.concatenate([engine.token_losses(inputs[i : i + rows], targets[i : i + rows], loops) for i in starts])
 
 
-def rounded(c: script.Config, weights: dict, loops: int, curvature: script.Curvature) -> tuple[dict, int, float]:
-    """(weights as read back, bytes, bits a weight) of the artifact."""
+def rounded(c: script.Config, weights: dict, loops: int, curvature: script.Curvature) -> tuple[dict, float]:
+    """(weights as read back, bits a weight) of the artifact, whose code is not counted."""
     made = script.export_model(c, weights, loops, curvature)
     with tempfile.NamedTemporaryFile(suffix=".rgpt") as file:
         Path(file.name).write_bytes(made.data)
-        return script.read_artifact(Path(file.name)).weights, made.size, made.bits_per_weight
+        return script.read_artifact(Path(file.name)).weights, made.bits_per_weight
 
 
 def rare_tokens(tokens: np.ndarray) -> np.ndarray:
@@ -50,6 +50,8 @@ def rare_tokens(tokens: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str]) -> None:
+    if not argv:
+        sys.exit(__doc__)
     weights, model, loops = script.load_model_file(argv[0])
     flags = ["--mode=export", f"--checkpoint={argv[0]}", "--quantizer=trellis", *argv[1:]]
     c = script.model_config(script.load_config(flags, {}, "")[0], model)
@@ -66,7 +68,7 @@ def main(argv: list[str]) -> None:
     for floor in FLOORS:
         script.ROW_FLOOR, costs = floor, []
         for target in targets:
-            found, _, bits = rounded(dataclasses.replace(c, target_bytes=target), weights, loops, curvature)
+            found, bits = rounded(dataclasses.replace(c, target_bytes=target), weights, loops, curvature)
             costs.append(token_losses(engine, found, tokens, loops).mean() - before.mean())
             if target == targets[0]:
                 alone = weights | {"tok_emb.weight": found["tok_emb.weight"]}

@@ -351,7 +351,7 @@ def test_an_option_that_is_not_known_is_refused_by_name(any_script, tool, config
     flags = ("b.safetensors", "--layout=1+2x2+1", "--init=keep")
     save(any_script, c, tmp_path / "a.safetensors", injection="concat")
     assert tool("a.safetensors", *flags) == 1
-    assert "error: injection: expected an option of the parent that this tool knows" in capsys.readouterr().err
+    assert "model settings: expected those that this version knows, found injection" in capsys.readouterr().err
     # A setting that the scripts have and this tool does not know: off it is carried on, on it is refused.
     monkeypatch.setattr(convert, "KNOWN", [name for name in convert.KNOWN if name != "xsa"])
     save(any_script, dataclasses.replace(c, xsa=True), tmp_path / "a.safetensors")

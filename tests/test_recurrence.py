@@ -246,7 +246,7 @@ def test_passes_that_leave_early_learn_before_the_stop():
 def test_a_run_draws_its_passes_and_counts_them(name, data, tmp_path):
     """Every step has the passes that its seed and number draw, no draw is a switch, and FLOPs are added up as drawn."""
     script = SCRIPTS[name]
-    flags = ("--eval_loops=2,1,4", "--loop_sample=4", "--bptt_passes=1", "--loop_schedule=0:1,0.25:2", "--run_id=a")
+    flags = ("--eval_loops=2,1,4", "--loop_sample=4", "--exit_weight=0.1", "--loop_schedule=0:1,0.25:2", "--run_id=a")
     outcome = run_in_process(script, *flags, LOG_DIR=tmp_path, **TINY | data.env)
     assert outcome.code == 0, outcome
     log = (tmp_path / "a" / "train.log").read_text()

@@ -306,6 +306,23 @@ def test_a_run_with_a_parent_is_resumed(script, config, tiny, tmp_path, monkeypa
     assert whole["steps"] == stopped["steps"] == 6 and whole["val_loss"] == stopped["val_loss"]
 
 
+def test_files_of_other_versions_are_read_or_refused_by_name(script, config, tmp_path):
+    c = config(script, layout="4", loop_schedule="")
+    weights = {f"weights.{name}": value for name, value in script.initial_weights(c).items()}
+    for inject, known in (("none", True), ("add", False)):
+        about = script.about(c, 1)
+        about["model"] = {name: value for name, value in about["model"].items() if name != "pass_vectors"}
+        about["model"]["inject"] = inject
+        script.save_tensors(tmp_path / "a.safetensors", weights, about)
+        if known:
+            assert script.load_model_file(str(tmp_path / "a.safetensors"))[1] == script.about(c, 1)["model"]
+            continue
+        with pytest.raises(
+            script.InputError, match="model settings: expected those .* found inject; .* another version"
+        ):
+            script.load_model_file(str(tmp_path / "a.safetensors"))
+
+
 def test_init_from_what_cannot_serve(script, config, tiny, tmp_path):
     path = tmp_path / "parent.safetensors"
     for fields, patterns in (

@@ -4,9 +4,9 @@
     python tests/time_model.py --gpus=1 --preset=baseline         more flags are settings of train_gpt.py
 
 Time is products + attention + what the fused kernels move, one after the other; the optimizer, launches and the links
-between GPUs are left out (0.5 to 3 ms). Rates are those of an H100 in bfloat16 at 512 wide; bytes are of traces of
-`baseline` and `record` compiled by torch 2.14.1, from which these numbers are a fit to 2 %: bytes a token of a visited
-block, and of the output layer. The sum gives 37 ms for the challenge's baseline, of which 43.4 ms are published.
+between GPUs are left out. Rates are guesses for an H100 in bfloat16 at 512 wide. Bytes are fitted to what torch 2.14.1
+made of `baseline` and `record`: so many a token and visited block, and for the output layer. For the challenge's
+baseline the sum is 37 ms, where its own log has 43.
 """
 
 import sys
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     for kernel in ATTENTION:
         for passes in script.loop_counts(c):
             parts = step_seconds(c, passes, gpus, kernel)
-            total, flops = sum(parts.values()), script.train_flops_per_token(c, passes) * c.train_batch_tokens
+            total, flops = sum(parts.values()), 3 * script.flops_per_token(c, passes) * c.train_batch_tokens
             shown = ", ".join(f"{name} {1000 * part:.1f}" for name, part in parts.items())
             share, word = flops / (total * gpus * PEAK), "passes" if passes > 1 else "pass"
             print(f"  {kernel:8} {passes} {word:6} {1000 * total:6.1f} ms ({shown}), {share:.1%} of the peak")
