@@ -177,9 +177,9 @@ PRESETS = {
         iterations=0 max_wallclock_seconds=0 max_train_flops=5e13 warmdown_frac=0.67 lr_warmup_steps=20
         muon_momentum_warmup_steps=100 val_loss_every=2000 train_log_every=200 quantizer=trellis bytes_cap=80000
         target_bytes=80000 count_code=0 calib_tokens=65536 microbatch_tokens=2048 xsa=1""",
-    # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too.
+    # Ten minutes on an 8 GB M-series laptop; useful on a CPU, too. Passes come late: records/ablations/mini_loop.
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
-        loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20 muon_momentum_warmup_steps=200
+        loop_schedule=0:1,0.75:3 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20 muon_momentum_warmup_steps=200
         val_loss_every=200 val_max_tokens=1048576 train_log_every=20""",
     # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016.
     # Passes come on as the identity, here and in all presets that switch: records/does_recurrence_pay/switch.
