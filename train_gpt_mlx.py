@@ -1933,6 +1933,7 @@ LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
 # Of the mean curvature: no row counts for less. A calibration knows little of rare tokens, and their loss is no
 # parabola; ten times less costs up to twice as much (tests/fit_floor.py, records/rare_rows).
 ROW_FLOOR = 0.01
+IDLE_GATE = 0.1  # of a pass that is paid for and not used (records/does_recurrence_pay)
 FEW_BITS = 3.0  # a weight; below, fewer parameters are better once they are well trained (records/ablations/mini_bits)
 
 
@@ -2548,7 +2549,10 @@ def must_be_finite(run: Run, loss: float) -> None:
 
 def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: int) -> list[str]:
     """What a reader of the closing block should know of the export; `spare`: bytes of TARGET_BYTES that are left."""
-    c, found = run.config, []
+    c, found, gates = run.config, [], run.engine.weights().get("loop_gate", np.ones(2))[1:]
+    if c.loop_gate == "gain" and run.state.loops > 1 and np.abs(gates).max() < IDLE_GATE:
+        shown = ", ".join(f"{gate:.3f}" for gate in gates)
+        found.append(f"the passes after the first are hardly used, their gates are {shown}: a waste of FLOPs")
     if curvature and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
         found.append(f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS")
     if made.plain_rounded:

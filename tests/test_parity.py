@@ -188,7 +188,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3134, "mlx": 3036}
+LINES = {"torch": 3138, "mlx": 3040}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -263,3 +263,13 @@ def test_a_run_draws_its_passes_and_counts_them(name, data, tmp_path):
     assert list(by_loops) == ["2", "1", "4"] and by_loops["2"] == result["val_bpb"]
     assert all(f"loops:{n} val_loss:" in log and f"val_bpb:{by_loops[n]:.4f}" in log for n in "14")
     assert result["eval_loops"] == 2 and math.isclose(result["train_flops"], flops[-1])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("flags,idle", [(["--loop_gate_init=0"], True), (["--loop_gate_init=1"], False),
+                                        (["--loop_gate_init=0", "--loop_schedule=0:1,0.99:2"], False)])  # fmt: skip
+def test_a_pass_that_is_paid_for_and_not_used_is_said(name, flags, idle, data, tmp_path):
+    env = TINY | data.env | {"LOG_DIR": str(tmp_path), "LOOP_GATE": "gain", "LOOP_GATE_LR": "0.001"}
+    outcome = run_in_process(SCRIPTS[name], "--run_id=a", "--iterations=4", *flags, **env)
+    assert outcome.code == 0
+    assert ("notice: the passes after the first are hardly used, their gates are 0.0" in outcome.out) == idle, outcome
