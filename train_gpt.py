@@ -2650,7 +2650,7 @@ def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: i
     c, found, gates = run.config, [], run.engine.weights().get("loop_gate", np.ones(2))[1:]
     if c.loop_gate == "gain" and run.state.loops > 1 and np.abs(gates).max() < IDLE_GATE:
         shown = ", ".join(f"{gate:.3f}" for gate in gates)
-        found.append(f"the passes after the first are hardly used, their gates are {shown}: they cost more than they bring")
+        found.append(f"the passes after the first are hardly used, their gates are {shown}: FLOPs wasted")
     if curvature and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
         found.append(f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS")
     if made.plain_rounded:
