@@ -15,6 +15,7 @@ recurrence 5x3) and #1394 (loops on late), arXiv 2511.07384 (looping a band), ar
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -27,6 +28,7 @@ import io
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -99,6 +101,9 @@ class Config:
     lora_rank: int = 0  # rank of the per-pass change of every core linear; 0 = off
     pass_vectors: bool = False  # q_gain, attn_scale, mlp_scale and resid_mix of core blocks have a row a pass
     qk_gain_init: float = 1.5  # initial factor on the queries, one per head
+    rotary_dims: int = 0  # numbers of every head that a token's position turns; 0 = all
+    norm_scale: bool = False  # what the i-th block, from 1, reads is divided by sqrt(i)
+    mlp_slope: float = 0.0  # slope of the MLP's activation below 0, before it is squared; 0 is relu
     xsa: bool = False  # exclusive self attention: what a head says of a token's own value is taken off (PR #634)
     init_from: str = ""  # artifact, checkpoint or model with the same blocks, of any layout; weights go by name
     # training (it ends at the first budget that is reached; 0 = no such budget)
@@ -109,7 +114,7 @@ class Config:
     loop_schedule: str = ""  # "0:1,0.35:3" = one pass, from 35 % of training three; "" = all passes throughout
     loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
     bptt_passes: int = 0  # gradients of the last pass's loss flow back through so many passes, the last; 0 = all
-    exit_weight: float = 0.0  # of what every earlier pass says, as if the core ended there, against the last's words
+    exit_weight: float = 0.0  # weight of the divergence of every earlier pass's prediction from the last pass's
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
@@ -118,6 +123,8 @@ class Config:
     scalar_lr: float = 0.04  # Adam, vectors and scalars
     loop_gate_lr: float = 0.04  # Adam, loop gates
     lora_lr: float = 0.005  # Adam, LoRA matrices (rank 8 on Muon diverged 8 times of 8 in PR #1096)
+    muon_row_norm: bool = False  # the rows of a gradient get one length before Muon makes it orthogonal
+    weight_decay: float = 0.0  # of matrices and embedding: this times their learning rate is taken off every step
     muon_momentum: float = 0.95  # Muon's momentum
     muon_momentum_warmup_start: float = 0.85  # ... and its value at the first step
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
@@ -177,11 +184,18 @@ PRESETS = {
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
         loop_schedule=0:1,0.75:3 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20 muon_momentum_warmup_steps=200
         val_loss_every=200 val_max_tokens=1048576 train_log_every=20""",
-    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: four bits a weight. xsa: PR #634, -0.0016.
-    # Passes come on as the identity, here and in all presets that switch: records/does_recurrence_pay/switch.
-    "record": """layout=3+3x3+5 mlp_mult=4 xsa=1 loop_schedule=0:1,0.35:3 loop_gate=gain loop_gate_init=0
-        lr_warmup_steps=20 grad_clip_norm=1 quantizer=trellis target_bytes=16000000 count_code=packed
-        calib_seconds=4""",
+    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: three and a half bits a weight. Values and parts are
+    # those of the record of 2026-04-05 (PR #1394, five seeds), but for: the layout (#1493), the gain on the queries
+    # (#1413: 4 to 5, -0.0008), momentum (#1514, p = 0.02). Single effects in bits per byte: context of 2048 -0.018,
+    # stride 64 -0.017 (#1394), mlp_slope -0.0021 (#549), xsa -0.0016 (#634), muon_row_norm -0.001 (#1260), rotary_dims
+    # and norm_scale -0.0023 with another change (#315), weight_decay 0.085 for 0.090 280 kB (#1285). None is ours.
+    "record": """data_path=./data/datasets/fineweb10B_sp8192 tokenizer_path=./data/tokenizers/fineweb_8192_bpe.model
+        vocab_size=8192 train_seq_len=2048 train_batch_tokens=786432 layout=3+3x3+5 loop_schedule=0:1,0.35:3
+        loop_gate=gain mlp_mult=4 mlp_slope=0.5 xsa=1 rotary_dims=16 norm_scale=1 qk_gain_init=5 matrix_lr=0.02
+        tied_embed_lr=0.03 scalar_lr=0.02 weight_decay=0.085 muon_row_norm=1 muon_momentum=0.97
+        muon_momentum_warmup_start=0.92 muon_momentum_warmup_steps=1500 lr_warmup_steps=20 warmdown_frac=0.667
+        grad_clip_norm=0.3 eval_stride=64 val_loss_every=0 quantizer=trellis target_bytes=16000000 count_code=packed
+        calib_tokens=524288 calib_seconds=8""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
     "pr319": """layout=5x3 model_dim=640 skips=none loop_gate=x0 loop_gate_init=0.3333333333333333 warmdown_frac=0
@@ -204,7 +218,7 @@ GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="ite
 ABOVE_ZERO = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap
     train_batch_tokens""".split()
 AT_MOST = dict(vocab_size=65536, train_seq_len=2**20, seed=2**32 - 1, warmdown_frac=1, muon_momentum=1,
-               muon_momentum_warmup_start=1)  # fmt: skip
+               muon_momentum_warmup_start=1, mlp_slope=1)  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9",
@@ -335,7 +349,7 @@ def check_config(c: Config) -> None:
 
 def config_sha256(c: Config) -> str:
     """Hash of the settings that decide what is trained; equal for the seeds of one configuration, however they are
-    scored and exported. The time kept for the calibration is not trained in, so it counts."""
+    scored and exported. Of MAX_WALLCLOCK_SECONDS what is left to train in (`seconds_to_train`) is hashed."""
     kept = {name: getattr(c, name) for group in ("data", "model", "training") for name in GROUPS[group].split()}
     kept["max_wallclock_seconds"] = seconds_to_train(c)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -348,7 +362,7 @@ def config_sha256(c: Config) -> str:
 # ======================================================================================================================
 # Settings that a file of weights states, since its model cannot be built without them.
 MODEL_FIELDS = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank
-    pass_vectors train_seq_len xsa""".split()
+    pass_vectors train_seq_len xsa rotary_dims norm_scale mlp_slope""".split()
 
 
 class Layout(NamedTuple):
@@ -385,6 +399,8 @@ def check_model(c: Config) -> None:
     near = min(fits, key=lambda h: abs(h - heads), default="an even MODEL_DIM")
     require(heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", heads, f"try {near}")
     require(heads % c.num_kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", c.num_kv_heads)
+    even = c.rotary_dims % 2 == 0 and c.rotary_dims <= dim // heads
+    require(even, "ROTARY_DIMS", f"an even number, at most the {dim // heads} of a head", c.rotary_dims)
     require(c.train_seq_len * dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", c.train_seq_len * dim)
     for name in ("lora_rank", "pass_vectors"):
         value, one = getattr(c, name), f"0 with one pass (LAYOUT={c.layout})"
@@ -423,7 +439,7 @@ def block_order(layout: Layout, loops: int) -> list[tuple[int, int]]:
 def skip_pairs(layout: Layout, skips: str, loops: int) -> list[tuple[int, int, tuple]]:
     """(source visit, target visit, key) of every shortcut with `loops` passes on. A key is a row of skip_weights: it
     names the blocks, so that a pass that is switched on leaves every trained row between the blocks it was trained on.
-    `official` is the published rule, whose key is the order of popping (and which does move them)."""
+    `official` is the published rule, keyed by the order of popping: there a new pass moves rows to other blocks."""
     order = block_order(layout, loops)
     n, (p, c, _, d) = len(order), layout
     if skips == "per_loop":
@@ -591,10 +607,10 @@ def flops_per_token(c: Config, loops: int) -> float:
     return once + layout.core * flops_per_block(c, c.lora_rank) * loops
 
 
-def flops_per_block(c: Config, rank: int) -> float:
+def flops_per_block(c: Config, lora_rank: int) -> float:
     """Floating-point operations of a block with LoRA of this rank, per token, forward."""
     linears = linear_shapes(c).values()
-    lora = rank * sum(out + inp for out, inp in linears)
+    lora = lora_rank * sum(out + inp for out, inp in linears)
     return 2.0 * (sum(out * inp for out, inp in linears) + c.train_seq_len * c.model_dim + lora)
 
 
@@ -627,17 +643,19 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), (x.size(-1),), eps=RMS_EPS).to(x.dtype)
 
 
-def rotary_tables(length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, float32 [length, head_dim / 2]."""
-    frequencies = 1.0 / ROPE_BASE ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def rotary_tables(length: int, turned: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, float32 [length, turned / 2], for heads of which so many numbers turn."""
+    frequencies = 1.0 / ROPE_BASE ** (np.arange(0, turned, 2, dtype=np.float64) / turned)
     angles = np.outer(np.arange(length), frequencies)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + d/2) of [n, t, h, d] by minus the angle of their position, as the official script."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Turns the pairs (i, i + m/2) of the first m numbers of [n, t, h, d], for which there are tables [t, 1, m/2], by
+    minus the angle of their position, as the official script."""
+    half = cos.size(-1)
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]), dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -674,7 +692,8 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def without_own(y: Tensor, v: Tensor) -> Tensor:
-    """Attention's output y [n, t, h * d] without each head's part along the token's own value, v [n, t, k, d]."""
+    """Attention's output y [n, t, h * d] without each head's part along the token's own value, v [n, t, k, d], whose
+    mean square is made 1, so that a mean projects."""
     y, own = y.unflatten(-1, (v.size(2), -1, v.size(3))), rms_norm(v).unsqueeze(3)  # [n, t, k, groups, d]
     return (y - (y * own).mean(dim=-1, keepdim=True) * own).flatten(2)
 
@@ -687,14 +706,14 @@ def of_pass(vector: Tensor, loop: int, axes: int = 1) -> Tensor:
 class Linear(nn.Module):
     """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
 
-    def __init__(self, out_dim: int, in_dim: int, passes: int = 0, rank: int = 0):
+    def __init__(self, out_dim: int, in_dim: int, passes: int = 0, lora_rank: int = 0):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
-        self.has_lora = rank > 0
+        self.has_lora = lora_rank > 0
         self.probe = None  # set by `Engine.curvature`, which looks at inputs and gradients
         if self.has_lora:
-            self.lora_a = nn.Parameter(torch.empty(passes, rank, in_dim))
-            self.lora_b = nn.Parameter(torch.empty(passes, out_dim, rank))
+            self.lora_a = nn.Parameter(torch.empty(passes, lora_rank, in_dim))
+            self.lora_b = nn.Parameter(torch.empty(passes, out_dim, lora_rank))
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
@@ -707,11 +726,11 @@ class Linear(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention; queries and keys are normed per head, turned, and queries scaled per head."""
 
-    def __init__(self, c: Config, passes: int, rank: int):
+    def __init__(self, c: Config, passes: int, lora_rank: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
         for name in ("q", "k", "v", "proj"):
-            setattr(self, name, Linear(*linear_shapes(c)[f"attn.{name}"], passes, rank))
+            setattr(self, name, Linear(*linear_shapes(c)[f"attn.{name}"], passes, lora_rank))
         self.q_gain, self.xsa = nn.Parameter(torch.empty(vector_shapes(c, passes)["attn.q_gain"])), c.xsa
 
     def forward(self, x: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -725,32 +744,35 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(relu(fc(x))^2)."""
+    """proj(relu(fc(x))^2); with MLP_SLOPE the relu is a leaky one."""
 
-    def __init__(self, c: Config, passes: int, rank: int):
+    def __init__(self, c: Config, passes: int, lora_rank: int):
         super().__init__()
-        self.fc = Linear(*linear_shapes(c)["mlp.fc"], passes, rank)
-        self.proj = Linear(*linear_shapes(c)["mlp.proj"], passes, rank)
+        self.slope = c.mlp_slope
+        self.fc = Linear(*linear_shapes(c)["mlp.fc"], passes, lora_rank)
+        self.proj = Linear(*linear_shapes(c)["mlp.proj"], passes, lora_rank)
 
     def forward(self, x: Tensor, loop: int) -> Tensor:
-        return self.proj(torch.relu(self.fc(x, loop)).square(), loop)
+        return self.proj(F.leaky_relu(self.fc(x, loop), self.slope).square(), loop)
 
 
 class Block(nn.Module):
-    """x = mix0*x + mix1*x0; x += attn_scale*attn(norm(x)); x += mlp_scale*mlp(norm(x))."""
+    """x = mix0*x + mix1*x0; x += attn_scale*attn(norm(x)); x += mlp_scale*mlp(norm(x)). With NORM_SCALE what block
+    `number`, from 0, reads is smaller the later it comes."""
 
-    def __init__(self, c: Config, passes: int, rank: int):
+    def __init__(self, c: Config, number: int, passes: int, lora_rank: int):
         super().__init__()
-        self.attn = Attention(c, passes, rank)
-        self.mlp = MLP(c, passes, rank)
+        self.norm_scale = (number + 1) ** -0.5 if c.norm_scale else 1.0
+        self.attn = Attention(c, passes, lora_rank)
+        self.mlp = MLP(c, passes, lora_rank)
         for name in ("attn_scale", "mlp_scale", "resid_mix"):
             setattr(self, name, nn.Parameter(torch.empty(vector_shapes(c, passes)[name])))
 
     def forward(self, x: Tensor, x0: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
         mix = of_pass(self.resid_mix, loop, 2).to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + of_pass(self.attn_scale, loop).to(x.dtype) * self.attn(rms_norm(x), loop, rotary)
-        return x + of_pass(self.mlp_scale, loop).to(x.dtype) * self.mlp(rms_norm(x), loop)
+        x = x + of_pass(self.attn_scale, loop).to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, loop, rotary)
+        return x + of_pass(self.mlp_scale, loop).to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale, loop)
 
 
 def divergence(theirs: Tensor, mine: Tensor) -> Tensor:
@@ -769,11 +791,12 @@ class RecurrentGPT(nn.Module):
         shapes = param_shapes(c)
         self.tok_emb = Linear(*shapes["tok_emb.weight"])
         passes = [self.layout.loops if i in core else 1 for i in range(self.layout.blocks)]
-        self.blocks = nn.ModuleList([Block(c, n, c.lora_rank if n > 1 else 0) for n in passes])
+        blocks = [Block(c, number, n, c.lora_rank if n > 1 else 0) for number, n in enumerate(passes)]
+        self.blocks = nn.ModuleList(blocks)
         for name in ("skip_weights", "loop_embed", "loop_gate"):
             if name in shapes:
                 setattr(self, name, nn.Parameter(torch.empty(shapes[name])))
-        cos, sin = rotary_tables(c.train_seq_len, c.model_dim // c.num_heads)
+        cos, sin = rotary_tables(c.train_seq_len, c.rotary_dims or c.model_dim // c.num_heads)
         self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
         self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
 
@@ -811,8 +834,8 @@ class RecurrentGPT(nn.Module):
         return rms_norm(x)
 
     def gate(self, x: Tensor, x_in: Tensor, x0: Tensor, row: int) -> Tensor:
-        """After every pass but the first. `gain`: x_in + g*(x - x_in), so that a pass whose g is 0 changes nothing.
-        `x0`: g*x + (1-g)*x0, as PR #319. Both are exactly x at g = 1."""
+        """After every pass but the first. `gain`: x_in + g*(x - x_in), so that a pass whose g is 0 adds its loop
+        embedding alone, which starts at 0. `x0`: g*x + (1-g)*x0, as PR #319. Both are exactly x at g = 1."""
         g = self.loop_gate[row]
         if self.config.loop_gate == "gain":
             return x + (g - 1).to(x.dtype) * (x - x_in)
@@ -822,7 +845,7 @@ class RecurrentGPT(nn.Module):
         """Normed activations [n, t, dim] -> soft-capped logits, float32 [n, t, vocab]."""
         return LOGIT_SOFTCAP * torch.tanh(self.tok_emb(x, 0).float() / LOGIT_SOFTCAP)
 
-    def losses(self, x: Tensor, targets: Tensor, exits: Sequence[Tensor] = ()) -> Tensor:
+    def head_losses(self, x: Tensor, targets: Tensor, exits: Sequence[Tensor] = ()) -> Tensor:
         """Normed activations [n, t, dim], targets [n, t] -> cross-entropy in nats, float32 [n, t]; with `exits` also
         EXIT_WEIGHT times the divergence of what earlier passes say from what the last does."""
         logits = self.logits(x)
@@ -838,13 +861,13 @@ class RecurrentGPT(nn.Module):
 
     def token_losses(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
         """ids, targets [n, t] -> cross-entropy in nats, float32 [n, t]."""
-        return self.losses(self.hidden(ids, loops), targets)
+        return self.head_losses(self.hidden(ids, loops), targets)
 
     def objective(self, ids: Tensor, targets: Tensor, loops: int) -> Tensor:
         """What training lowers: `token_losses` with BPTT_PASSES and what EXIT_WEIGHT adds."""
         exits = [] if self.config.exit_weight else None
         x = self.hidden(ids, loops, self.config.bptt_passes, exits)
-        return self.losses(x, targets, exits or ())
+        return self.head_losses(x, targets, exits or ())
 
 
 # ======================================================================================================================
@@ -888,7 +911,7 @@ def check_schedules(c: Config) -> None:
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
     require(budget or c.mode not in TRAINS, name, "one budget", "none", "set one")
     kept, below = export_seconds(c), f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
-    left = not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
+    left = c.mode not in TRAINS or not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
     require(left, "CALIB_SECONDS", below, f"{kept:g}, which leaves nothing to train in")
 
 
@@ -1017,10 +1040,11 @@ class Optimizer:
             self.weights[low:high] = params[name].detach().flatten()
             params[name].data = self.weights[low:high].view(shape)
             params[name].grad = self.grads[low:high].view(shape)
-        self.adam_ranges = []  # (start, end, learning rate) of each group
+        self.adam_ranges = []  # (start, end, learning rate, decay) of each group
         for group, rate in adam_rates(c).items():
             if names := groups[group]:
-                self.adam_ranges.append((self.places[names[0]][0], self.places[names[-1]][1], rate))
+                decay = c.weight_decay * (group == "embed")
+                self.adam_ranges.append((self.places[names[0]][0], self.places[names[-1]][1], rate, decay))
         self.adam_end = self.places[groups["matrix"][0]][0]
         self.exp_avg = torch.zeros_like(self.weights[: self.adam_end])
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
@@ -1069,16 +1093,22 @@ class Optimizer:
         self.exp_avg.lerp_(grads, 1 - BETA1)
         self.exp_avg_sq.mul_(BETA2).addcmul_(grads, grads, value=1 - BETA2)
         root = (self.exp_avg_sq / (1 - BETA2**self.steps)).sqrt_().add_(ADAM_EPS)
-        for low, high, rate in self.adam_ranges:
+        for low, high, rate, decay in self.adam_ranges:
+            if decay:
+                weights[low:high].mul_(1 - rate * lr_mul * decay)
             step_size = rate * lr_mul / (1 - BETA1**self.steps)
             weights[low:high].addcdiv_(self.exp_avg[low:high], root[low:high], value=-step_size)
 
     def update_muon(self, lr_mul: float, momentum: float, compute_dtype: torch.dtype) -> None:
-        grads = self.grads[self.adam_end :]
+        grads, decay = self.grads[self.adam_end :], self.config.matrix_lr * lr_mul * self.config.weight_decay
         self.momentum.mul_(momentum).add_(grads)
         grads.add_(self.momentum, alpha=momentum)  # Nesterov
+        if decay:
+            self.weights[self.adam_end :].mul_(1 - decay)
         for low, high, shape, rates in self.stacks:
-            direction = self.orthogonal(self.grads[low:high].view(shape).to(compute_dtype)).float()
+            g = self.grads[low:high].view(shape)
+            g = F.normalize(g, dim=-1) if self.config.muon_row_norm else g
+            direction = self.orthogonal(g.to(compute_dtype)).float()
             self.weights[low:high].view(shape).sub_(direction * (rates * lr_mul))
 
     def orthogonal(self, g: Tensor) -> Tensor:
@@ -1100,7 +1130,6 @@ class Optimizer:
 # shares of a step's tokens: what is read depends on neither.
 # ======================================================================================================================
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-GET_DATA = "get data with `python data/fineweb.py` or `python data/offline.py` (no network needed)"
 
 
 def check_data(c: Config) -> None:
@@ -1113,6 +1142,12 @@ def check_data(c: Config) -> None:
         require(not 0 < getattr(c, name) < length, name.upper(), f"at least TRAIN_SEQ_LEN={length}", getattr(c, name))
 
 
+def get_data(path: object) -> str:
+    """How to get what lacks at `path`."""
+    of_8192 = " --repo=kevclark/parameter-golf --variant=sp8192" if "8192" in Path(path).name else ""
+    return f"get data with `python data/fineweb.py{of_8192}` or `python data/offline.py` (no network needed)"
+
+
 def open_shard(path: Path, vocab_size: int) -> np.memmap:
     """Maps one shard as uint16 [tokens]; its header, size and edges are checked. Raises InputError."""
     head, repair = SHARD_HEADER_BYTES, "delete it and run the data tool again"
@@ -1122,7 +1157,7 @@ def open_shard(path: Path, vocab_size: int) -> np.memmap:
     magic, version, tokens = (int(value) for value in np.fromfile(path, dtype="<i4", count=3))
     known, right = f"magic {SHARD_MAGIC} version {SHARD_VERSION}", head + 2 * tokens
     is_shard = (magic, version) == (SHARD_MAGIC, SHARD_VERSION)
-    require(is_shard, path, known, f"{magic} version {version}", GET_DATA)
+    require(is_shard, path, known, f"{magic} version {version}", get_data(path.parent))
     require(tokens > 0, path, "tokens", "an empty shard", repair)
     require(size == right, path, f"{right} bytes for {tokens} tokens", f"{size} (half copied?)", repair)
     shard = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(tokens,))
@@ -1138,7 +1173,7 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: object) -> None:
 def find_shards(data_path: str, split: str, vocab_size: int) -> list[np.memmap]:
     """The shards of a split ("train" or "val"), sorted by name, as `open_shard` gives them. Raises InputError."""
     paths = sorted(Path(data_path).glob(f"fineweb_{split}_*.bin"))
-    require(paths, data_path, f"fineweb_{split}_*.bin", "none", f"set DATA_PATH, or {GET_DATA}")
+    require(paths, data_path, f"fineweb_{split}_*.bin", "none", f"set DATA_PATH, or {get_data(data_path)}")
     return [open_shard(path, vocab_size) for path in paths]
 
 
@@ -1217,7 +1252,7 @@ def dataset_sha256(c: Config) -> str:
 def load_tokenizer(path: str, vocab_size: int, data_path: str = "") -> spm.SentencePieceProcessor:
     """The SentencePiece model at `path`. Raises InputError if it is none, has another number of pieces, cannot write a
     space, or is not the one that the manifest of `data_path` names."""
-    require(Path(path).is_file(), path, "a SentencePiece model", "no file", f"set TOKENIZER_PATH, or {GET_DATA}")
+    require(Path(path).is_file(), path, "a SentencePiece model", "no file", f"set TOKENIZER_PATH, or {get_data(path)}")
     try:
         tokenizer = spm.SentencePieceProcessor(model_file=path)
         size = int(tokenizer.vocab_size())
@@ -1343,8 +1378,8 @@ class Curvature(NamedTuple):
 
 
 class Probe(torch.autograd.Function):
-    """Passes y = W x on. Gradient of `total`, zeros [in, in]: the sum over tokens of x x^T, each times the square of
-    the loss's gradient at y."""
+    """Passes y = W x on. `total`, zeros [in, in], changes nothing; what autograd takes for its gradient is the Hessian:
+    the sum over tokens of x x^T, each times the square of the loss's gradient at y."""
 
     @staticmethod
     def forward(context, x: Tensor, y: Tensor, total: Tensor) -> Tensor:
@@ -1441,7 +1476,7 @@ class Engine:
         if self.compiled and (self.device.type == "cpu" or self.config.loop_sample):  # one graph for all passes
             for block in self.model.blocks:
                 block.compile(dynamic=False)
-            self.model.losses = torch.compile(self.model.losses, dynamic=False)
+            self.model.head_losses = torch.compile(self.model.head_losses, dynamic=False)
         elif self.compiled:
             self.losses = torch.compile(self.losses, dynamic=False)
             self.objective = torch.compile(self.objective, dynamic=False)
@@ -1535,15 +1570,18 @@ class Engine:
         for _ in range(times):
             self.step(stream, 0, loops, 1.0, 0.0)
         if self.objective != self.losses:  # scoring has a graph of its own
-            self.token_losses(*next(stream.microbatches(0, self.config.train_batch_tokens, 0, 1, self.largest)), loops)
+            batch = self.config.train_batch_tokens
+            self.token_losses(*next(stream.microbatches(0, batch, self.rank, self.world, self.largest)), loops)
         for tensor, value in kept:
             tensor.copy_(value)
         o.steps = steps
         self.sync()
 
     def token_losses(self, ids: np.ndarray, targets: np.ndarray, loops: int) -> np.ndarray:
-        """float32 [n, t]. While training this is the training graph (gradients on), or one that `warm_up` compiled."""
-        return self.losses(self.tensor(ids), self.tensor(targets), loops).detach().cpu().numpy()
+        """float32 [n, t]. While training this is the training graph (gradients on), or one that `warm_up` compiled; for
+        more passes than are trained no gradients are kept, whose memory nobody has reckoned with."""
+        with torch.set_grad_enabled(self.optimizer is not None and loops in loop_counts(self.config)):
+            return self.losses(self.tensor(ids), self.tensor(targets), loops).detach().cpu().numpy()
 
     @torch.no_grad()
     def next_logits(self, ids: np.ndarray, loops: int) -> np.ndarray:
@@ -1597,9 +1635,9 @@ class Engine:
 def memory_needed(c: Config, tokens: int) -> float:
     """Bytes of a GPU, about, that training with microbatches of so many tokens takes: fitted to traces of `baseline`
     (10.1 GiB at 65,536 tokens) and `record` (22.9 GiB). With EXIT_WEIGHT every pass has a coda and an output layer."""
-    layout = parse_layout(c.layout)
-    ends = max(loop_counts(c)) if c.exit_weight else 1
-    width = (layout.depth + (ends - 1) * layout.coda) * c.model_dim
+    layout, most = parse_layout(c.layout), max(loop_counts(c))
+    ends = most if c.exit_weight else 1
+    width = (layout.prelude + layout.core * most + ends * layout.coda) * c.model_dim
     return 20.0 * count_params(c) + tokens * (width * (28 + 4 * c.mlp_mult) + 12.0 * c.vocab_size * ends)
 
 
@@ -1662,7 +1700,7 @@ class TrainState:
     tokens: int = 0
     flops: float = 0.0
     seconds: float = 0.0  # of training
-    loops: int = 0  # passes in use; 0 before the first step
+    loops: int = 0  # passes scheduled; 0 before the first step
     scored: int = 0  # step of the last validation
 
 
@@ -1670,7 +1708,7 @@ class Launched(NamedTuple):
     """A step that the device may still be working on."""
 
     step: int
-    loops: int
+    passes: int  # of this step, which LOOP_SAMPLE may have drawn
     flops: float  # of training up to its end
     lr_mul: float
     results: tuple  # what `Engine.read` turns into loss and gradient norm
@@ -1749,7 +1787,7 @@ class Run:
         average = seconds * flops / state.flops if state.flops else 0.0  # of a step with so many passes
         pace = max(average, seconds - self.before)
         cap = seconds_to_train(c)
-        late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap
+        late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap  # the last step may still be under way
         return bool(at >= 1 or late or (c.max_train_flops and state.flops + flops > c.max_train_flops))
 
     def scores_now(self) -> bool:
@@ -1815,7 +1853,7 @@ class Run:
         at = progress_of(c, one.step, seconds, one.flops)
         rate = (one.step - self.logged[0]) * c.train_batch_tokens / max(seconds - self.logged[1], 1e-9)
         left = "{}m{:02d}s".format(*divmod(int(seconds * (1 - at) / max(at, 1e-9)), 60))
-        self.log.progress(at, f"step {one.step} loss {loss:.4f} loops {one.loops} {rate:,.0f} tok/s, {left} left")
+        self.log.progress(at, f"step {one.step} loss {loss:.4f} loops {one.passes} {rate:,.0f} tok/s, {left} left")
         if one.step <= 10 or (c.train_log_every and one.step % c.train_log_every == 0):
             self.write_step(one, loss, norm, seconds, rate, left)
             self.logged = (one.step, seconds, one.flops)
@@ -1827,12 +1865,12 @@ class Run:
         flops = one.flops - self.logged[2]  # since the last line: passes may differ from step to step
         mfu = f" mfu:{flops / max(seconds - self.logged[1], 1e-9) / peak:.3f}" if peak else ""
         self.log.line(
-            f"step:{one.step}/{c.iterations} train_loss:{loss:.4f} loops:{one.loops} lr_mul:{one.lr_mul:.3f} "
+            f"step:{one.step}/{c.iterations} train_loss:{loss:.4f} loops:{one.passes} lr_mul:{one.lr_mul:.3f} "
             f"grad_norm:{norm:.2f} train_time:{ms:.0f}ms step_avg:{ms / one.step:.2f}ms "
             f"tok_s:{rate:.0f}{mfu} left:{left}"
         )
         tokens = one.step * c.train_batch_tokens
-        self.log.metrics(step=one.step, train_loss=loss, loops=one.loops, lr_mul=one.lr_mul, grad_norm=norm,
+        self.log.metrics(step=one.step, train_loss=loss, loops=one.passes, lr_mul=one.lr_mul, grad_norm=norm,
                          train_time_ms=ms, tokens=tokens, flops=one.flops, tok_s=rate)  # fmt: skip
 
 
@@ -1979,9 +2017,9 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def known_options(model: dict) -> dict:
-    """The model settings of a file as of today: older ones may lack `pass_vectors`, and state an `inject` of none."""
-    gone = ("inject", "none")
-    return {"pass_vectors": False} | {name: value for name, value in model.items() if (name, value) != gone}
+    """The model settings of a file as of today: older ones lack what came later, and may state an `inject` of none."""
+    later, gone = dict(pass_vectors=False, rotary_dims=0, norm_scale=False, mlp_slope=0.0), ("inject", "none")
+    return later | {name: value for name, value in model.items() if (name, value) != gone}
 
 
 def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
@@ -2026,6 +2064,8 @@ DEFAULT_LOSS = 0.005  # nats a token, where QUANT_LOSS is 0
 QUARTERS = np.float32([1.0, 1.1892071, 1.4142135, 1.6817929])
 LARGEST_NUMBER = 1e30  # of weights and gradients
 WEIGHTS_A_BYTE = 256  # at most in a file: a reader looks before it makes anything of that size
+JOB_WEIGHTS = 2**22  # of matrices that are rounded together, as quickly as one: NumPy is called as often
+WEIGHTS_A_PROCESS = 2**21  # fewer are rounded while another process starts
 LEAST_BITS = {"absmax": 4.5, "trellis": 0.7}  # a weight, all included: less was never seen ...
 LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
 # Of the mean curvature: no row counts for less. A calibration knows little of rare tokens, and their loss is no
@@ -2037,12 +2077,12 @@ FEW_BITS = 3.0  # a weight; below, fewer parameters are better once they are wel
 
 class Table(NamedTuple):
     """A tensor [n, m] as it is coded: element (i, j) is 2 ** ((rows[i] + columns[j]) / 4) times the level of its
-    integer, which is the integer itself or, on a trellis, half a level nearer to 0."""
+    integer k, which is k or, where a trellis is in an odd state, k - sign(k) / 2."""
 
-    rows: np.ndarray  # int16 [n]
-    columns: np.ndarray  # int16 [m]
-    middles: np.ndarray  # int16 [n]: what a vector's integers lie around; 0 for the rows of a matrix
-    symbols: np.ndarray  # int16 [n, m]
+    rows: np.ndarray  # int16 [n]: steps of the rows, as exponents in quarter octaves
+    columns: np.ndarray  # int16 [m]: steps of the columns, likewise
+    middles: np.ndarray  # int16 [n]: the median of a vector's integers, taken off before coding; 0 for a matrix
+    symbols: np.ndarray  # int16 [n, m]: the integers
 
 
 class Factor(NamedTuple):
@@ -2190,15 +2230,15 @@ def trellis_path(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     (count, n), length = x.shape, min(TRELLIS, x.shape[1])
     padded = np.zeros((count, -(-n // length) * length), np.float32)
     padded[:, :n] = np.minimum(np.abs(x), LARGEST_SYMBOL - 2)
-    size = np.ascontiguousarray(padded.reshape(-1, length).T)  # [length, chains]
+    magnitude = np.ascontiguousarray(padded.reshape(-1, length).T)  # [length, chains]
     # The nearest integers of each kind: even and odd of those at k, then of those at k - 1/2 (and at 0).
-    even = np.where(size < 0.75, 0, 2 * np.rint((size - 1.5) / 2) + 2)
-    odd = 2 * np.rint((size - 0.5) / 2) + 1
-    numbers = np.stack([2 * np.rint(size / 2), 2 * np.floor(size / 2) + 1, even, odd], axis=1)
+    even = np.where(magnitude < 0.75, 0, 2 * np.rint((magnitude - 1.5) / 2) + 2)
+    odd = 2 * np.rint((magnitude - 0.5) / 2) + 1
+    numbers = np.stack([2 * np.rint(magnitude / 2), 2 * np.floor(magnitude / 2) + 1, even, odd], axis=1)
     levels = numbers.copy()
     levels[:, 2:] -= 0.5 * (numbers[:, 2:] > 0)
-    errors, chains = np.square(levels - size[:, None]), np.arange(size.shape[1])
-    errors[:, 1::2] += np.where(size < ZERO_WEIGHT, np.float32(1e9), 0)[:, None]
+    errors, chains = np.square(levels - magnitude[:, None]), np.arange(magnitude.shape[1])
+    errors[:, 1::2] += np.where(magnitude < ZERO_WEIGHT, np.float32(1e9), 0)[:, None]
     cost = np.full((len(STATES), len(chains)), np.inf, np.float32)
     cost[0] = 0
     second = np.empty((length, *cost.shape), bool)  # whether a state was reached by the second way
@@ -2265,9 +2305,28 @@ def round_to_trellis(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, 
     return symbols
 
 
+def deaf() -> None:
+    """Lets a process end when its parent says so, and by no signal, which the parent heeds."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def mapping(weights: int) -> Iterator[Callable]:
+    """Python's `map`, or one over processes of their own, a processor each, where a model of so many weights is worth
+    starting them: what is rounded comes out the same."""
+    count = min(os.cpu_count() or 1, weights // WEIGHTS_A_PROCESS)
+    if count < 2:
+        yield map
+        return
+    start = multiprocessing.get_context("spawn")  # a fork would copy locks of CUDA's and gloo's threads
+    with concurrent.futures.ProcessPoolExecutor(count, start, deaf) as pool:
+        yield pool.map
+
+
 def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors: dict[str, Factor | None],
-                squares: dict[str, np.ndarray]) -> dict[str, Table]:  # fmt: skip
-    """Rounds every tensor; matrices of one shape that GPTQ rounds do so together."""
+                squares: dict[str, np.ndarray], apply: Callable = map) -> dict[str, Table]:  # fmt: skip
+    """Rounds every tensor, by `apply`; matrices of one shape that GPTQ rounds do so together, JOB_WEIGHTS at a time."""
     values, steps, symbols, stacks = {}, {}, {}, {}
     for name, weight in weights.items():
         values[name] = value = weight.reshape(-1, weight.shape[-1]).astype(np.float32)
@@ -2278,9 +2337,14 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
         else:
             steps[name] = spanning_steps(name, value)
             symbols[name] = np.rint(value / powers(steps[name][0])[:, None]).astype(np.int16)
-    for (_, alone), names in stacks.items():
-        parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
-        symbols |= zip(names, round_to_trellis(*parts, None if alone else [factors[name] for name in names]))
+    jobs, rounded = [], []
+    for (shape, alone), names in stacks.items():
+        for low, high in split_evenly(len(names), min(len(names), -(-len(names) * math.prod(shape) // JOB_WEIGHTS))):
+            parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names[low:high])))
+            jobs.append((*parts, None if alone else [factors[name] for name in names[low:high]]))
+            rounded.append(names[low:high])
+    for names, found in zip(rounded, apply(round_to_trellis, *zip(*jobs)) if jobs else ()):
+        symbols |= zip(names, found)
     middles = {name: np.median(part, axis=1) * is_vector(name) for name, part in symbols.items()}
     return {name: Table(*steps[name], middles[name].astype(np.int16), symbols[name]) for name in weights}
 
@@ -2313,11 +2377,11 @@ def exp(x: np.ndarray) -> np.ndarray:
 @functools.cache
 def spread_model(spread: int, shape: int, odd: int) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies of the integers -k to k, and the bits of 0 to k."""
-    size = float(powers(np.array(spread)))
-    first, later = (a + b / max(size, 0.35) for a, b in CUTS[odd])
-    edges = np.arange(min(int(16 * size) + 17, LARGEST_SYMBOL + 1)) + later
+    deviation = float(powers(np.array(spread)))
+    first, later = (a + b / max(deviation, 0.35) for a, b in CUTS[odd])
+    edges = np.arange(min(int(16 * deviation) + 17, LARGEST_SYMBOL + 1)) + later
     edges[0] = first
-    edges /= size
+    edges /= deviation
     t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * edges)  # the normal tail: Abramowitz and Stegun, 7.1.26
     tail = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
     above = ((1 - shape / 4) * tail * exp(-edges * edges / 2) + shape / 4 * exp(-math.sqrt(2) * edges)) / 2
@@ -2367,7 +2431,9 @@ class Reader:
         return self.ans.decode(model, len(symbols)) - middle
 
 
-FACTS, OF_FACTS = 11, (24, 4)  # how many; spread and shape of their model
+# How many: two of the symbols, three each of rows, columns and middles; spread and shape of the facts' own model, which
+# is as wide as an int16 needs.
+FACTS, OF_FACTS = 11, (24, 4)
 
 
 def code_table(coder: Writer | Reader, facts: np.ndarray, table: Table, trellis: bool) -> None:
@@ -2379,12 +2445,12 @@ def code_table(coder: Writer | Reader, facts: np.ndarray, table: Table, trellis:
         part[:] = coder.code(part - np.int32(centre), *model) + centre
     spreads = spreads_of(table.rows, table.columns, scale, trellis)
     for i, odd in trellis_rows(table.symbols):
-        rows, around = table.symbols[i::TRELLIS], table.middles[i::TRELLIS, None].astype(np.int32)
+        lines, around = table.symbols[i::TRELLIS], table.middles[i::TRELLIS, None].astype(np.int32)
         order, runs = runs_of(spreads[i::TRELLIS], odd * trellis)
-        part, found = (rows - around).ravel()[order], np.empty(rows.size, np.int32)
+        part, found = (lines - around).ravel()[order], np.empty(lines.size, np.int32)
         for spread, kind, start, end in runs:
             found[order[start:end]] = coder.code(part[start:end], spread, shape, kind)
-        rows[:] = found.reshape(rows.shape) + around
+        lines[:] = found.reshape(lines.shape) + around
 
 
 def facts_of(table: Table, trellis: bool) -> np.ndarray:
@@ -2416,8 +2482,8 @@ def runs_of(spreads: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, list[tupl
 
 def shortest_model(symbols: np.ndarray, offsets: np.ndarray, odd: np.ndarray) -> tuple[int, int]:
     """(scale, shape) of the shortest code of symbols whose spreads are scale - offsets; all of one shape."""
-    sizes = np.abs(symbols.astype(np.int64))
-    keys, counts = np.unique(((2 * offsets + odd) << 16) + sizes, return_counts=True)
+    magnitudes = np.abs(symbols.astype(np.int64))
+    keys, counts = np.unique(((2 * offsets + odd) << 16) + magnitudes, return_counts=True)
     kinds, starts = np.unique(keys >> 16, return_index=True)
     groups = list(zip(kinds.tolist(), np.split(keys & 0xFFFF, starts[1:]), np.split(counts, starts[1:])))
 
@@ -2428,7 +2494,7 @@ def shortest_model(symbols: np.ndarray, offsets: np.ndarray, odd: np.ndarray) ->
             total += often @ model[some] if some[-1] < len(model) else math.inf
         return total
 
-    near = round(2 * math.log2(max(np.square(sizes * np.exp2(offsets / 4)).mean(), 1e-24)))
+    near = round(2 * math.log2(max(np.square(magnitudes * np.exp2(offsets / 4)).mean(), 1e-24)))
     scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
     return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))[1:]
 
@@ -2442,12 +2508,13 @@ def checksum(tables: dict[str, Table]) -> int:
     return found
 
 
-def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, dict[str, float]]:
+def assemble(c: Config, loops: int, tables: dict[str, Table], apply: Callable = map) -> tuple[bytes, dict[str, float]]:
     """The bytes of the artifact, and the bits of every tensor in it."""
     ans, bits, trellis = constriction.stream.stack.AnsCoder(), {}, calibrates(c)
+    facts = dict(zip(tables, apply(facts_of, tables.values(), [trellis] * len(tables))))
     for name, table in reversed(tables.items()):
         writer = Writer()
-        code_table(writer, facts_of(table, trellis), table, trellis)
+        code_table(writer, facts[name], table, trellis)
         bits[name] = writer.finish(ans)
     header = about(c, loops) | {"quantizer": c.quantizer, "crc": checksum(tables)}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -2464,19 +2531,21 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     for name, part in [*weights.items(), *hessians.items(), *squares.items()]:
         largest = np.abs(part).max()
         require(largest < LARGEST_NUMBER, name, f"weights and gradients below {LARGEST_NUMBER:g}", largest)
-    factors = {name: gptq_factor(hessian) for name, hessian in hessians.items()}
+    weights = {name: weights[name] for name in param_shapes(c)}
     width, count = width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), count_params(c)
     sizes, best = {}, None  # of the artifacts of every width tried
-    while width not in sizes and len(sizes) < 8:
-        tables = make_tables(c, {name: weights[name] for name in param_shapes(c)}, width, factors, squares)
-        data, bits = assemble(c, loops, tables)
-        sizes[width], total = len(data), len(data) + code_bytes
-        rank = (total <= c.target_bytes, total if total <= c.target_bytes else -total)
-        if best is None or rank > best[0]:
-            best = rank, data, bits, tables, TRELLIS_GAIN * count * width**2 / 24 * calibrates(c)
-        if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes:
-            break
-        width = next_width(sizes, 0.999 * c.target_bytes - code_bytes, count)
+    with mapping(count * calibrates(c)) as apply:
+        factors = dict(zip(hessians, apply(gptq_factor, hessians.values())))
+        while width not in sizes and len(sizes) < 8:
+            tables = make_tables(c, weights, width, factors, squares, apply)
+            data, bits = assemble(c, loops, tables, apply)
+            sizes[width], total = len(data), len(data) + code_bytes
+            merit = (total <= c.target_bytes, total if total <= c.target_bytes else -total)
+            if best is None or merit > best[0]:
+                best = merit, data, bits, tables, TRELLIS_GAIN * count * width**2 / 24 * calibrates(c)
+            if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes:
+                break
+            width = next_width(sizes, 0.999 * c.target_bytes - code_bytes, count)
     _, data, bits, tables, aimed = best
     dense = f"at most {WEIGHTS_A_BYTE} weights a byte"
     require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")
@@ -2494,6 +2563,7 @@ def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
         return math.log2(2 ** min(8 * max(size, 1) / count, 64.0) - 1)
 
     near, *others = sorted(sizes, key=lambda width: abs(sizes[width] - goal))
+    others.sort(key=lambda width: (sizes[width] > goal) == (sizes[near] > goal))  # the goal had better lie between
     fall = 0.8
     if others:
         fall = (octaves(sizes[near]) - octaves(sizes[others[0]])) / math.log2(others[0] / near)
@@ -2550,8 +2620,8 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
 
 
 def calibrate(run: Run, loops: int) -> Curvature | None:
-    """The curvature on the tokens after those of training, in what is left of the wall clock; None where the quantizer
-    needs none."""
+    """The curvature on the tokens after those of training (for MODE=export on the first), in what is left of the wall
+    clock; None where the quantizer needs none."""
     c, left = run.config, math.inf
     if not calibrates(c):
         return None
@@ -2584,8 +2654,8 @@ def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: 
 
 
 def finish(run: Run) -> int | None:
-    """Scores the weights, exports them, scores what is on disk and closes the log. Returns the exit code; None where a
-    signal came first."""
+    """Scores the weights, exports them, scores what is on disk and closes the log. Returns the exit code, 1 where the
+    artifact is larger than asked for; None where a signal came first."""
     c, score, (loops, *others) = run.config, run.score, eval_passes(run.config, run.state.loops)
     raw = evaluate(c, run.engine, score.tokens, loops, run.stop)
     if raw is None:
@@ -2612,18 +2682,20 @@ def finish(run: Run) -> int | None:
             "fits": result["bytes_code"] + made.size <= c.bytes_cap,
             "bits_per_weight": made.bits_per_weight,
         }
+        # The challenge's words, whatever the quantizer.
         line = "final_int6_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} eval_time:{eval_time_ms}ms"
         run.log.line(line.format(**result) + score.label)
         line = "final_int6_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
         run.log.line(line.format(**result) + score.label)
         must_be_finite(run, loss)
+        write_result(run, result)
         result["val_bpb_by_loops"] = {str(loops): score.bpb(loss)} | score_passes(run, others)
     except Agreed:  # no score, a full disk, or weights that cannot be rounded: the result says that there is none
         write_result(run, result)
         raise
-    report(run, write_result(run, result | {"complete": not score.partial}), made, exported - began)
     for notice in export_notices(run, made, curvature, c.target_bytes - result["bytes_total"]):
         run.log.line(notice)
+    report(run, write_result(run, result | {"complete": not score.partial}), made, exported - began)
     return 0 if result["bytes_total"] <= (c.target_bytes or c.bytes_cap) else 1
 
 
@@ -3078,8 +3150,8 @@ def help_text() -> str:
     return f"{__doc__}\nSettings (as --name=value or NAME=value):\n\n{settings}"
 
 
-def run(argv: list[str], environ: dict[str, str]) -> int:
-    """The whole program; returns the exit code."""
+def run_program(argv: list[str], environ: dict[str, str]) -> int:
+    """All that the command line asks for; returns the exit code."""
     if "--help" in argv or "-h" in argv:
         say(help_text())
         return 0
@@ -3097,7 +3169,7 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         if engine.rank == 0:
             complain(f"error: {error}")
     except Exception as error:
-        if engine.world == 1 and c.mode != "preflight":
+        if engine.world == 1 and c.mode != "preflight":  # whose answer this line is: mostly, that memory will not do
             raise
         complain(f"error: process {engine.rank}: {str(error) or type(error).__name__}")
         if engine.world > 1:
@@ -3124,7 +3196,7 @@ def open_streams() -> None:
 def main() -> None:
     open_streams()
     try:
-        code = run(sys.argv[1:], dict(os.environ))
+        code = run_program(sys.argv[1:], dict(os.environ))
     except InputError as error:
         complain(f"error: {error}")
         code = 1

@@ -37,7 +37,7 @@ from common import InputError, Parser, need, run_tool, short  # noqa: E402
 
 # What this tool understands of a parent. A newer setting must be off in it, or be added here.
 KNOWN = """layout vocab_size model_dim num_heads num_kv_heads mlp_mult skips loop_gate lora_rank pass_vectors
-    train_seq_len xsa""".split()
+    train_seq_len xsa rotary_dims norm_scale mlp_slope""".split()
 KNOWN_VALUES = {"skips": ("per_loop", "official", "none"), "loop_gate": ("x0", "gain", "none")}
 TYING = ("step", "average", "lower", "random")  # of which every pass stands for layers of its own
 INITS = ("keep", "drop", *TYING)
@@ -71,13 +71,16 @@ def check_known(script, model: dict) -> None:
 
 
 def layer_of(script, c, weights: dict[str, np.ndarray], visit) -> dict[str, np.ndarray]:
-    """Matrices and vectors of one application of a block; its LoRA is added to the matrices."""
+    """Matrices and vectors of one application of a block; its LoRA is added to the matrices. The scale of NORM_SCALE,
+    which goes by the block's number, is taken into v and fc: q and k are normed."""
     layout, block = script.parse_layout(c.layout), f"blocks.{visit.block}"
     row, found = min(visit.loop, layout.loops - 1), {}
     for name in script.linear_shapes(c):
         matrix = weights[f"{block}.{name}.weight"]
         if f"{block}.{name}.lora_a" in weights:
             matrix = matrix + weights[f"{block}.{name}.lora_b"][row] @ weights[f"{block}.{name}.lora_a"][row]
+        if c.norm_scale and name in ("attn.v", "mlp.fc"):
+            matrix = matrix * np.float32((visit.block + 1) ** -0.5)
         found[f"{name}.weight"] = matrix
     for name, shape in script.vector_shapes(c, 1).items():
         vector = weights[f"{block}.{name}"]
@@ -202,7 +205,7 @@ def child_config(script, parent: Parent, args):
     rank = parent.config.model_dim if full else int(args.lora_rank)
     most = f"0 to MODEL_DIM={parent.config.model_dim}, which is full rank"
     need(rank <= parent.config.model_dim, "--lora-rank", most, args.lora_rank)
-    changes = {"layout": args.layout, "lora_rank": rank, "pass_vectors": args.pass_vectors}
+    changes = {"layout": args.layout, "lora_rank": rank, "pass_vectors": args.pass_vectors, "norm_scale": False}
     changes |= {"skips": args.skips or parent.config.skips, "loop_gate": args.loop_gate or parent.config.loop_gate}
     model = {name: getattr(parent.config, name) for name in script.MODEL_FIELDS} | changes
     c = script.model_config(script.Config(), model)

@@ -40,6 +40,9 @@ class ModelArgs(BaseModelArgs):
     pass_vectors: bool
     train_seq_len: int  # tokens; positions beyond were never trained
     xsa: bool
+    rotary_dims: int
+    norm_scale: bool
+    mlp_slope: float
     loops: int  # passes to run: test-time depth
     model_type: str = "recurrent_gpt"
 
@@ -200,6 +203,7 @@ class Attention(Linears):
         super().__init__({"q": (dim, dim), "k": (kv_dim, dim), "v": (kv_dim, dim), "proj": (dim, dim)}, passes, rank)
         self.q_gain = vector(args, passes, args.num_heads)
         self.head_dim, self.xsa = head_dim, args.xsa
+        self.turned = args.rotary_dims or head_dim
 
     def __call__(self, x: mx.array, loop: int, mask: mx.array | str | None, cache: KVCache | None) -> mx.array:
         n, t, _ = x.shape
@@ -214,26 +218,30 @@ class Attention(Linears):
         return self.linear("proj", y.transpose(0, 2, 1, 3).reshape(n, t, -1), loop)
 
     def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """Turns the pairs (i, i + d/2) of [n, h, t, d] by minus the angle of their position: hence the scale of -1."""
-        return mx.fast.rope(x, self.head_dim, traditional=False, base=ROPE_BASE, scale=-1.0, offset=offset)
+        """Turns the pairs (i, i + m/2) of the first m numbers of [n, h, t, d] by minus the angle of their position:
+        hence the scale of -1."""
+        return mx.fast.rope(x, self.turned, traditional=False, base=ROPE_BASE, scale=-1.0, offset=offset)
 
 
 class MLP(Linears):
-    """proj(relu(fc(x))^2)."""
+    """proj(relu(fc(x))^2); with a slope the relu is a leaky one."""
 
     def __init__(self, args: ModelArgs, passes: int, rank: int):
         dim, hidden = args.model_dim, args.mlp_mult * args.model_dim
         super().__init__({"fc": (hidden, dim), "proj": (dim, hidden)}, passes, rank)
+        self.slope = args.mlp_slope
 
     def __call__(self, x: mx.array, loop: int) -> mx.array:
-        return self.linear("proj", mx.square(nn.relu(self.linear("fc", x, loop))), loop)
+        return self.linear("proj", mx.square(nn.leaky_relu(self.linear("fc", x, loop), self.slope)), loop)
 
 
 class Block(nn.Module):
-    """x = mix0*x + mix1*x0; x += attn_scale*attn(norm(x)); x += mlp_scale*mlp(norm(x))."""
+    """x = mix0*x + mix1*x0; x += attn_scale*attn(norm(x)); x += mlp_scale*mlp(norm(x)). With `norm_scale` what block
+    `number`, from 0, reads is smaller the later it comes."""
 
-    def __init__(self, args: ModelArgs, passes: int, rank: int):
+    def __init__(self, args: ModelArgs, number: int, passes: int, rank: int):
         super().__init__()
+        self.norm_scale = (number + 1) ** -0.5 if args.norm_scale else 1.0
         self.attn = Attention(args, passes, rank)
         self.mlp = MLP(args, passes, rank)
         self.attn_scale = vector(args, passes, args.model_dim)
@@ -243,8 +251,8 @@ class Block(nn.Module):
     def __call__(self, x: mx.array, x0: mx.array, loop: int, mask, cache) -> mx.array:
         mix = of_pass(self.resid_mix, loop, 2)
         x = mix[0] * x + mix[1] * x0
-        x = x + of_pass(self.attn_scale, loop) * self.attn(rms_norm(x), loop, mask, cache)
-        return x + of_pass(self.mlp_scale, loop) * self.mlp(rms_norm(x), loop)
+        x = x + of_pass(self.attn_scale, loop) * self.attn(rms_norm(x) * self.norm_scale, loop, mask, cache)
+        return x + of_pass(self.mlp_scale, loop) * self.mlp(rms_norm(x) * self.norm_scale, loop)
 
 
 # The model -----------------------------------------------------------------------------------------------------------
@@ -260,7 +268,8 @@ class Model(nn.Module):
         prelude, core, passes, coda = self.layout
         self.tok_emb = nn.Embedding(args.vocab_size, args.model_dim)
         once, looped = (1, 0), (passes, args.lora_rank)
-        self.blocks = [Block(args, *more) for more in [once] * prelude + [looped] * core + [once] * coda]
+        kinds = [once] * prelude + [looped] * core + [once] * coda
+        self.blocks = [Block(args, number, *kind) for number, kind in enumerate(kinds)]
         if rows := skip_rows(self.layout, args.skips):
             self.skip_weights = mx.ones((len(rows), args.model_dim))
         if passes > 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -131,6 +132,20 @@ def test_a_parent_that_keeps_all_layers_is_itself_at_one_pass(script, tool, conf
     assert np.array_equal(logits(script, child, found, 1), logits(script, c, weights, 1))
     assert found["loop_gate"].tolist() == [0.5] * 3 and not found["loop_embed"].any()
     assert not np.allclose(logits(script, child, found, 2), logits(script, c, weights, 1), atol=1e-3)
+
+
+def test_a_scale_by_a_blocks_number_is_taken_into_the_matrices(script, tool, config, tmp_path):
+    c = config(script, layout="4", loop_schedule="", norm_scale=True, rotary_dims=4, mlp_slope=0.5)
+    weights = save(script, c, tmp_path / "a.safetensors")
+    assert tool("a.safetensors", "b.safetensors", "--layout=1+1x2+1", "--init=drop", "--layers=0,2,3") == 0
+    child, found, _ = converted(script, config, tmp_path / "b.safetensors")
+    assert not child.norm_scale and (child.rotary_dims, child.mlp_slope) == (4, 0.5)
+    third = weights["blocks.2.mlp.fc.weight"]
+    assert np.allclose(found["blocks.1.mlp.fc.weight"], third / math.sqrt(3), rtol=1e-6)
+    assert np.array_equal(found["blocks.1.attn.q.weight"], weights["blocks.2.attn.q.weight"])
+    assert tool("a.safetensors", "c.safetensors", "--layout=1+2x2+1", "--init=keep", "--skips=per_loop") == 0
+    child, found, _ = converted(script, config, tmp_path / "c.safetensors")
+    assert np.abs(logits(script, child, found, 1) - logits(script, c, weights, 1)).max() < 1e-4
 
 
 @pytest.mark.parametrize("init", convert.TYING)

@@ -114,6 +114,11 @@ def test_the_model_file_knows_rows_a_pass(script):
     assert_logits(script, dict(layout="1+2x3+1", pass_vectors=True, loop_gate="gain"), 5)
 
 
+def test_the_model_file_knows_the_recipe(script):
+    parts = dict(rotary_dims=4, norm_scale=True, mlp_slope=0.5)
+    assert_logits(script, dict(layout="1+2x2+1", loop_gate="gain", xsa=True) | parts, 2)
+
+
 def assert_logits(script, options, loops):
     """The model file's logits are the script's: whole, token by token, and in parts."""
     c = small(script, **options)

@@ -10,7 +10,14 @@ import re
 
 import numpy as np
 import pytest
-from conftest import assert_refused, random_weights, run_in_process, write_dataset
+from conftest import (
+    assert_refused,
+    quicker_script,
+    random_weights,
+    run_in_process,
+    script_or_skip,
+    write_dataset,
+)
 from scipy import special
 
 
@@ -752,6 +759,12 @@ def test_rounds_of_made_up_sizes(any_script):
         assert len(sizes) <= 5, (at, power, sizes)
 
 
+def test_the_next_width_is_a_new_one_between_those_about_the_goal(any_script):
+    """Of a small model, whose bytes fall in jumps: the nearest two were of one side, and led back to the third."""
+    sizes = {0.0001575573: 7665, 0.0001359272: 8068, 0.0001397477: 8053, 0.0001457081: 7804}
+    assert 0.000140 < any_script.next_width(sizes, 7992.0, 15_000) < 0.000145
+
+
 def test_the_best_of_all_rounds_is_kept(any_script, monkeypatch):
     """The largest that fits, else the smallest, whichever round it came in."""
     c = tiny_config(any_script, quantizer="trellis")
@@ -759,9 +772,9 @@ def test_the_best_of_all_rounds_is_kept(any_script, monkeypatch):
     curvature, make = any_script.Curvature({}, squares_of(weights), 1), any_script.make_tables
     files, assemble = {}, any_script.assemble
 
-    def assembled(c, loops, table):
+    def assembled(c, loops, table, apply):
         if id(table) not in files:
-            files[id(table)] = assemble(c, loops, table)
+            files[id(table)] = assemble(c, loops, table, apply)
         return files[id(table)]
 
     monkeypatch.setattr(any_script, "assemble", assembled)
@@ -864,6 +877,21 @@ def test_both_scripts_write_the_same_bytes(both):
         c, weights, curvature = gaussian_model(module)
         contents.append(module.export_model(c, weights, 2, curvature).data)
     assert contents[0] == contents[1]
+
+
+def test_processes_round_alike(monkeypatch):
+    """A model that is worth processes of its own has the bytes that it has without them."""
+    module = script_or_skip(quicker_script())
+    c, weights, curvature = gaussian_model(module)
+    alone, starts = module.export_model(c, weights, 2, curvature), []
+    monkeypatch.setattr(module, "WEIGHTS_A_PROCESS", module.count_params(c) // 2)
+    monkeypatch.setattr(module, "JOB_WEIGHTS", 10_000)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    executor = module.concurrent.futures.ProcessPoolExecutor
+    monkeypatch.setattr(
+        module.concurrent.futures, "ProcessPoolExecutor", lambda *how: starts.append(how[0]) or executor(*how)
+    )
+    assert module.export_model(c, weights, 2, curvature).data == alone.data and starts == [2]
 
 
 def test_code_bytes_are_of_the_code_that_runs(script, monkeypatch, tmp_path):
