@@ -3047,7 +3047,7 @@ def help_text() -> str:
     return f"{__doc__}\nSettings (as --name=value or NAME=value):\n\n{settings}"
 
 
-def run_program(argv: list[str], environ: dict[str, str]) -> int:
+def run(argv: list[str], environ: dict[str, str]) -> int:
     """All that the command line asks for; returns the exit code."""
     if "--help" in argv or "-h" in argv:
         say(help_text())
@@ -3093,7 +3093,7 @@ def open_streams() -> None:
 def main() -> None:
     open_streams()
     try:
-        code = run_program(sys.argv[1:], dict(os.environ))
+        code = run(sys.argv[1:], dict(os.environ))
     except InputError as error:
         complain(f"error: {error}")
         code = 1

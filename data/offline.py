@@ -1,11 +1,12 @@
 """Build a small training corpus without any network, from the documentation that Python packages bring along.
 
-    python data/offline.py
+    python data/offline.py                        data/datasets/offline_sp1024, what `make demo` trains on
+    python data/offline.py --vocab-size=8192      data/datasets/offline_sp8192
 
 Sources: Python's reference topics (what `help("LAMBDA")` shows), the docstrings of the standard library and of
 installed packages, and the packages' descriptions and other text files. Docstrings are read from the source files;
 nothing is imported. Repeated paragraphs are kept once, documents are shuffled by a hash, and some are held out for
-validation. The result is data/datasets/offline_sp1024 with a tokenizer of its own, the same for the same versions.
+validation. The result has a tokenizer of its own, and is the same for the same versions.
 See data/README.md.
 """
 
@@ -28,9 +29,7 @@ import layout
 from tokenize_docs import train_tokenizer, write_dataset
 from tool import InputError, Parser, run_tool, sha256_of
 
-NAME = "offline_sp1024"
-TOKENIZER = "offline_1024_bpe.model"
-VOCAB_SIZE = 1024
+NAME, TOKENIZER, VOCAB_SIZE = "offline_sp1024", "offline_1024_bpe.model", 1024
 MIN_BYTES = 8_000_000
 VAL_SHARE = 0.04
 MIN_VAL_BYTES = 200_000
@@ -242,10 +241,11 @@ def complete(manifest: dict, folder: Path, model_path: Path) -> bool:
     return right and model_path.is_file() and sha256_of(model_path) == manifest["tokenizer"]["sha256"]
 
 
-def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BYTES, vocab_size=VOCAB_SIZE):
+def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BYTES, vocab_size=VOCAB_SIZE,
+          names=(NAME, TOKENIZER)):  # fmt: skip
     """Builds the corpus below `out`; returns (dataset folder, tokenizer path). Raises InputError on too little text."""
     root = Path(out)
-    folder, model_path = root / "datasets" / NAME, root / "tokenizers" / TOKENIZER
+    folder, model_path = root / "datasets" / names[0], root / "tokenizers" / names[1]
     sites = sites or [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     documents, versions = descriptions(sites)
     # A changed tool may give a changed corpus, so its source counts as a version too.
@@ -268,7 +268,7 @@ def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BY
         )
     print(f"{len(train) + len(val):,} documents; training a tokenizer of {vocab_size} pieces ...", flush=True)
     model = train_tokenizer(sample(train, TOKENIZER_BYTES), vocab_size)
-    layout.claim_tokenizer(root, model_path, NAME, hashlib.sha256(model).hexdigest(), "choose another --out")
+    layout.claim_tokenizer(root, model_path, names[0], hashlib.sha256(model).hexdigest(), "choose another --out")
     facts = {"made_by": "data/offline.py", "built_from": wanted}
     write_dataset(folder, model_path, model, {"val": val, "train": train}, facts, SHARD_TOKENS, workers)
     return folder, model_path
@@ -281,8 +281,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--force", action="store_true", help="build again even if the same versions are already built")
     cores = min(4, os.cpu_count() or 1)
     add("--workers", type=layout.positive, default=cores, metavar="N", help="processes (default: up to 4)")
+    add("--vocab-size", type=layout.positive, default=VOCAB_SIZE, metavar="N", help=f"pieces ({VOCAB_SIZE})")
     args = parser.parse_args(argv)
-    folder, model_path = build(args.out, args.force, args.workers)
+    names = tuple(name.replace(str(VOCAB_SIZE), str(args.vocab_size)) for name in (NAME, TOKENIZER))
+    folder, model_path = build(args.out, args.force, args.workers, vocab_size=args.vocab_size, names=names)
     layout.finish(folder, model_path, layout.check_dataset(folder, model_path))
     return 0
 

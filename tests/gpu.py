@@ -11,8 +11,8 @@ wheels/ at the repository's root, which is unpacked beside the results).
     run        `record` for a minute across its switch, stopped and resumed, exported, scored; and again on the CPU
 
 Each stage is a process of its own; its findings go to --out/<stage>.json, what it says to <stage>.log. None stops the
-others, and a second call does what is missing or failed. Data is DATA_PATH with TOKENIZER_PATH, else published FineWeb
-shards, else the corpus of data/offline.py. To try the stages elsewhere:
+others, and a second call does what is missing or failed. Data is DATA_PATH with TOKENIZER_PATH, else the preset's own,
+else the corpus of data/offline.py with as many pieces. To try the stages elsewhere:
 
     python tests/gpu.py --device=cpu --out=/tmp/gpu --preset=smoke --seconds=6
 """
@@ -52,12 +52,13 @@ def data_flags(preset: str) -> list[str]:
     if preset == "smoke":
         t.make_smoke_data(t.load_config(["--preset=smoke"], {}, "smoke")[0])
         return []
-    data = os.environ.get("DATA_PATH", t.Config.data_path)
-    tokenizer = os.environ.get("TOKENIZER_PATH", t.Config.tokenizer_path)
+    c, _ = t.load_config([], {}, preset)
+    data = os.environ.get("DATA_PATH", c.data_path)
+    tokenizer = os.environ.get("TOKENIZER_PATH", c.tokenizer_path)
     if not list((ROOT / data).glob("fineweb_train_*.bin")):
-        demo, _ = t.load_config(["--preset=demo"], {}, "demo")
-        data, tokenizer = demo.data_path, demo.tokenizer_path
-        subprocess.run([sys.executable, "data/offline.py"], cwd=ROOT, check=True, stdout=sys.stderr)
+        data, tokenizer = f"data/datasets/offline_sp{c.vocab_size}", f"data/tokenizers/offline_{c.vocab_size}_bpe.model"
+        make = [sys.executable, "data/offline.py", f"--vocab-size={c.vocab_size}"]
+        subprocess.run(make, cwd=ROOT, check=True, stdout=sys.stderr)
     return [f"--data_path={data}", f"--tokenizer_path={tokenizer}"]
 
 
