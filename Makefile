@@ -11,6 +11,12 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 MAC_ARGS ?=
 MINI_ARGS ?=
+NAME ?= mine
+SEEDS ?= 1337 42 2025
+TRACK ?= 10min_16mb
+GPUS ?= $(shell nvidia-smi -L 2>/dev/null | wc -l)
+RECORD_ARGS ?=
+SUBMIT_ARGS ?=
 PROMPT ?= Return the
 
 PY := $(VENV)/bin/python
@@ -20,13 +26,14 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DROP_VENV := if [ -f '$(VENV)/pyvenv.cfg' ]; then rm -rf '$(VENV)'; fi
 CPU_WHEELS := --extra-index-url https://download.pytorch.org/whl/cpu
 
-.PHONY: help setup demo demo-mlx demo-torch mini test lint bench gpu mac clean
+.PHONY: help setup demo demo-mlx demo-torch mini record test lint bench gpu mac clean
 
 help:
 	@echo 'make demo        train a small model for three minutes: artifact, score, curve, sample (MLX on Apple silicon, else PyTorch)'
 	@echo 'make demo-mlx    the same with train_gpt_mlx.py'
 	@echo 'make demo-torch  the same with train_gpt.py'
 	@echo 'make mini        the scale model of the challenge: 80,000 bytes of weights, 5e13 training FLOPs, no clock'
+	@echo 'make record      NAME=mine SEEDS="1337 42 2025": a run a seed on all GPUs, then the checked record folder; goes on where it was stopped'
 	@echo 'make test        all tests: both scripts are one model, artifacts, resume, everyday events, data, bad input'
 	@echo 'make lint        ruff: mistakes, and the one format'
 	@echo 'make bench       time a training step of both scripts, and of both attentions, on this machine'
@@ -81,6 +88,18 @@ mini: $(STAMP)
 	@[ -n '$(MINI_ARGS)' ] || [ -d data/datasets/mini_sp1024 ] || { echo 'error: data/datasets/mini_sp1024: not there; get it: $(PY) data/fineweb.py --train-shards 1 && $(PY) data/mini.py'; exit 1; }
 	@echo 'a budget of FLOPs, not of minutes: `left:` in the step lines says how long it will take here'
 	@$(PY) $(SCRIPT) --preset=mini --log_dir='$(LOG_DIR)' $(MINI_ARGS)
+
+# A seed that is done is not run again, one that was stopped goes on from its checkpoint.
+record: $(STAMP)
+	@for seed in $(SEEDS); do \
+	  run='$(LOG_DIR)/$(NAME)_'$$seed; resume=; \
+	  if grep -qs '"complete": true' "$$run/result.json"; then echo "$$run: done"; continue; fi; \
+	  if [ -f "$$run/checkpoint.safetensors" ]; then resume=--resume=1; fi; \
+	  $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --standalone --nproc_per_node=$(strip $(GPUS)),$(PY)) train_gpt.py $(RECORD_ARGS) \
+	    --log_dir='$(LOG_DIR)' --run_id='$(NAME)_'$$seed --seed=$$seed $$resume || exit 1; \
+	done
+	@$(PY) records/submit.py $(foreach seed,$(SEEDS),'$(LOG_DIR)/$(NAME)_$(seed)') --track='$(TRACK)' --name='$(NAME)' $(SUBMIT_ARGS)
+	@$(PY) records/table.py
 
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)

@@ -248,7 +248,8 @@ def prove_run(folder: Path, run: Run, minutes: float) -> str:
     steps = sorted(expected)[:PROOF_STEPS]
     need(steps, short(run.folder / "train.log"), "training losses, to compare the proof with", "none")
     found, said = first_losses(folder, run, steps, minutes)
-    error = next((line for line in reversed(said) if "error:" in line.lower()), said[-1] if said else "no output")
+    own = [line for line in said if line.startswith("error:")]  # of the script; torchrun's words come after it
+    error = (own or [line for line in reversed(said) if "error:" in line.lower()] or said[-1:] or ["no output"])[0]
     wanted = f"{len(steps)} steps in {minutes:g} minutes from inside the folder"
     mend = "on the right machine it proves itself; --no-proof leaves it out"
     need(len(found) == len(steps), "proof", wanted, f"{len(found)} ({error})", mend)

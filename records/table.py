@@ -67,18 +67,19 @@ same command goes on. It ends in a table (mean, standard deviation, Welch's test
     python records/ablate.py records/ablations/smoke.toml
     python records/exports.py records/exports/smoke.toml     # after it: its models, exported in several ways
 
-To submit, finish one run a seed, then make the folder, check it, and list it:
+To submit, finish one run a seed, then make the folder, which checks it, and list it:
 
     for seed in 1337 42 2025; do python train_gpt.py --preset=smoke --run_id=mine_$seed --seed=$seed; done
     python records/submit.py logs/mine_1337 logs/mine_42 logs/mine_2025 --track local --name mine --author "Your Name"
-    python records/check.py records/track_local/*_mine
     python records/table.py
 
-For the challenge: the `record` preset under `torchrun`, `--track 10min_16mb` (or `non_record_16mb`), `--github-id` and
-`--beat` with the score to beat. The folder holds the logs, every number computed from them, and a `train_gpt.py` with
-the configuration baked in, which `submit.py` starts to see that it repeats the run. What the entry means is yours to
-write: `--blurb`, `--prose`, or the line TO FILL IN in its README. `check.py` judges anybody's folder: bytes of all
-shipped code, the cap, byte counts that cannot be, logs that were stitched, numbers without runs, mixed seeds, times.
+For the challenge `make record NAME=mine` does it all on the GPUs of the machine: three seeds of the `record` preset, of
+which it goes on where it was stopped, the folder in `track_10min_16mb` (`TRACK=non_record_16mb`), this page;
+`SUBMIT_ARGS="--author=... --github-id=... --beat=1.08"`. The folder holds the logs, every number computed from them,
+and a `train_gpt.py` with the configuration baked in, which `submit.py` starts to see that it repeats the run. What the
+entry means is yours to write: `--blurb`, `--prose`, or the line TO FILL IN in its README. `check.py` judges anybody's
+folder: bytes of all shipped code, the cap, byte counts that cannot be, logs that were stitched, numbers without runs,
+mixed seeds, times.
 """
 
 
