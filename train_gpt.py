@@ -699,8 +699,8 @@ def without_own(y: Tensor, v: Tensor) -> Tensor:
 
 
 def of_pass(vector: Tensor, loop: int, axes: int = 1) -> Tensor:
-    """The vector of `axes` axes that a pass uses: with PASS_VECTORS a row, the last one beyond the trained passes."""
-    return vector if vector.ndim == axes else vector[min(loop, len(vector) - 1)]
+    """The vector of `axes` axes that a pass uses: with PASS_VECTORS its row."""
+    return vector if vector.ndim == axes else vector[loop]
 
 
 class Linear(nn.Module):
@@ -718,8 +718,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, loop: int) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
         if self.has_lora:
-            row = min(loop, self.lora_a.size(0) - 1)  # passes beyond the trained ones reuse the last
-            y = y + F.linear(F.linear(x, self.lora_a[row].to(x.dtype)), self.lora_b[row].to(x.dtype))
+            y = y + F.linear(F.linear(x, self.lora_a[loop].to(x.dtype)), self.lora_b[loop].to(x.dtype))
         return y if self.probe is None else self.probe(x, y)
 
 
@@ -814,7 +813,7 @@ class RecurrentGPT(nn.Module):
                 x = x_in = x + self.loop_embed[row].to(x.dtype)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row].to(x.dtype) * saved.pop(visit.skip_from)
-            loop = visit.loop if by_pass else 0  # blocks that are called alike share a compiled graph
+            loop = row if by_pass else 0  # blocks that are called alike share a compiled graph
             x = self.blocks[visit.block](x, x0, loop, (self.cos, self.sin))
             if visit.saves:
                 saved[number] = x

@@ -700,8 +700,8 @@ def without_own(y: mx.array, v: mx.array) -> mx.array:
 
 
 def of_pass(vector: mx.array, loop: int, axes: int = 1) -> mx.array:
-    """The vector of `axes` axes that a pass uses: with PASS_VECTORS a row, the last one beyond the trained passes."""
-    return vector if vector.ndim == axes else vector[min(loop, len(vector) - 1)]
+    """The vector of `axes` axes that a pass uses: with PASS_VECTORS its row."""
+    return vector if vector.ndim == axes else vector[loop]
 
 
 class Linear(nn.Module):
@@ -719,8 +719,7 @@ class Linear(nn.Module):
     def __call__(self, x: mx.array, loop: int) -> mx.array:
         y = x @ self.weight.astype(x.dtype).T
         if self.has_lora:
-            row = min(loop, self.lora_a.shape[0] - 1)  # passes beyond the trained ones reuse the last
-            y = y + x @ self.lora_a[row].astype(x.dtype).T @ self.lora_b[row].astype(x.dtype).T
+            y = y + x @ self.lora_a[loop].astype(x.dtype).T @ self.lora_b[loop].astype(x.dtype).T
         return y if self.probe is None else self.probe(x, y)
 
 
@@ -814,7 +813,7 @@ class RecurrentGPT(nn.Module):
                 x = x_in = x + self.loop_embed[row].astype(x.dtype)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row].astype(x.dtype) * saved.pop(visit.skip_from)
-            loop = visit.loop if by_pass else 0  # blocks that are called alike share a compiled graph
+            loop = row if by_pass else 0  # blocks that are called alike share a compiled graph
             x = self.blocks[visit.block](x, x0, loop, (self._cos, self._sin))
             if visit.saves:
                 saved[number] = x
