@@ -15,7 +15,6 @@ recurrence 5x3) and #1394 (loops on late), arXiv 2511.07384 (looping a band), ar
 from __future__ import annotations
 
 import base64
-import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -28,7 +27,6 @@ import io
 import json
 import lzma
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -124,7 +122,7 @@ class Config:
     loop_gate_lr: float = 0.04  # Adam, loop gates
     lora_lr: float = 0.005  # Adam, LoRA matrices (rank 8 on Muon diverged 8 times of 8 in PR #1096)
     muon_row_norm: bool = False  # the rows of a gradient get one length before Muon makes it orthogonal
-    weight_decay: float = 0.0  # of matrices and embedding: this times their learning rate is taken off every step
+    weight_decay: float = 0.0  # this times MATRIX_LR or TIED_EMBED_LR is taken off matrices and embedding, not LoRA
     muon_momentum: float = 0.95  # Muon's momentum
     muon_momentum_warmup_start: float = 0.85  # ... and its value at the first step
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
@@ -184,11 +182,13 @@ PRESETS = {
     "laptop": """model_dim=384 num_heads=6 num_kv_heads=3 train_seq_len=512 train_batch_tokens=16384
         loop_schedule=0:1,0.75:3 loop_gate=gain loop_gate_init=0 lr_warmup_steps=20 muon_momentum_warmup_steps=200
         val_loss_every=200 val_max_tokens=1048576 train_log_every=20""",
-    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: three and a half bits a weight. Values and parts are
-    # those of the record of 2026-04-05 (PR #1394, five seeds), but for: the layout (#1493), the gain on the queries
-    # (#1413: 4 to 5, -0.0008), momentum (#1514, p = 0.02). Single effects in bits per byte: context of 2048 -0.018,
-    # stride 64 -0.017 (#1394), mlp_slope -0.0021 (#549), xsa -0.0016 (#634), muon_row_norm -0.001 (#1260), rotary_dims
-    # and norm_scale -0.0023 with another change (#315), weight_decay 0.085 for 0.090 280 kB (#1285). None is ours.
+    # Ten minutes on 8xH100, code and weights in 16,000,000 bytes: three and a half bits a weight. After the record of
+    # 2026-04-05 (PR #1394, five seeds). Not as there: the layout (#1493), the gain on the queries (#1413: 4 to 5,
+    # -0.0008), momentum (#1514, p = 0.02), a rise of the rates; no average of weights (#374: -0.0006), no sigmoid in
+    # the shortcuts, no decay of vectors, initial weights not orthogonal, a loop gate (from 1) and embedding, our export.
+    # Single effects in bits per byte: context of 2048 -0.018, mlp_slope -0.0021 (#549), xsa -0.0016 (#634),
+    # muon_row_norm -0.001 (#1260), rotary_dims and norm_scale -0.0023 with another change (#315); stride 64, of scoring,
+    # -0.017 (#1394). None is ours.
     "record": """data_path=./data/datasets/fineweb10B_sp8192 tokenizer_path=./data/tokenizers/fineweb_8192_bpe.model
         vocab_size=8192 train_seq_len=2048 train_batch_tokens=786432 layout=3+3x3+5 loop_schedule=0:1,0.35:3
         loop_gate=gain mlp_mult=4 mlp_slope=0.5 xsa=1 rotary_dims=16 norm_scale=1 qk_gain_init=5 matrix_lr=0.02
@@ -1143,8 +1143,11 @@ def check_data(c: Config) -> None:
 
 def get_data(path: object) -> str:
     """How to get what lacks at `path`."""
-    of_8192 = " --repo=kevclark/parameter-golf --variant=sp8192" if "8192" in Path(path).name else ""
-    return f"get data with `python data/fineweb.py{of_8192}` or `python data/offline.py` (no network needed)"
+    if "8192" in Path(path).name:
+        return (
+            "get data with `python data/fineweb.py --repo=kevclark/parameter-golf --variant=sp8192`, or choose a PRESET"
+        )
+    return "get data with `python data/fineweb.py` or `python data/offline.py` (no network needed)"
 
 
 def open_shard(path: Path, vocab_size: int) -> np.memmap:
@@ -2063,8 +2066,6 @@ DEFAULT_LOSS = 0.005  # nats a token, where QUANT_LOSS is 0
 QUARTERS = np.float32([1.0, 1.1892071, 1.4142135, 1.6817929])
 LARGEST_NUMBER = 1e30  # of weights and gradients
 WEIGHTS_A_BYTE = 256  # at most in a file: a reader looks before it makes anything of that size
-JOB_WEIGHTS = 2**22  # of matrices that are rounded together, as quickly as one: NumPy is called as often
-WEIGHTS_A_PROCESS = 2**21  # fewer are rounded while another process starts
 LEAST_BITS = {"absmax": 4.5, "trellis": 0.7}  # a weight, all included: less was never seen ...
 LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
 # Of the mean curvature: no row counts for less. A calibration knows little of rare tokens, and their loss is no
@@ -2304,28 +2305,9 @@ def round_to_trellis(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, 
     return symbols
 
 
-def deaf() -> None:
-    """Lets a process end when its parent says so, and by no signal, which the parent heeds."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def mapping(weights: int) -> Iterator[Callable]:
-    """Python's `map`, or one over processes of their own, a processor each, where a model of so many weights is worth
-    starting them: what is rounded comes out the same."""
-    count = min(os.cpu_count() or 1, weights // WEIGHTS_A_PROCESS)
-    if count < 2:
-        yield map
-        return
-    start = multiprocessing.get_context("spawn")  # a fork would copy locks of CUDA's and gloo's threads
-    with concurrent.futures.ProcessPoolExecutor(count, start, deaf) as pool:
-        yield pool.map
-
-
 def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors: dict[str, Factor | None],
-                squares: dict[str, np.ndarray], apply: Callable = map) -> dict[str, Table]:  # fmt: skip
-    """Rounds every tensor, by `apply`; matrices of one shape that GPTQ rounds do so together, JOB_WEIGHTS at a time."""
+                squares: dict[str, np.ndarray]) -> dict[str, Table]:  # fmt: skip
+    """Rounds every tensor; matrices of one shape that GPTQ rounds do so together."""
     values, steps, symbols, stacks = {}, {}, {}, {}
     for name, weight in weights.items():
         values[name] = value = weight.reshape(-1, weight.shape[-1]).astype(np.float32)
@@ -2336,14 +2318,9 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
         else:
             steps[name] = spanning_steps(name, value)
             symbols[name] = np.rint(value / powers(steps[name][0])[:, None]).astype(np.int16)
-    jobs, rounded = [], []
-    for (shape, alone), names in stacks.items():
-        for low, high in split_evenly(len(names), min(len(names), -(-len(names) * math.prod(shape) // JOB_WEIGHTS))):
-            parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names[low:high])))
-            jobs.append((*parts, None if alone else [factors[name] for name in names[low:high]]))
-            rounded.append(names[low:high])
-    for names, found in zip(rounded, apply(round_to_trellis, *zip(*jobs)) if jobs else ()):
-        symbols |= zip(names, found)
+    for (_, alone), names in stacks.items():
+        parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
+        symbols |= zip(names, round_to_trellis(*parts, None if alone else [factors[name] for name in names]))
     middles = {name: np.median(part, axis=1) * is_vector(name) for name, part in symbols.items()}
     return {name: Table(*steps[name], middles[name].astype(np.int16), symbols[name]) for name in weights}
 
@@ -2507,13 +2484,12 @@ def checksum(tables: dict[str, Table]) -> int:
     return found
 
 
-def assemble(c: Config, loops: int, tables: dict[str, Table], apply: Callable = map) -> tuple[bytes, dict[str, float]]:
+def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, dict[str, float]]:
     """The bytes of the artifact, and the bits of every tensor in it."""
     ans, bits, trellis = constriction.stream.stack.AnsCoder(), {}, calibrates(c)
-    facts = dict(zip(tables, apply(facts_of, tables.values(), [trellis] * len(tables))))
     for name, table in reversed(tables.items()):
         writer = Writer()
-        code_table(writer, facts[name], table, trellis)
+        code_table(writer, facts_of(table, trellis), table, trellis)
         bits[name] = writer.finish(ans)
     header = about(c, loops) | {"quantizer": c.quantizer, "crc": checksum(tables)}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
@@ -2533,18 +2509,17 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     weights = {name: weights[name] for name in param_shapes(c)}
     width, count = width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), count_params(c)
     sizes, best = {}, None  # of the artifacts of every width tried
-    with mapping(count * calibrates(c)) as apply:
-        factors = dict(zip(hessians, apply(gptq_factor, hessians.values())))
-        while width not in sizes and len(sizes) < 8:
-            tables = make_tables(c, weights, width, factors, squares, apply)
-            data, bits = assemble(c, loops, tables, apply)
-            sizes[width], total = len(data), len(data) + code_bytes
-            merit = (total <= c.target_bytes, total if total <= c.target_bytes else -total)
-            if best is None or merit > best[0]:
-                best = merit, data, bits, tables, TRELLIS_GAIN * count * width**2 / 24 * calibrates(c)
-            if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes:
-                break
-            width = next_width(sizes, 0.999 * c.target_bytes - code_bytes, count)
+    factors = {name: gptq_factor(hessian) for name, hessian in hessians.items()}
+    while width not in sizes and len(sizes) < 8:
+        tables = make_tables(c, weights, width, factors, squares)
+        data, bits = assemble(c, loops, tables)
+        sizes[width], total = len(data), len(data) + code_bytes
+        merit = (total <= c.target_bytes, total if total <= c.target_bytes else -total)
+        if best is None or merit > best[0]:
+            best = merit, data, bits, tables, TRELLIS_GAIN * count * width**2 / 24 * calibrates(c)
+        if not c.target_bytes or 0.998 * c.target_bytes <= total <= c.target_bytes:
+            break
+        width = next_width(sizes, 0.999 * c.target_bytes - code_bytes, count)
     _, data, bits, tables, aimed = best
     dense = f"at most {WEIGHTS_A_BYTE} weights a byte"
     require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")

@@ -202,7 +202,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3209, "mlx": 3106}
+LINES = {"torch": 3184, "mlx": 3081}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

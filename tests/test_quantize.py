@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from conftest import (
     assert_refused,
-    quicker_script,
     random_weights,
     run_in_process,
-    script_or_skip,
     write_dataset,
 )
 from scipy import special
@@ -772,9 +770,9 @@ def test_the_best_of_all_rounds_is_kept(any_script, monkeypatch):
     curvature, make = any_script.Curvature({}, squares_of(weights), 1), any_script.make_tables
     files, assemble = {}, any_script.assemble
 
-    def assembled(c, loops, table, apply):
+    def assembled(c, loops, table):
         if id(table) not in files:
-            files[id(table)] = assemble(c, loops, table, apply)
+            files[id(table)] = assemble(c, loops, table)
         return files[id(table)]
 
     monkeypatch.setattr(any_script, "assemble", assembled)
@@ -877,21 +875,6 @@ def test_both_scripts_write_the_same_bytes(both):
         c, weights, curvature = gaussian_model(module)
         contents.append(module.export_model(c, weights, 2, curvature).data)
     assert contents[0] == contents[1]
-
-
-def test_processes_round_alike(monkeypatch):
-    """A model that is worth processes of its own has the bytes that it has without them."""
-    module = script_or_skip(quicker_script())
-    c, weights, curvature = gaussian_model(module)
-    alone, starts = module.export_model(c, weights, 2, curvature), []
-    monkeypatch.setattr(module, "WEIGHTS_A_PROCESS", module.count_params(c) // 2)
-    monkeypatch.setattr(module, "JOB_WEIGHTS", 10_000)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
-    executor = module.concurrent.futures.ProcessPoolExecutor
-    monkeypatch.setattr(
-        module.concurrent.futures, "ProcessPoolExecutor", lambda *how: starts.append(how[0]) or executor(*how)
-    )
-    assert module.export_model(c, weights, 2, curvature).data == alone.data and starts == [2]
 
 
 def test_code_bytes_are_of_the_code_that_runs(script, monkeypatch, tmp_path):
