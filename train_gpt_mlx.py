@@ -1917,7 +1917,7 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def known_options(model: dict) -> dict:
     """The model settings of a file as of today: older ones lack what came later, and may state an `inject` of none."""
-    later, gone = dict(pass_vectors=False, rotary_dims=0, norm_scale=False, mlp_slope=0.0), ("inject", "none")
+    later, gone = dict(xsa=False, pass_vectors=False, rotary_dims=0, norm_scale=False, mlp_slope=0.0), ("inject", "none")
     return later | {name: value for name, value in model.items() if (name, value) != gone}
 
 
@@ -2559,7 +2559,7 @@ def finish(run: Run) -> int | None:
         line = "final_int6_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}"
         run.log.line(line.format(**result) + score.label)
         must_be_finite(run, loss)
-        write_result(run, result)
+        write_result(run, result | {"complete": not score.partial})
         result["val_bpb_by_loops"] = {str(loops): score.bpb(loss)} | score_passes(run, others)
     except Agreed:  # no score, a full disk, or weights that cannot be rounded: the result says that there is none
         write_result(run, result)
