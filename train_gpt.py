@@ -2020,8 +2020,8 @@ def load_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def known_options(model: dict) -> dict:
     """The model settings of a file as of today: older ones lack what came later, and may state an `inject` of none."""
-    later, gone = dict(xsa=False, pass_vectors=False, rotary_dims=0, norm_scale=False, mlp_slope=0.0), ("inject", "none")
-    return later | {name: value for name, value in model.items() if (name, value) != gone}
+    later = dict(xsa=False, pass_vectors=False, rotary_dims=0, norm_scale=False, mlp_slope=0.0)
+    return later | {name: value for name, value in model.items() if (name, value) != ("inject", "none")}
 
 
 def load_model_file(path: str) -> tuple[dict[str, np.ndarray], dict, int]:
