@@ -11,8 +11,9 @@ BENCH_ARGS ?=
 GPU_ARGS ?=
 MAC_ARGS ?=
 MINI_ARGS ?=
-NAME ?= mine
-SEEDS ?= 1337 42 2025
+NAME := mine
+SEEDS := 1337 42 2025
+unexport NAME SEEDS
 TRACK ?= 10min_16mb
 GPUS ?= $(shell $(PY) -c 'import torch; print(torch.cuda.device_count())')
 RECORD_ARGS ?=
@@ -95,8 +96,8 @@ record: $(STAMP)
 	  run='$(LOG_DIR)/$(NAME)_'$$seed; resume=; \
 	  if grep -qs '"complete": true' "$$run/result.json"; then echo "$$run: done"; continue; fi; \
 	  if [ -f "$$run/checkpoint.safetensors" ]; then resume=--resume=1; fi; \
-	  $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --standalone --nproc_per_node=$(strip $(GPUS)),$(PY)) train_gpt.py $(RECORD_ARGS) \
-	    --log_dir='$(LOG_DIR)' --run_id='$(NAME)_'$$seed --seed=$$seed --checkpoint_every=500 $$resume || exit 1; \
+	  $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --standalone --nproc_per_node=$(strip $(GPUS)),$(PY)) train_gpt.py --checkpoint_every=500 $(RECORD_ARGS) \
+	    --log_dir='$(LOG_DIR)' --run_id='$(NAME)_'$$seed --seed=$$seed $$resume || exit 1; \
 	done
 	@$(PY) records/submit.py $(foreach seed,$(SEEDS),'$(LOG_DIR)/$(NAME)_$(seed)') --track='$(TRACK)' --name='$(NAME)' $(SUBMIT_ARGS)
 	@$(PY) records/table.py
@@ -120,6 +121,6 @@ mac: $(STAMP)
 
 clean:
 	$(DROP_VENV)
-	rm -rf .pytest_cache .ruff_cache data/datasets/offline_sp1024 data/datasets/smoke_sp512
-	rm -f data/tokenizers/offline_1024_bpe.* data/tokenizers/smoke_512_bpe.*
+	rm -rf .pytest_cache .ruff_cache data/datasets/offline_sp* data/datasets/smoke_sp512
+	rm -f data/tokenizers/offline_*_bpe.* data/tokenizers/smoke_512_bpe.*
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

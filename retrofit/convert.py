@@ -3,7 +3,8 @@
     python retrofit/convert.py logs/RUN/model.safetensors --tokens data/datasets/fineweb10B_sp1024
                                     angular distance of every layer, and the band that they propose to loop
     python retrofit/convert.py PARENT OUT.safetensors --layout 3+3x3+3 --init keep
-                                    all layers stay, the middle ones are looped: at one pass the parent, bit for bit
+                                    all layers stay, the middle ones are looped: at one pass the parent, bit for bit (to
+                                    rounding where NORM_SCALE is taken into the weights)
     python retrofit/convert.py PARENT OUT.safetensors --layout 4+8x4+4 --init drop --layers 0-3,10-17,18-21
                                     late layers become core and coda, the middle is left out (arXiv 2511.07384)
     python retrofit/convert.py PARENT OUT.safetensors --layout 3x3 --init average --lora-rank 16

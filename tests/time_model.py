@@ -4,10 +4,10 @@
     python tests/time_model.py --gpus=1 --preset=baseline         more flags are settings of train_gpt.py
 
 Time is products + attention + what the fused kernels move, one after the other; the optimizer, launches and the links
-between GPUs are left out. Rates are guesses for an H100 in bfloat16 at 512 wide. Bytes are fitted to what torch 2.14.1
-made of `baseline` and `record`: so many a token and visited block, and for the output layer. For the challenge's
-baseline the sum is 37 ms, where its own log has 43; for `record` with cuDNN 104 and 155 ms, where the published record
-of its shape has 102 and 151 (2026-04-09, FlashAttention 3).
+between GPUs are left out. Rates are guesses for an H100 in bfloat16 at 512 wide. Bytes are fitted to what torch
+2.14.1 made of `baseline` and an older `record`: so many a token and visited block, and for the output layer. For the
+challenge's baseline the sum is 37 ms, where its own log has 43; for `record` with cuDNN 104 and 155 ms, where the
+published record of its shape has 102 and 151 (2026-04-09, FlashAttention 3).
 """
 
 import sys
