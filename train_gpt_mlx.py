@@ -569,6 +569,9 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
     require(
         their_layout.blocks == blocks, "INIT_FROM", f"the {blocks} blocks of LAYOUT={c.layout}", their_layout.blocks
     )
+    for name in ("rotary_dims", "norm_scale", "mlp_slope", "xsa"):  # no weight's shape shows these
+        asked, stated = getattr(c, name), their_config[name]
+        require(asked == stated, f"INIT_FROM: {name.upper()}", f"the file's {stated}", asked, "write that of the file")
     mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT, VOCAB_SIZE and PASS_VECTORS must be those of the file"
     for name, value in theirs.items():
         mine = weights.get(name)
