@@ -15,7 +15,7 @@ NAME := mine
 SEEDS := 1337 42 2025
 unexport NAME SEEDS
 TRACK ?= 10min_16mb
-GPUS ?= $(shell $(PY) -c 'import torch; print(torch.cuda.device_count())')
+GPUS ?=
 RECORD_ARGS ?=
 SUBMIT_ARGS ?=
 PROMPT ?= Return the
@@ -90,17 +90,9 @@ mini: $(STAMP)
 	@echo 'a budget of FLOPs, not of minutes: `left:` in the step lines says how long it will take here'
 	@$(PY) $(SCRIPT) --preset=mini --log_dir='$(LOG_DIR)' $(MINI_ARGS)
 
-# A seed that is done is not run again, one that was stopped goes on from its checkpoint: other settings, another NAME.
 record: $(STAMP)
-	@for seed in $(SEEDS); do \
-	  run='$(LOG_DIR)/$(NAME)_'$$seed; resume=; \
-	  if grep -qs '"complete": true' "$$run/result.json"; then echo "$$run: done"; continue; fi; \
-	  if [ -f "$$run/checkpoint.safetensors" ]; then resume=--resume=1; fi; \
-	  $(if $(filter-out 0 1,$(GPUS)),$(VENV)/bin/torchrun --standalone --nproc_per_node=$(strip $(GPUS)),$(PY)) train_gpt.py --checkpoint_every=500 $(RECORD_ARGS) \
-	    --log_dir='$(LOG_DIR)' --run_id='$(NAME)_'$$seed --seed=$$seed $$resume || exit 1; \
-	done
-	@$(PY) records/submit.py $(foreach seed,$(SEEDS),'$(LOG_DIR)/$(NAME)_$(seed)') --track='$(TRACK)' --name='$(NAME)' $(SUBMIT_ARGS)
-	@$(PY) records/table.py
+	@$(PY) records/record.py --name='$(NAME)' --track='$(TRACK)' --seeds $(SEEDS) $(if $(GPUS),--gpus=$(GPUS)) --log-dir='$(LOG_DIR)' \
+	  --settings='$(RECORD_ARGS)' $(SUBMIT_ARGS)
 
 test: $(STAMP)
 	@$(PY) -m pytest $(PYTEST_ARGS)

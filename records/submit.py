@@ -460,6 +460,18 @@ def put(part: Path, home: Path, replace: bool) -> None:
         raise
 
 
+def free_home(args) -> Path:
+    """The folder that the entry will be; raises InputError where one is in the way."""
+    home = args.out / f"track_{args.track}" / f"{args.date}_{args.name}"
+    need_free(home, args.replace)
+    written = home / "README.md"
+    if written.is_file() and not (args.blurb or args.prose):
+        theirs = FILL_IN not in written.read_text(encoding="utf-8", errors="replace")
+        mend = "repeat them with --blurb and --prose, or delete the folder"
+        need(not theirs, short(home), "a README without words of yours", "one with them", mend)
+    return home
+
+
 def need_free(home: Path, replace: bool) -> None:
     need(replace or not home.exists(), short(home), "a new folder", "one of that name", "--replace, or --name")
 
@@ -520,13 +532,7 @@ def main(argv: list[str] | None = None) -> int:
     script = load_script(runs[0].log.source.encode(), short(runs[0].folder / "train.log"))
     check_together(runs, script)
     check_track(args.track, runs)
-    home = args.out / f"track_{args.track}" / f"{args.date}_{args.name}"
-    need_free(home, args.replace)
-    written = home / "README.md"
-    if written.is_file() and not (args.blurb or args.prose):
-        theirs = FILL_IN not in written.read_text(encoding="utf-8", errors="replace")
-        mend = "repeat them with --blurb and --prose, or delete the folder"
-        need(not theirs, short(home), "a README without words of yours", "one with them", mend)
+    home = free_home(args)
     if len({str(run.result["versions"]) for run in runs}) > 1:
         print("notice: the runs had different package versions; requirements.txt states the first run's")
     part = args.out / f".submit.{os.getpid()}.tmp" / home.name  # as deep below the root as the folder will be

@@ -50,6 +50,7 @@ TOOLS = """## Tools
 | `python records/ablate.py records/ablations/NAME.toml` | run a declared matrix, or go on with it; table and picture |
 | `python records/switch.py records/does_recurrence_pay/NAME.toml` | train, and look closely at every switch of passes |
 | `python records/exports.py records/exports/NAME.toml` | export trained models in many ways; table and picture |
+| `python records/record.py --name ... --track ...` | a run a seed, then the record folder |
 | `python records/submit.py logs/RUN... --track ... --name ...` | finished runs (one a seed) into a record folder |
 | `python records/check.py FOLDER...` | judge any submission folder by the challenge's rules |
 | `python records/table.py` | write this page and the pictures |
@@ -67,15 +68,14 @@ same command goes on. It ends in a table (mean, standard deviation, Welch's test
     python records/ablate.py records/ablations/smoke.toml
     python records/exports.py records/exports/smoke.toml     # after it: its models, exported in several ways
 
-To submit, finish one run a seed, then make the folder, which checks it, and list it:
+To submit, one command: a run a seed, then the folder, which is checked, and this page. It refuses before the first run
+what would be refused after the last, and goes on where it was stopped. For seeds that have been trained, `submit.py`.
 
-    for seed in 1337 42 2025; do python train_gpt.py --preset=smoke --run_id=mine_$seed --seed=$seed; done
-    python records/submit.py logs/mine_1337 logs/mine_42 logs/mine_2025 --track local --name mine --author "Your Name"
-    python records/table.py
+    python records/record.py --name mine --track local --author "Your Name" --settings=--preset=smoke
 
-For the challenge `make record NAME=mine` does it all on the GPUs of the machine: three seeds of the `record` preset, of
-which it goes on where it was stopped, the folder in `track_10min_16mb` (`TRACK=non_record_16mb`), this page;
-`SUBMIT_ARGS="--author=... --github-id=... --beat=1.08"`. The folder holds the logs, every number computed from them,
+`make record NAME=mine SUBMIT_ARGS="--author=... --github-id=... --beat=1.08"` is that for the challenge: three seeds of
+the `record` preset on the GPUs of the machine (`TRACK=non_record_16mb`, `SEEDS=`; `RECORD_ARGS=` for the trainer).
+The folder holds the logs, every number computed from them,
 and a `train_gpt.py` with the configuration baked in, which `submit.py` starts to see that it repeats the run. What the
 entry means is yours to write: `--blurb`, `--prose`, or the line TO FILL IN in its README. `check.py` judges anybody's
 folder: bytes of all shipped code, the cap, byte counts that cannot be, logs that were stitched, numbers without runs,
