@@ -2952,7 +2952,7 @@ def write_result(run: Run, scores: dict) -> dict:
         "versions": versions(),
         "commit": source_commit(),
         "script_sha256": source_sha256(),
-        "config_sha256": config_sha256(c),
+        "config_sha256": config_sha256(c) if c.mode == "train" else None,  # an export knows not how it was trained
         "dataset": Path(c.data_path).name,
         "dataset_sha256": dataset_sha256(c),
         "complete": False,
@@ -3101,7 +3101,7 @@ def preflight(run: Run, warm: dict[int, float], start: float) -> int:
     scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
     looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
     looks = c.calib_seconds if c.max_wallclock_seconds else looks
-    coding = 7e-6 * count_params(c) * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
+    coding = 4e-6 * count_params(c) * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
     parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]
     parts.append(looks + coding if calibrates(c) else 0.0)
     start, training, scoring, export, paid = (f"{part / 60:.2f}" for part in [*parts, sum(parts)])

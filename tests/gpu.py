@@ -11,8 +11,8 @@ wheels/ at the repository's root, which is unpacked beside the results).
     run        `record` for a minute across its switch, stopped and resumed, exported, scored; and again on the CPU
 
 Each stage is a process of its own; its findings go to --out/<stage>.json, what it says to <stage>.log. None stops the
-others, and a second call does what is missing or failed. Data is DATA_PATH with TOKENIZER_PATH, else the preset's own,
-else the corpus of data/offline.py with as many pieces. To try the stages elsewhere:
+others, and a second call does what is missing or failed. Data is DATA_PATH with TOKENIZER_PATH where they have as many
+pieces as the preset, else the preset's own, else the corpus of data/offline.py with as many. To try it elsewhere:
 
     python tests/gpu.py --device=cpu --out=/tmp/gpu --preset=smoke --seconds=6
 """
@@ -20,6 +20,7 @@ else the corpus of data/offline.py with as many pieces. To try the stages elsewh
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -53,13 +54,24 @@ def data_flags(preset: str) -> list[str]:
         t.make_smoke_data(t.load_config(["--preset=smoke"], {}, "smoke")[0])
         return []
     c, _ = t.load_config([], {}, preset)
-    data = os.environ.get("DATA_PATH", c.data_path)
-    tokenizer = os.environ.get("TOKENIZER_PATH", c.tokenizer_path)
+    asked = os.environ.get("DATA_PATH"), os.environ.get("TOKENIZER_PATH")
+    own = (c.data_path, c.tokenizer_path)
+    fits = all(asked) and vocabulary(ROOT / asked[0]) == c.vocab_size  # `record` and `baseline` differ in theirs
+    data, tokenizer = asked if fits else own
     if not list((ROOT / data).glob("fineweb_train_*.bin")):
         data, tokenizer = f"data/datasets/offline_sp{c.vocab_size}", f"data/tokenizers/offline_{c.vocab_size}_bpe.model"
         make = [sys.executable, "data/offline.py", f"--vocab-size={c.vocab_size}"]
         subprocess.run(make, cwd=ROOT, check=True, stdout=sys.stderr)
     return [f"--data_path={data}", f"--tokenizer_path={tokenizer}"]
+
+
+def vocabulary(data: Path) -> int:
+    """Pieces of a dataset's tokenizer, as its manifest says or else its name; 0 where neither does."""
+    manifest = data / "manifest.json"
+    if manifest.is_file():
+        return json.loads(manifest.read_text())["tokenizer"]["vocab_size"]
+    named = re.search(r"sp(\d+)$", data.name)
+    return int(named[1]) if named else 0
 
 
 def seconds_of(work, sync, times: int = 10) -> float:
@@ -191,9 +203,18 @@ def step_times(args, *flags: str) -> dict:
 
 
 def step(args) -> dict:
+    import torch
+
+    import train_gpt as t
+
     found = {"default": step_times(args)}
     if args.device == "cuda":
-        found["microbatch 262144"] = step_times(args, "--microbatch_tokens=262144")
+        c, most = t.load_config([], {}, args.preset)[0], found["default"]["largest_microbatch"]
+        memory = torch.cuda.get_device_properties(0).total_memory
+        while t.memory_needed(c, 2 * most) < 0.8 * memory and 2 * most <= c.train_batch_tokens:
+            most *= 2
+        if most > found["default"]["largest_microbatch"]:
+            found[f"microbatch {most}"] = step_times(args, f"--microbatch_tokens={most}")
     return found
 
 
@@ -216,9 +237,14 @@ def attention(args) -> dict:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    n, length, dtype = (64, 1024, torch.bfloat16) if args.device == "cuda" else (2, 64, torch.float32)
+    import train_gpt as t
+
+    c, _ = t.load_config([], {}, args.preset)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    n, width = (65536 if args.device == "cuda" else 256) // c.train_seq_len, c.model_dim // c.num_heads
     q, k, v = (
-        torch.randn(n, heads, length, 64, device=args.device, dtype=dtype, requires_grad=True) for heads in (8, 4, 4)
+        torch.randn(n, heads, c.train_seq_len, width, device=args.device, dtype=dtype, requires_grad=True)
+        for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
     )
     sync, found = synchronizer(args.device), {}
 

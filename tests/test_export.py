@@ -27,7 +27,7 @@ def test_repeats_the_artifact_and_makes_others(script, maker, trained, data, tmp
     now = json.loads((tmp_path / "same" / "result.json").read_text())
     for key in ("val_bpb", "val_bpb_raw"):
         assert now[key] == pytest.approx(was[key], abs=1e-3)
-    assert now["steps"] == 0 and now["complete"] is True and now["calib_time_ms"] is None
+    assert now["steps"] == 0 and now["complete"] is True and now["calib_time_ms"] is now["config_sha256"] is None
     if maker != script.__name__:
         return
     results = {}
