@@ -27,6 +27,7 @@ import json
 import lzma
 import math
 import os
+import pickle
 import platform
 import re
 import resource
@@ -1576,6 +1577,21 @@ def together(engine: Engine, work: Callable[[], object], first_only: bool = Fals
     return json.loads(said[0])[0] if first_only else result
 
 
+def share_out(engine: Engine, work: Callable[[list[str]], object], sizes: dict[str, int]) -> list[object]:
+    """`work(names)` on every process for its part of the names, the large ones dealt out first; all get all results."""
+    names, found, refusal = sorted(sizes, key=sizes.get, reverse=True), None, ""
+    try:
+        found = work(names[engine.rank :: engine.world])
+    except InputError as error:
+        refusal = str(error)
+    said = engine.exchange(base64.b64encode(pickle.dumps((found, refusal))).decode()) if engine.world > 1 else []
+    results = [pickle.loads(base64.b64decode(text)) for text in said] or [(found, refusal)]
+    for _, refusal in results:
+        if refusal:
+            raise Agreed(refusal)
+    return [found for found, _ in results]
+
+
 class StopSignal:
     """Turns SIGTERM, SIGHUP and Ctrl-C into a flag that the loop reads. A second Ctrl-C ends the process at once; the
     other two may come twice for one event, from a job system and torchrun, or from a terminal and its shell. Under
@@ -2397,10 +2413,16 @@ def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, di
     return body + hashlib.sha256(body).digest(), bits
 
 
+def all_here(work: Callable[[list[str]], object], sizes: dict[str, int]) -> list[object]:
+    """Deals nothing out: one process does it all."""
+    return [work([*sizes])]
+
+
 def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvature: Curvature | None = None,
-                 code_bytes: int = 0) -> Export:  # fmt: skip
+                 code_bytes: int = 0, share: Callable = all_here) -> Export:  # fmt: skip
     """The artifact of `weights`. With TARGET_BYTES it is coded anew with other steps until it fits with little left
-    over; the largest that fits is kept, else the smallest. Raises InputError for what is not finite."""
+    over; the largest that fits is kept, else the smallest. `share(work, sizes)` deals the tensors' names out to
+    processes and gathers what `work(names)` gives on each. Raises InputError for what is not finite."""
     hessians, squares = (curvature.hessians, curvature.squares) if curvature else ({}, {})
     for name, part in [*weights.items(), *hessians.items(), *squares.items()]:
         largest = np.abs(part).max()
@@ -2408,9 +2430,19 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     weights = {name: weights[name] for name in param_shapes(c)}
     width, count = width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), count_params(c)
     sizes, best = {}, None  # of the artifacts of every width tried
-    factors = {name: gptq_factor(hessian) for name, hessian in hessians.items()}
+    factors = {}  # of the tensors that are rounded here
+
+    def round_some(names: list[str]) -> tuple[dict[str, Table], int]:
+        for name in names:
+            if name in hessians and name not in factors:
+                factors[name] = gptq_factor(hessians[name])
+        tables = make_tables(c, {name: weights[name] for name in names}, width, factors, squares)
+        return tables, sum(factor is None for factor in factors.values())
+
     while width not in sizes and len(sizes) < 8:
-        tables = make_tables(c, weights, width, factors, squares)
+        parts, plain = zip(*share(round_some, {name: weight.size for name, weight in weights.items()}))
+        found = {name: table for part in parts for name, table in part.items()}
+        tables = {name: found[name] for name in weights}
         data, bits = assemble(c, loops, tables)
         sizes[width], total = len(data), len(data) + code_bytes
         merit = (total <= c.target_bytes, total if total <= c.target_bytes else -total)
@@ -2424,8 +2456,7 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")
     matrices = [name for name in tables if not is_vector(name)]
     per_weight = sum(bits[name] for name in matrices) / sum(tables[name].symbols.size for name in matrices)
-    plain = sum(factor is None for factor in factors.values())
-    return Export(data, len(data), per_weight, aimed, len(sizes), plain)
+    return Export(data, len(data), per_weight, aimed, len(sizes), sum(plain))
 
 
 def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
@@ -2504,19 +2535,20 @@ def calibrate(run: Run, loops: int) -> Curvature | None:
 
 
 def write_export(run: Run, curvature: Curvature | None) -> Export:
-    """The first process writes the artifact and the model; all get what is said of them (without the bytes)."""
-    c, log, loops = run.config, run.log, run.state.loops
+    """Every process rounds its share of the tensors; the first writes the artifact and the model."""
+    c, log, loops, weights = run.config, run.log, run.state.loops, run.engine.weights()
+    code = together(run.engine, lambda: code_size(c.count_code), first_only=True)
+    share = functools.partial(share_out, run.engine)
+    made = together(run.engine, lambda: export_model(c, weights, loops, curvature, code, share))
 
-    def write() -> list:
-        weights = run.engine.weights()
-        made = export_model(c, weights, loops, curvature, code_size(c.count_code))
+    def write() -> None:
         log.write_file(log.artifact, made.data)
         named = {f"weights.{name}": value for name, value in weights.items()}
         note = {"recurrent_gpt": json.dumps(about(c, loops))}
         log.write_file(log.folder / "model.safetensors", pack_tensors(named, metadata=note), needed=False)
-        return ["", *made[1:]]
 
-    return Export(*together(run.engine, write, first_only=True))
+    together(run.engine, write, first_only=True)
+    return made
 
 
 def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: int,
@@ -2998,7 +3030,8 @@ def preflight(run: Run, warm: dict[int, float], start: float) -> int:
     scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
     looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
     looks = c.calib_seconds if c.max_wallclock_seconds else looks
-    coding = 4e-6 * count_params(c) * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
+    rounded = max(count_params(c) / engine.world, *map(math.prod, param_shapes(c).values()))  # by one process
+    coding = 4e-6 * rounded * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
     parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]
     parts.append(looks + coding if calibrates(c) else 0.0)
     start, training, scoring, export, paid = (f"{part / 60:.2f}" for part in [*parts, sum(parts)])

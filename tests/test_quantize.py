@@ -7,6 +7,9 @@ import itertools
 import json
 import math
 import re
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -742,6 +745,57 @@ def test_target_bytes(any_script, tmp_path, bits):
     fixed = dataclasses.replace(c, quant_loss=made.loss_aimed)
     again = any_script.export_model(fixed, weights, 2, curvature, code)
     assert again.rounds == 1 and again.size == pytest.approx(made.size, rel=2e-3)
+
+
+def by_threads(world, work):
+    """[work(engine)] of so many made-up engines, which exchange texts as processes do; of one that fails, its error."""
+    texts, barrier = [""] * world, threading.Barrier(world, timeout=60)
+
+    def start(rank):
+        def exchange(text):
+            texts[rank] = text
+            barrier.wait()
+            found = list(texts)
+            barrier.wait()
+            return found
+
+        try:
+            return work(types.SimpleNamespace(rank=rank, world=world, exchange=exchange))
+        except ValueError as error:  # an InputError is one
+            return error
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(start, range(world)))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_processes_that_share_an_export_make_the_same_artifact(any_script, world):
+    c, weights, curvature = gaussian_model(any_script)
+    c = dataclasses.replace(c, target_bytes=30_000)
+    curvature.hessians["blocks.0.mlp.fc.weight"] *= -1  # it is rounded without GPTQ, and counted
+    alone, dealt_out = any_script.export_model(c, weights, 2, curvature), []
+
+    def export(engine):
+        def share(work, sizes):
+            return any_script.share_out(engine, lambda names: dealt_out.append(names) or work(names), sizes)
+
+        return any_script.export_model(c, weights, 2, curvature, 0, share)
+
+    made = by_threads(world, export)
+    assert all(found == alone for found in made) and alone.rounds > 1 and alone.plain_rounded == 1
+    assert len(dealt_out) == world * alone.rounds and all(dealt_out)
+    assert sorted(sum(dealt_out, [])) == sorted([*weights] * alone.rounds)
+
+
+def test_what_one_process_refuses_in_its_share_all_refuse(any_script):
+    def refuse_a(names):
+        any_script.require("a" not in names, "a", "another", "a")
+        return names
+
+    sizes = {"a": 3, "b": 2, "c": 1, "d": 1}
+    errors = by_threads(3, lambda engine: any_script.share_out(engine, refuse_a, sizes))
+    assert [str(error) for error in errors] == ["a: expected another, found a"] * 3
+    assert by_threads(2, lambda engine: any_script.share_out(engine, list, sizes)) == [[["a", "c"], ["b", "d"]]] * 2
 
 
 def test_rounds_of_made_up_sizes(any_script):
