@@ -59,6 +59,7 @@ TOOLS = """## Tools
 
 [does_recurrence_pay/](does_recurrence_pay/README.md): what is known so far, on one page. retrofit/: trained models
 made to loop, [SmolLM2](retrofit/smollm2/README.md) and [ours](retrofit/own/README.md).
+[side_by_side/](side_by_side/README.md): the challenge's script, a published record's and ours, at one shape.
 [coders/](coders/README.md): the artifact's coder beside general compressors. [rare_rows/](rare_rows/README.md): what
 rounding costs where a calibration is short.
 
