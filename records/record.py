@@ -49,7 +49,7 @@ def check_plan(config, track: str, processes: int, device: str) -> None:
     submit.check_track(track, [submit.Run(SCRIPT, expected, Log(SCRIPT, [], config=dataclasses.asdict(config)))])
 
 
-def check_in_hand(folder: Path, config, source: str) -> None:
+def check_in_hand(folder: Path, config, source: str, processes: int) -> None:
     """A run that was begun before must be one of this script with these settings. Raises InputError."""
     log, mend = read_log(folder / "train.log"), "choose another name, or delete the folder"
     need(log.source == source, short(folder), "a run of this train_gpt.py", "one of another version", mend)
@@ -58,7 +58,8 @@ def check_in_hand(folder: Path, config, source: str) -> None:
     found = ", ".join(f"{name}={log.config.get(name)}, not {asked[name]}" for name in sorted(differs))
     need(not differs, short(folder), "a run with these settings", found, mend)
     if is_done(folder):
-        submit.read_run(folder)  # refuses one that blew up or is too large
+        found = submit.read_run(folder).result["world_size"]  # refuses a run that blew up or is too large
+        need(found == processes, short(folder), f"a run of {processes} processes", found, mend)
 
 
 def is_done(folder: Path) -> bool:
@@ -120,10 +121,12 @@ def main(argv: list[str] | None = None) -> int:
     check_plan(config, args.track, processes, device)
     for folder in folders.values():
         if (folder / "result.json").is_file() or (folder / "checkpoint.safetensors").is_file():
-            check_in_hand(folder, config, source.decode())
+            check_in_hand(folder, config, source.decode(), processes)
 
     for seed, folder in folders.items():
         if not train(folder, seed, settings, processes):
+            if is_done(folder):
+                submit.read_run(folder)  # says what is wrong with it
             print(f"{short(folder)}: not finished; the same command goes on", file=sys.stderr)
             return 1
     return submit.main(entry) or table.main([])

@@ -1,5 +1,6 @@
 """records/record.py: a run a seed, then the checked folder; nothing is paid for that would be refused in the end."""
 
+import json
 import os
 import re
 import sys
@@ -51,6 +52,8 @@ def test_seeds_become_a_folder_and_what_is_done_is_not_run_again(runs, capsys):
     assert len(runs.started) == 2
     assert runs("--replace", "--blurb=again", MATRIX_LR="0.01") == 1
     assert "tiny_1: expected a run with these settings, found matrix_lr=0.04, not 0.01" in capsys.readouterr().err
+    assert runs("--replace", "--blurb=again", "--gpus=2") == 1
+    assert "tiny_1: expected a run of 2 processes, found 1" in capsys.readouterr().err
     log = runs.home / "logs" / "tiny_2" / "train.log"
     log.write_text("#\n" + log.read_text())
     assert runs("--replace", "--blurb=again") == 1
@@ -75,6 +78,21 @@ def test_a_failed_seed_ends_it_and_the_same_command_goes_on(runs, capsys):
     (runs.home / "logs" / "tiny_2" / "result.json").unlink()  # as after a stop
     runs("--replace", "--blurb=again")
     assert runs.started[-1] == ["--run_id=tiny_2", "--resume=1"]
+
+
+def test_an_artifact_that_is_too_large_ends_it(runs, capsys, monkeypatch):
+    trained = record.run_script
+
+    def too_large(arguments, processes):
+        assert trained(arguments, processes) == 0
+        path = runs.home / "logs" / "tiny_1" / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"fits": False}))
+        return 1
+
+    monkeypatch.setattr(record, "run_script", too_large)
+    for _ in range(2):  # nor does the same command go on to the next seed
+        assert runs() == 1 and len(runs.started) == 1
+        assert "tiny_1/result.json: expected code + artifact within" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
