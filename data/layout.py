@@ -275,6 +275,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def check_vocabulary(pieces: int) -> None:
+    """Raises InputError for a --vocab-size that no tokenizer made here can have."""
+    bounds = f"300 (4 control and 256 byte pieces come first) to {MAX_VOCAB} (tokens are uint16)"
+    need(300 <= pieces <= MAX_VOCAB, "--vocab-size", bounds, pieces)
+
+
 def size(count: float) -> str:
     """A byte count for people: '193.0 MB' (1 MB = 1,000,000 bytes)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -283,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=layout.positive, default=cores, metavar="N", help="processes (default: up to 4)")
     add("--vocab-size", type=layout.positive, default=VOCAB_SIZE, metavar="N", help=f"pieces ({VOCAB_SIZE})")
     args = parser.parse_args(argv)
+    layout.check_vocabulary(args.vocab_size)
     names = tuple(name.replace(str(VOCAB_SIZE), str(args.vocab_size)) for name in (NAME, TOKENIZER))
     folder, model_path = build(args.out, args.force, args.workers, vocab_size=args.vocab_size, names=names)
     layout.finish(folder, model_path, layout.check_dataset(folder, model_path))

@@ -285,9 +285,8 @@ def parse(argv: list[str] | None = None):
     add("--separator", metavar="LINE", help="plain text: a line that ends a document, instead of --doc-bytes")
     add("--force", action="store_true", help="replace an existing dataset of this name")
     args = parser.parse_args(argv)
-    if args.vocab_size and not 300 <= args.vocab_size <= layout.MAX_VOCAB:
-        bounds = f"300 (4 control and 256 byte pieces come first) to {layout.MAX_VOCAB} (tokens are uint16)"
-        need(False, "--vocab-size", bounds, args.vocab_size)
+    if args.vocab_size:
+        layout.check_vocabulary(args.vocab_size)
     plain = not args.name or Path(args.name).name == args.name and not args.name.startswith(".")
     need(plain, "--name", "a plain folder name", repr(args.name))
     return args

@@ -570,6 +570,13 @@ def test_offline_says_what_to_install_when_there_is_too_little(tmp_path, python_
     assert not (tmp_path / "out" / "datasets").exists()
 
 
+@pytest.mark.parametrize("pieces", [299, 65_537])
+def test_offline_refuses_a_vocabulary_that_cannot_be(tmp_path, pieces):
+    flags = ["--out", str(tmp_path), f"--vocab-size={pieces}"]
+    one_error(lambda: offline.main(flags), "--vocab-size", "300", "65536", str(pieces))
+    assert leftovers(tmp_path) == []
+
+
 def test_offline_finds_docstrings_without_importing():
     source = b'''"""Module text that is long enough to be kept here."""
 import nothing_like_this
