@@ -91,7 +91,7 @@ mini: $(STAMP)
 	@$(PY) $(SCRIPT) --preset=mini --log_dir='$(LOG_DIR)' $(MINI_ARGS)
 
 record: $(STAMP)
-	@$(PY) records/record.py --name='$(NAME)' --track='$(TRACK)' --seeds $(SEEDS) $(if $(GPUS),--gpus=$(GPUS)) --log-dir='$(LOG_DIR)' \
+	@exec $(PY) records/record.py --name='$(NAME)' --track='$(TRACK)' --seeds $(SEEDS) $(if $(GPUS),--gpus=$(GPUS)) --log-dir='$(LOG_DIR)' \
 	  --settings='$(RECORD_ARGS)' $(SUBMIT_ARGS)
 
 test: $(STAMP)

@@ -73,11 +73,11 @@ def our_metrics(s: Submission, seed: str, log: Log) -> Complaints:
     if not rows:
         yield "error", name, "the metrics of the run", "none"
         return
-    logged = set()
-    for line in log.steps:
-        if {"train_loss", "val_loss"}.isdisjoint(line.values):
-            continue  # a change of passes, a new epoch
-        if any(line.number < at and line.step > step for at, step in log.resumes):
+    lines = [line for line in log.steps if not {"train_loss", "val_loss"}.isdisjoint(line.values)]
+    logged, last = set(), {(line.step, "val_loss" in line.values): line.number for line in lines}
+    for line in lines:  # the others tell of a change of passes, a new epoch
+        again = last[line.step, "val_loss" in line.values] > line.number  # a run stopped while scoring scores anew
+        if any(line.number < at and (line.step > step or line.step == step and again) for at, step in log.resumes):
             continue  # of an interrupted run, done again later
         key = line.step, "val_loss" in line.values
         logged.add(key)

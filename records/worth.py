@@ -1,7 +1,7 @@
 """What is a pass over tied blocks worth? Fits the losses of finished matrices by a law in which R passes count as many
 blocks of their own.
 
-    python records/worth.py records/ablations/mini_{depth*,late}.toml --out records/does_recurrence_pay/worth
+    python records/worth.py records/ablations/mini_{depth*,double,late}.toml --out records/does_recurrence_pay/worth
 
 The law (after arXiv 2604.21106): bits per byte before export = E + A * N ** -alpha + B * D ** -beta, with D training
 tokens and N = once + R ** phi * core, stored parameters outside and inside the looped blocks. With phi = 1 a pass is

@@ -76,7 +76,7 @@ def test_a_failed_seed_ends_it_and_the_same_command_goes_on(runs, capsys):
     runs.code = 0
     assert runs(CHECKPOINT_EVERY="4") == 0, capsys.readouterr().err
     (runs.home / "logs" / "tiny_2" / "result.json").unlink()  # as after a stop
-    runs("--replace", "--blurb=again")
+    assert runs("--replace", "--blurb=again", CHECKPOINT_EVERY="4") == 0, capsys.readouterr().err
     assert runs.started[-1] == ["--run_id=tiny_2", "--resume=1"]
 
 
