@@ -8,6 +8,7 @@ track does not allow, seeds in hand that were made with other settings or anothe
 """
 
 import dataclasses
+import fcntl
 import math
 import os
 import shlex
@@ -67,6 +68,17 @@ def is_done(folder: Path) -> bool:
     return path.is_file() and bool(read_json(path, "the result of a run").get("complete"))
 
 
+def hold(path: Path):
+    """A locked file: two of this tool would move and overwrite each other's runs. Raises InputError if it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        need(False, short(path), "no other record.py at these runs", "one", "wait for it, or choose another name")
+    return file
+
+
 def run_script(arguments: list[str], processes: int) -> int:
     """Trains, on all GPUs. Returns the exit code; a stop reaches the script, which is waited for."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
@@ -123,12 +135,14 @@ def main(argv: list[str] | None = None) -> int:
         if (folder / "result.json").is_file() or (folder / "checkpoint.safetensors").is_file():
             check_in_hand(folder, config, source.decode(), processes)
 
+    lock = hold(args.log_dir / f".{args.name}.lock")  # until this process ends
     for seed, folder in folders.items():
         if not train(folder, seed, settings, processes):
             if is_done(folder):
                 submit.read_run(folder)  # says what is wrong with it
             print(f"{short(folder)}: not finished; the same command goes on", file=sys.stderr)
             return 1
+    lock.close()
     return submit.main(entry) or table.main([])
 
 

@@ -80,6 +80,15 @@ def test_a_failed_seed_ends_it_and_the_same_command_goes_on(runs, capsys):
     assert runs.started[-1] == ["--run_id=tiny_2", "--resume=1"]
 
 
+def test_two_at_a_time_are_one_too_many(runs, capsys):
+    folder = runs.home / "logs" / "tiny_1"
+    folder.mkdir(parents=True)
+    with record.hold(folder.with_name(".tiny.lock")):
+        assert runs() == 1
+    assert "expected no other record.py at these runs" in capsys.readouterr().err
+    assert not runs.started and folder.exists()
+
+
 def test_an_artifact_that_is_too_large_ends_it(runs, capsys, monkeypatch):
     trained = record.run_script
 
