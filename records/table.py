@@ -70,14 +70,14 @@ same command goes on. It ends in a table (mean, standard deviation, Welch's test
     python records/exports.py records/exports/smoke.toml     # after it: its models, exported in several ways
 
 To submit, one command: a run a seed, then the folder, which is checked, and this page. It refuses before the first run
-what would be refused after the last, and goes on where it was stopped. For seeds that have been trained, `submit.py`.
+much of what would be refused after the last (not all: not a score on a part of the text, nor `INIT_FROM`), and goes on
+where it was stopped. For seeds that have been trained, `submit.py`.
 
     python records/record.py --name mine --track local --author "Your Name" --settings=--preset=smoke
 
 `make record NAME=mine SUBMIT_ARGS="--author=... --github-id=... --beat=1.08"` is that for the challenge: three seeds of
 the `record` preset on the GPUs of the machine (`TRACK=non_record_16mb`, `SEEDS=`; `RECORD_ARGS=` for the trainer).
-The folder holds the logs, every number computed from them,
-and a `train_gpt.py` with the configuration baked in, which `submit.py` starts to see that it repeats the run. What the
+The folder holds the logs, every number computed from them, and a `train_gpt.py` with the configuration baked in, which `submit.py` starts to see that it repeats the run. What the
 entry means is yours to write: `--blurb`, `--prose`, or the line TO FILL IN in its README. `check.py` judges anybody's
 folder: bytes of all shipped code, the cap, byte counts that cannot be, logs that were stitched, numbers without runs,
 mixed seeds, times.

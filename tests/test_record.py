@@ -1,4 +1,4 @@
-"""records/record.py: a run a seed, then the checked folder; nothing is paid for that would be refused in the end."""
+"""records/record.py: a run a seed, then the checked folder; what is refused before the first run."""
 
 import json
 import os
