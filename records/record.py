@@ -3,8 +3,8 @@
     python records/record.py --name mine --seeds 1337 42 2025 --author "Your Name" --github-id you
 
 The same command goes on where it was stopped: a seed that is done is not run again, one with a checkpoint goes on from
-it. Refused before the first run: a wrong name or author of the entry, a framework, text, time or number of GPUs that the
-track does not allow, seeds in hand of other settings or another train_gpt.py. submit.py may still refuse more.
+it. Refused before the first run: a wrong name or author of the entry, a text, time or number of GPUs that the track
+does not allow, seeds in hand of other settings or another train_gpt.py. submit.py may still refuse more.
 """
 
 import dataclasses

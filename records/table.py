@@ -77,10 +77,10 @@ where it was stopped. For seeds that have been trained, `submit.py`.
 
 `make record NAME=mine SUBMIT_ARGS="--author=... --github-id=... --beat=1.08"` is that for the challenge: three seeds of
 the `record` preset on the GPUs of the machine (`TRACK=non_record_16mb`, `SEEDS=`; `RECORD_ARGS=` for the trainer).
-The folder holds the logs, every number computed from them, and a `train_gpt.py` with the configuration baked in, which `submit.py` starts to see that it repeats the run. What the
-entry means is yours to write: `--blurb`, `--prose`, or the line TO FILL IN in its README. `check.py` judges anybody's
-folder: bytes of all shipped code, the cap, byte counts that cannot be, logs that were stitched, numbers without runs,
-mixed seeds, times.
+The folder holds the logs, every number computed from them, and a `train_gpt.py` with the configuration baked in,
+which `submit.py` starts to see that it repeats the run. What the entry means is yours to write: `--blurb`, `--prose`,
+or the line TO FILL IN in its README. `check.py` judges anybody's folder: bytes of all shipped code, the cap, byte
+counts that cannot be, logs that were stitched, numbers without runs, mixed seeds, times.
 """
 
 
