@@ -3,8 +3,9 @@
 import datetime
 import re
 import statistics
+from collections.abc import Iterator
 
-from common import is_number
+from common import Track, is_number
 from folder import Complaints, Submission, file_seed, rule, weights_alone
 
 WEIGHTS = {".pt", ".pth", ".ptz", ".bin", ".npz", ".npy", ".safetensors", ".ckpt", ".rgpt", ".pkl"}
@@ -153,15 +154,22 @@ def evaluation(s: Submission) -> Complaints:
     for name, log in s.claimed.items():
         found = re.search(r"^data: .* val bytes: (\d+)", "\n".join(log.lines), re.M)
         size, config = int(found[1]) if found else 0, log.config or {}
-        if size < s.limits.least_val_bytes:
-            yield "error", name, f"a validation text of at least {s.limits.least_val_bytes:,} bytes", f"{size:,}"
-        if config.get("eval_stride") not in (0, config.get("train_seq_len")):
-            yield "error", name, "windows that do not overlap (EVAL_STRIDE=0)", config.get("eval_stride")
         result = s.parse(f"result_seed{file_seed(name)}.json")
-        cost = scoring_cost(str(result.get("layout")), result.get("loops"), result.get("eval_loops"))
-        if cost is None or cost > s.limits.eval_cost:
-            shown = "unknown" if cost is None else f"{cost:.2f} times"
-            yield "error", name, f"scoring at most {s.limits.eval_cost:g} times the cost of the trained passes", shown
+        for wrong in wrong_scoring(s.limits, config, size, result.get("loops"), result.get("eval_loops")):
+            yield "error", name, *wrong
+
+
+def wrong_scoring(limits: Track, config: dict, size: int, loops: object, eval_loops: object) -> Iterator[tuple]:
+    """What a scale model's track does not allow in a run with `size` bytes of validation text, trained with `loops`
+    passes and scored with `eval_loops`: expected, found."""
+    if size < limits.least_val_bytes:
+        yield f"a validation text of at least {limits.least_val_bytes:,} bytes", f"{size:,}"
+    if config.get("eval_stride") not in (0, config.get("train_seq_len")):
+        yield "windows that do not overlap (EVAL_STRIDE=0)", config.get("eval_stride")
+    cost = scoring_cost(str(config.get("layout")), loops, eval_loops)
+    if cost is None or cost > limits.eval_cost:
+        shown = "unknown" if cost is None else f"{cost:.2f} times"
+        yield f"scoring at most {limits.eval_cost:g} times the cost of the trained passes", shown
 
 
 def scoring_cost(layout: str, loops: object, eval_loops: object) -> float | None:

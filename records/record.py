@@ -3,69 +3,168 @@
     python records/record.py --name mine --seeds 1337 42 2025 --author "Your Name" --github-id you
 
 The same command goes on where it was stopped: a seed that is done is not run again, one with a checkpoint goes on from
-it. Refused before the first run: a wrong name or author of the entry, a text, time or number of GPUs that the track
-does not allow, seeds in hand of other settings or another train_gpt.py. submit.py may still refuse more.
+it. Refused before the first run: what the script would refuse, a wrong name or author of the entry, a text, score,
+size, time or number of GPUs that the track does not allow, runs in hand of other settings, data or another script.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import submit
 import table
+from check_files import wrong_scoring
+from check_logs import KNOWN_TEXT, OUR_RUN_KEYS
+from check_ours import said_by
 from common import ROOT, TRACKS, InputError, Parser, need, read_json, run_tool, short
-from logs import Log, read_log
+from logs import TOKENIZERS, Log, plain_text, read_log
 
 SCRIPT = ROOT / "train_gpt.py"
-OF_A_RUN = {"seed", "run_id", "log_dir", "resume", "checkpoint_every"}  # settings in which runs of an entry may differ
+ASK_GPUS = "import torch; n = torch.cuda.device_count(); print(n, torch.cuda.get_device_name(0) if n else 'cpu')"
+
+
+@dataclass
+class Plan:
+    """What the runs of an entry have in common."""
+
+    script: ModuleType
+    source: str
+    settings: list[str]  # of train_gpt.py, as flags
+    track: str
+    processes: int = 1
+    device: str = "cpu"
+
+    def config(self, seed: int):
+        flags = [*self.settings, f"--seed={seed}"]
+        return self.script.load_config(flags, dict(os.environ), self.script.DEFAULT_PRESET)[0]
+
+
+@contextlib.contextmanager
+def as_the_script(plan: Plan):
+    """Here paths mean what they mean in the runs, and what the script refuses is an InputError of this tool's."""
+    try:
+        with contextlib.chdir(ROOT):
+            yield
+    except plan.script.InputError as error:
+        raise InputError(str(error)) from None
 
 
 def gpus_here() -> tuple[int, str]:
-    """How many CUDA GPUs this machine has, and what the first one is called."""
-    import torch
+    """How many CUDA GPUs this machine has, and the first one's name. Asked in another process: one that has looked at
+    a GPU holds some of its memory to its end."""
+    found = subprocess.run([sys.executable, "-c", ASK_GPUS], capture_output=True, text=True)
+    need(found.returncode == 0, "torch", "a package that loads", found.stderr.strip().rpartition("\n")[2])
+    count, _, name = found.stdout.strip().partition(" ")
+    return int(count), name
 
-    count = torch.cuda.device_count()
-    return count, torch.cuda.get_device_name(0) if count else "cpu"
+
+def make_plan(args) -> Plan:
+    """Raises InputError for settings that the script refuses."""
+    source = plain_text(SCRIPT.read_bytes())
+    script = submit.load_script(source.encode(), SCRIPT.name)
+    try:
+        settings = ["--checkpoint_every=500", *shlex.split(args.settings)]
+    except ValueError as error:
+        raise InputError(f"--settings: expected flags as for a shell, found {error}") from None
+    plan = Plan(script, source, settings, args.track)
+    with as_the_script(plan):
+        devices = {plan.config(seed).device for seed in args.seeds}
+    if devices <= {"", "cuda"}:
+        here, plan.device = gpus_here()
+        plan.processes = max(1, here)
+    plan.processes = args.gpus or plan.processes
+    return plan
 
 
-def check_plan(config, track: str, processes: int, device: str) -> None:
-    """Refuses before the first run what the track would refuse after the last. Raises InputError."""
+def check_plan(plan: Plan, seed: int) -> None:
+    """Refuses before the first run what the script, the track or the check would refuse after it. Raises InputError."""
+    config, script, track = plan.config(seed), plan.script, TRACKS[plan.track]
+    need(config.mode == "train", "MODE", "train", config.mode)
+    start, mend = config.init_from, "what it started from is not in the artifact's ten minutes"
+    need(not start, "INIT_FROM", "a run from scratch", start, mend)
+    cap = config.target_bytes or config.bytes_cap
+    need(cap <= track.bytes_cap, "TARGET_BYTES, BYTES_CAP", f"at most the track's {track.bytes_cap}", cap)
     expected = {
         "framework": "torch",
         "dataset": Path(config.data_path).name,
-        "world_size": processes,
-        "device": device,
+        "world_size": plan.processes,
+        "device": plan.device,
         "train_flops": config.max_train_flops or math.inf,
         "train_time_ms": 1000 * config.max_wallclock_seconds or math.inf,
         "calib_time_ms": 0,  # within those
         "eval_time_ms": 0,
+        "seed": seed,
+        "config_sha256": script.config_sha256(config),
     }
-    submit.check_track(track, [submit.Run(SCRIPT, expected, Log(SCRIPT, [], config=dataclasses.asdict(config)))])
+    log = Log(SCRIPT, [], config=dataclasses.asdict(config), source=plan.source)
+    run = submit.Run(SCRIPT, expected, log)
+    submit.check_track(plan.track, [run])
+    script.prepare(config)
+    score = script.Score(config)
+    need(not score.partial, "VAL_MAX_TOKENS", "0, for a score on the whole validation set", config.val_max_tokens)
+    check_text(track, config, len(score.tokens) - 1)
+    if track.eval_cost is not None:
+        trained = script.loops_at(config, 1.0)
+        for wrong in wrong_scoring(track, log.config, score.bytes, trained, script.eval_passes(config, trained)[0]):
+            need(False, f"--track={plan.track}", *wrong)
+    baked, _, _ = submit.baked_script(run, script)
+    leave_room(plan, config, baked)
 
 
-def check_in_hand(folder: Path, config, source: str, processes: int) -> None:
+def check_text(track, config, tokens: int) -> None:
+    """Refuses a part of the challenge's validation set, such as one whose download was stopped. Raises InputError."""
+    named = f"{config.tokenizer_path} {Path(config.data_path).name}"
+    text = next((name for name, form in TOKENIZERS.items() if re.search(form, named)), None)
+    known = KNOWN_TEXT.get(text, (tokens,))[0] if track.fineweb else tokens
+    need(tokens >= 0.995 * known, config.data_path, f"{known} validation tokens ({text})", tokens, "get all shards")
+
+
+def leave_room(plan: Plan, config, baked: str) -> None:
+    """The folder's script states its settings and so is larger than the one that runs: TARGET_BYTES makes up for it."""
+    sizes = {"1": lambda source: len(source.encode()), "packed": lambda source: len(plan.script.packed(source))}
+    if config.target_bytes and config.count_code in sizes:
+        before, after = map(sizes[config.count_code], (plan.source, baked))
+        target = min(config.target_bytes, TRACKS[plan.track].bytes_cap - (after - before) - 64)  # states this, too
+        plan.settings.append(f"--target_bytes={target}")
+
+
+def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
     """A run that was begun before must be one of this script with these settings. Raises InputError."""
-    log, mend = read_log(folder / "train.log"), "choose another name, or delete the folder"
-    need(log.source == source, short(folder), "a run of this train_gpt.py", "one of another version", mend)
+    log, mend, config = read_log(folder / "train.log"), "choose another name, or delete the folder", plan.config(seed)
+    need(log.source == plan.source, short(folder), "a run of this train_gpt.py", "one of another version", mend)
     asked = dataclasses.asdict(config)
-    differs = {name for name in asked if name not in OF_A_RUN and log.config.get(name) != asked[name]}
-    found = ", ".join(f"{name}={log.config.get(name)}, not {asked[name]}" for name in sorted(differs))
-    need(not differs, short(folder), "a run with these settings", found, mend)
+    keys = {*asked} - OUR_RUN_KEYS | {"seed"}
+    found = ", ".join(f"{n}={log.config.get(n)}, not {asked[n]}" for n in sorted(keys) if log.config.get(n) != asked[n])
+    need(not found, short(folder), "a run with these settings", found, mend)
+    said = said_by(log)
+    count, device = said.get("world_size"), said.get("device")
+    need(count == plan.processes, short(folder), f"a run of {plan.processes} processes", count, mend)
+    need(plan.device == "cpu" or device == plan.device, short(folder), f"a run on {plan.device}", device, mend)
     if is_done(folder):
-        found = submit.read_run(folder).result["world_size"]  # refuses a run that blew up or is too large
-        need(found == processes, short(folder), f"a run of {processes} processes", found, mend)
+        result = submit.read_run(folder).result  # refuses a run that blew up or is too large
+        same = result["config_sha256"] == plan.script.config_sha256(config)
+        need(same, short(folder), "the result of a run with these settings", "another's, such as of MODE=export", mend)
+        same = result["dataset_sha256"] == plan.script.dataset_sha256(config)
+        need(same, short(folder), f"a run on {config.data_path} as it is now", "one on other data", mend)
 
 
 def is_done(folder: Path) -> bool:
+    """Whether a run has come to the closing block of its log, which comes after a complete result."""
     path = folder / "result.json"
-    return path.is_file() and bool(read_json(path, "the result of a run").get("complete"))
+    if not path.is_file() or not read_json(path, "the result of a run").get("complete"):
+        return False
+    return "total" in read_log(folder / "train.log").sizes
 
 
 def hold(path: Path):
@@ -80,31 +179,49 @@ def hold(path: Path):
 
 
 def run_script(arguments: list[str], processes: int) -> int:
-    """Trains, on all GPUs. Returns the exit code; a stop reaches the script, which is waited for."""
+    """Trains, on all GPUs. Returns the exit code, never 0 after a stop, which reaches the script and is waited for."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    process = subprocess.Popen([sys.executable, *launch, str(SCRIPT), *arguments], cwd=ROOT)
-    # Ctrl-C and a closed terminal reach every process by themselves: the script then writes its checkpoint.
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    stops, process = [], None
+
+    def stop(number, frame) -> None:
+        stops.append(number)
+        if number == signal.SIGTERM and process:  # Ctrl-C and a closed terminal reach every process by themselves
+            process.terminate()
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    env = dict(os.environ)
+    if signal.SIGHUP not in before:  # nohup, which torchrun would undo
+        env.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     try:
-        return process.wait()
+        process = subprocess.Popen([sys.executable, *launch, str(SCRIPT), *arguments], cwd=ROOT, env=env)
+        if signal.SIGTERM in stops:  # before there was a process
+            process.terminate()
+        return process.wait() or (128 + stops[0] if stops else 0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def train(folder: Path, seed: int, settings: list[str], processes: int) -> bool:
-    """Brings one seed to its end, from where it stands. False where it was stopped or failed."""
+def train(plan: Plan, folder: Path, seed: int) -> bool:
+    """Brings one seed to its end, from where it stands. False where it was stopped or failed. Raises InputError where
+    its result cannot be submitted."""
     if is_done(folder):
         print(f"{short(folder)}: done", flush=True)
         return True
+    same = plain_text(SCRIPT.read_bytes()) == plan.source
+    need(same, SCRIPT.name, "the script of the seeds before", "one that was edited meanwhile", "put it back")
     resume = (folder / "checkpoint.safetensors").is_file()
     if folder.exists() and not resume:
         kept = folder.with_name(f"{folder.name}.stopped_{time.strftime('%Y%m%d-%H%M%S')}")
         os.replace(folder, kept)
         print(f"{short(folder)}: stopped before its first checkpoint; kept as {kept.name}, begun anew", flush=True)
     place = [f"--log_dir={folder.parent}", f"--run_id={folder.name}", f"--seed={seed}"]
-    return run_script([*settings, *place, *["--resume=1"] * resume], processes) == 0
+    code = run_script([*plan.settings, *place, *["--resume=1"] * resume], plan.processes)
+    if is_done(folder):
+        submit.read_run(folder)
+        return code < 128  # 1: larger than TARGET_BYTES, and yet within the cap
+    return False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,29 +235,21 @@ def main(argv: list[str] | None = None) -> int:
     args, of_submit = parser.parse_known_args(argv)
     folders = {seed: args.log_dir.resolve() / f"{args.name}_{seed}" for seed in args.seeds}
     need(len(folders) == len(args.seeds), "--seeds", "different seeds", " ".join(map(str, args.seeds)))
+    need(args.gpus is None or args.gpus > 0, "--gpus", "1 or more", args.gpus)
     entry = [*map(str, folders.values()), f"--name={args.name}", f"--track={args.track}", *of_submit]
     submit.free_home(submit.parse_args(entry))
 
-    source = SCRIPT.read_bytes()
-    script = submit.load_script(source, SCRIPT.name)
-    settings = ["--checkpoint_every=500", *shlex.split(args.settings)]
-    try:
-        config = script.load_config(settings, dict(os.environ), script.DEFAULT_PRESET)[0]
-    except script.InputError as error:
-        raise InputError(str(error)) from None
-    here, device = gpus_here()
-    processes = max(1, here if args.gpus is None else args.gpus)
-    check_plan(config, args.track, processes, device)
-    for folder in folders.values():
-        if (folder / "result.json").is_file() or (folder / "checkpoint.safetensors").is_file():
-            check_in_hand(folder, config, source.decode(), processes)
+    plan = make_plan(args)
+    with as_the_script(plan):
+        check_plan(plan, args.seeds[0])
+        for seed, folder in folders.items():
+            if (folder / "result.json").is_file() or (folder / "checkpoint.safetensors").is_file():
+                check_in_hand(plan, folder, seed)
 
     lock = hold(args.log_dir / f".{args.name}.lock")  # until this process ends
     for seed, folder in folders.items():
-        if not train(folder, seed, settings, processes):
-            if is_done(folder):
-                submit.read_run(folder)  # says what is wrong with it
-            print(f"{short(folder)}: not finished; the same command goes on", file=sys.stderr)
+        if not train(plan, folder, seed):
+            print(f"{short(folder)}: stopped or failed; the same command goes on", file=sys.stderr)
             return 1
     lock.close()
     return submit.main(entry) or table.main([])

@@ -137,6 +137,7 @@ def load_script(source: bytes, what: str):
         before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
             spec.loader.exec_module(module)
+            vars(module).setdefault("SOURCE", source.decode())  # its file will be gone; a packed one knows it already
             module.load_config([], {}, module.DEFAULT_PRESET)
         except (Exception, SystemExit) as error:
             found = f"{type(error).__name__}: {error}"
@@ -179,7 +180,13 @@ def check_track(name: str, runs: list[Run]) -> None:
         need(eight, "--track", "runs on 8 x H100", f"{result['world_size']} x {found}", "use --track non_record_16mb")
     for run in runs:
         limit, used = track.flops_cap, run.result["train_flops"]
-        need(not limit or used <= limit, short(run.folder), f"at most {limit} FLOPs of training", used, mend)
+        need(
+            not limit or used <= limit,
+            short(run.folder),
+            f"at most {limit or 0:g} FLOPs of training",
+            f"{used:.4g}",
+            mend,
+        )
         times = {"training and calibration": run.train_ms, "evaluation": run.result["eval_time_ms"]}
         for what, spent in times.items() if track.time_cap_ms else ():
             expected = f"at most {track.time_cap_ms / 1000:g} s of {what}"
@@ -269,8 +276,9 @@ def first_losses(folder: Path, run: Run, steps: list[int], minutes: float) -> tu
             streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
             process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **streams)
         found, deadline = {}, time.monotonic() + 60 * minutes
-        # A SIGTERM must not leave a whole training behind, which has a session of its own.
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # What ends this tool must not leave a whole training behind, which has a session of its own.
+        stops = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, signal.default_int_handler) for number in stops}
         try:
             while process.poll() is None and len(found) < len(steps) and time.monotonic() < deadline:
                 time.sleep(0.3)
@@ -282,7 +290,8 @@ def first_losses(folder: Path, run: Run, steps: list[int], minutes: float) -> tu
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         said = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
         return losses_in(log, steps), said  # it may have ended since the last look
 
@@ -411,15 +420,20 @@ The script is the one at the head of each log{packed} but for its default: the p
 """
 
 
+def baked_script(run: Run, script) -> tuple[str, object, dict[str, object]]:
+    """The run's script with its configuration baked in, as a text and as a module, and the settings that it states."""
+    defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
+    expected = "a script whose Config has the settings of the config line"
+    need(defaults.keys() == run.log.config.keys(), short(run.log.path), expected, "another")
+    settings = {key: value for key, value in recorded_settings(run).items() if value != defaults[key]}
+    baked = bake(run.log.source, settings)
+    return baked, prove_configuration(baked.encode(), run), settings
+
+
 def fill(part: Path, runs: list[Run], args, script) -> dict:
     """Writes the record into `part`: checked, and proven unless --no-proof says otherwise. Returns submission.json."""
     first = runs[0]
-    defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
-    expected = "a script whose Config has the settings of the config line"
-    need(defaults.keys() == first.log.config.keys(), short(first.folder / "train.log"), expected, "another")
-    settings = {key: value for key, value in recorded_settings(first).items() if value != defaults[key]}
-    baked = bake(first.log.source, settings)
-    module = prove_configuration(baked.encode(), first)
+    baked, module, settings = baked_script(first, script)
     shipped = module.packed(baked) if first.count_code == "packed" else baked.encode()
     (part / first.script).write_bytes(shipped)
     for run in runs:

@@ -1,9 +1,12 @@
 """records/record.py: a run a seed, then the checked folder; what is refused before the first run."""
 
+import functools
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,9 @@ import record
 from conftest import TINY, run_in_process, script_or_skip
 
 WORDS = ["--name=tiny", "--author=A. Nonymous", "--track=local", "--no-proof", "--gpus=1"]
+
+
+LOADED = functools.cache(record.submit.load_script)
 
 
 @pytest.fixture
@@ -34,7 +40,9 @@ def runs(data, tmp_path, monkeypatch):
 
     runs.code, runs.started, runs.home = 0, started, tmp_path
     monkeypatch.setattr(record, "run_script", run_script)
-    monkeypatch.setattr(record.table, "main", lambda argv: 0)
+    monkeypatch.setattr(record, "gpus_here", lambda: (0, "cpu"))
+    monkeypatch.setattr(record.submit, "load_script", LOADED)
+    monkeypatch.setattr(record.table, "main", lambda argv: started.append("table") or 0)
     for name in settings:
         monkeypatch.delenv(name, raising=False)
     return runs
@@ -42,22 +50,36 @@ def runs(data, tmp_path, monkeypatch):
 
 def test_seeds_become_a_folder_and_what_is_done_is_not_run_again(runs, capsys):
     assert runs() == 0, capsys.readouterr().err
-    assert runs.started == [["--run_id=tiny_1"], ["--run_id=tiny_2"]]
+    assert runs.started == [["--run_id=tiny_1"], ["--run_id=tiny_2"], "table"]
     (folder,) = (runs.home / "records" / "track_local").iterdir()
     assert {"train_seed1.log", "train_seed2.log", "train_gpt.py"} <= {path.name for path in folder.iterdir()}
 
-    assert runs() == 1  # nothing to do, and the entry is there
+    assert runs("--seeds", "7") == 1 and len(runs.started) == 3  # the entry is there
     assert "--replace" in capsys.readouterr().err
-    assert runs("--replace", "--blurb=again") == 0
-    assert len(runs.started) == 2
+    assert runs("--replace", "--blurb=again", PROMPT="x", MICROBATCH_TOKENS="512") == 0
+    assert runs.started[2:] == ["table", "table"]
     assert runs("--replace", "--blurb=again", MATRIX_LR="0.01") == 1
     assert "tiny_1: expected a run with these settings, found matrix_lr=0.04, not 0.01" in capsys.readouterr().err
     assert runs("--replace", "--blurb=again", "--gpus=2") == 1
     assert "tiny_1: expected a run of 2 processes, found 1" in capsys.readouterr().err
-    log = runs.home / "logs" / "tiny_2" / "train.log"
-    log.write_text("#\n" + log.read_text())
+    logs = runs.home / "logs"
+    os.rename(logs / "tiny_2", logs / "tiny_3")
+    assert runs("--seeds", "3", "--replace", "--blurb=again") == 1
+    assert "tiny_3: expected a run with these settings, found seed=2, not 3" in capsys.readouterr().err
+    os.rename(logs / "tiny_3", logs / "tiny_2")
+    result, log = logs / "tiny_2" / "result.json", logs / "tiny_2" / "train.log"
+    whole = json.loads(result.read_text())
+    for key, message in (("dataset_sha256", "one on other data"), ("config_sha256", "such as of MODE=export")):
+        result.write_text(json.dumps(whole | {key: None}))
+        assert runs("--replace", "--blurb=again") == 1
+        assert message in capsys.readouterr().err
+    result.write_text(json.dumps(whole))
+    text = log.read_text()
+    log.write_text("#\n" + text)
     assert runs("--replace", "--blurb=again") == 1
     assert "tiny_2: expected a run of this train_gpt.py" in capsys.readouterr().err
+    log.write_text(text[: text.rindex("---\nscore:")])  # killed between result.json and the closing block
+    assert record.is_done(logs / "tiny_1") and not record.is_done(logs / "tiny_2")
 
 
 def test_a_failed_seed_ends_it_and_the_same_command_goes_on(runs, capsys):
@@ -77,7 +99,7 @@ def test_a_failed_seed_ends_it_and_the_same_command_goes_on(runs, capsys):
     assert runs(CHECKPOINT_EVERY="4") == 0, capsys.readouterr().err
     (runs.home / "logs" / "tiny_2" / "result.json").unlink()  # as after a stop
     assert runs("--replace", "--blurb=again", CHECKPOINT_EVERY="4") == 0, capsys.readouterr().err
-    assert runs.started[-1] == ["--run_id=tiny_2", "--resume=1"]
+    assert runs.started[-2:] == [["--run_id=tiny_2", "--resume=1"], "table"]
 
 
 def test_two_at_a_time_are_one_too_many(runs, capsys):
@@ -104,24 +126,145 @@ def test_an_artifact_that_is_too_large_ends_it(runs, capsys, monkeypatch):
         assert "tiny_1/result.json: expected code + artifact within" in capsys.readouterr().err
 
 
+def test_an_artifact_that_misses_its_target_within_the_cap_is_one(runs, monkeypatch):
+    trained = record.run_script
+    monkeypatch.setattr(record, "run_script", lambda arguments, processes: trained(arguments, processes) or 1)
+    assert runs() == 0
+    assert [entry[0] for entry in runs.started[:2]] == ["--run_id=tiny_1", "--run_id=tiny_2"]
+
+
+def test_a_stop_while_a_seed_ends_is_a_stop(runs, capsys, monkeypatch):
+    trained = record.run_script
+    monkeypatch.setattr(record, "run_script", lambda arguments, processes: trained(arguments, processes) or 143)
+    assert runs() == 1 and len(runs.started) == 1
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_script_that_changes_between_seeds_ends_it(runs, capsys, monkeypatch):
+    copy, trained = runs.home / "train_gpt.py", record.run_script
+    copy.write_bytes(record.SCRIPT.read_bytes())
+
+    def edit(arguments, processes):
+        copy.write_text(copy.read_text() + "# edited\n")
+        return trained(arguments, processes)
+
+    monkeypatch.setattr(record, "SCRIPT", copy)
+    monkeypatch.setattr(record, "run_script", edit)
+    assert runs() == 1 and len(runs.started) == 1
+    assert "train_gpt.py: expected the script of the seeds before" in capsys.readouterr().err
+
+
+CHILD = """import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+print(os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE"), repr(signal.getsignal(signal.SIGHUP)), flush=True)
+for _ in range(int(sys.argv[1])):
+    time.sleep(0.05)
+sys.exit(3)
+"""
+
+
+def test_how_a_run_ended_is_what_counts(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    monkeypatch.setattr(record, "SCRIPT", script)
+    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    assert record.run_script(["0"], 1) == 3
+    assert capfd.readouterr().out.startswith("None ")
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGTERM is handed on; the other comes to this process alone here
+        threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+        assert record.run_script(["40"], 1) == (128 + number if number == signal.SIGTERM else 3)
+    capfd.readouterr()
+
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        assert record.run_script(["0"], 1) == 3
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+    said = capfd.readouterr().out
+    assert said.startswith("SIGTERM,SIGINT,SIGQUIT ") and "SIG_IGN" in said
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+
+
+def test_a_stop_that_the_script_survives_is_one(tmp_path, monkeypatch):
+    script = tmp_path / "child.py"
+    script.write_text(CHILD.replace("sys.exit(3)", "sys.exit(0)"))
+    monkeypatch.setattr(record, "SCRIPT", script)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGHUP)).start()
+    assert record.run_script(["40"], 1) == 128 + signal.SIGHUP
+
+
+def test_the_room_that_the_folder_needs(data, config):
+    """The baked script states its settings: what is exported leaves their bytes free."""
+    script = script_or_skip("train_gpt")
+    source = record.plain_text(record.SCRIPT.read_bytes())
+    for count_code in ("1", "packed", "0"):
+        plan = record.Plan(script, source, [], "local")
+        c = config(script, count_code=count_code, target_bytes=16_000_000, quantizer="trellis")
+        run = record.submit.Run(record.SCRIPT, {"framework": "torch"}, record.Log(record.SCRIPT, [], source=source))
+        run.log.config = script.dataclasses.asdict(c)
+        baked = record.submit.bake(source, record.submit.recorded_settings(run))
+        record.leave_room(plan, c, baked)
+        if count_code == "0":
+            assert plan.settings == []
+            continue
+        target = int(plan.settings[0].removeprefix("--target_bytes="))
+        run.log.config["target_bytes"] = target
+        baked = record.submit.bake(source, record.submit.recorded_settings(run))
+        size = (lambda text: len(script.packed(text))) if count_code == "packed" else lambda text: len(text.encode())
+        assert 0 <= 16_000_000 - target - (size(baked) - size(source)) < 200
+
+
+def test_gpus_are_counted_elsewhere():
+    import torch
+
+    assert record.gpus_here()[0] == torch.cuda.device_count()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--track=10min_16mb", "--github-id=me"], "fineweb|FineWeb"),
-        (["--track=mini", "--github-id=me"], "bytes"),
+        (dict(track="mini", gpus="1", BYTES_CAP="80000"), "COUNT_CODE=1"),
         (["--author="], "--author"),
         (["--name=a b"], "--name"),
         (["--seeds", "1", "1"], "--seeds: expected different seeds, found 1 1"),
-        (["--settings=--matrix_lr=fast"], "MATRIX_LR"),
+        (["--seeds", "1", "-2"], "SEED"),
+        (["--gpus=0"], "--gpus"),
         (["--speed=2"], "--speed"),
+        (dict(MATRIX_LR="fast"), "MATRIX_LR"),
+        (dict(PROMPT="'a"), "--settings: expected flags as for a shell"),
+        (dict(MODE="preflight"), "MODE: expected train"),
+        (dict(VAL_MAX_TOKENS="64"), "VAL_MAX_TOKENS"),
+        (dict(INIT_FROM=__file__), "INIT_FROM"),
+        (dict(BYTES_CAP="16000001"), "at most the track's 16000000, found 16000001"),
+        (dict(TOKENIZER_PATH="'{blank}'"), "TOKENIZER_PATH: expected a value without blanks"),
+        (dict(DATA_PATH="/nowhere"), "/nowhere"),
+        (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cuda"), "at most 600 s of training"),
+        (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="4", DEVICE="cuda"), "8 x H100, found 4 x"),
+        (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cpu"), "8 x H100, found 8 x cpu"),
+        (
+            dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cuda", MAX_WALLCLOCK_SECONDS="600"),
+            "62021632",
+        ),
+        (dict(track="mini", gpus="1", COUNT_CODE="0", BYTES_CAP="80000"), "at most 5e.13 FLOPs of training, found inf"),
+        (dict(track="mini", gpus="1", COUNT_CODE="0", BYTES_CAP="80000", MAX_TRAIN_FLOPS="5e13"), "500,000 bytes"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_would_be_refused_in_the_end_is_refused_at_once(runs, capsys, monkeypatch, flags, message):
+def test_what_would_be_refused_in_the_end_is_refused_at_once(runs, data, capsys, monkeypatch, flags, message):
     monkeypatch.setattr(record.submit, "git_setting", lambda name: "")
-    before = dict(os.environ)
-    assert runs(*flags) == 1
+    monkeypatch.setattr(record, "gpus_here", lambda: (8, "NVIDIA H100 80GB HBM3"))
+    places = {"fineweb": runs.home / "fineweb10B_sp1024", "blank": runs.home / "my tokenizer.model"}
+    places["fineweb"].symlink_to(data.path)
+    places["blank"].symlink_to(data.tokenizer)
+    changed = {} if isinstance(flags, list) else {key: value.format(**places) for key, value in flags.items()}
+    words = [f"--{key}={changed.pop(key)}" for key in ("track", "gpus") if key in changed]
+    before, there = dict(os.environ), set(os.listdir(runs.home))
+    assert runs(*([*words, "--github-id=me"] if changed else flags), **changed) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error), error
-    assert not runs.started and not (runs.home / "logs").exists() and dict(os.environ) == before
+    assert not runs.started and set(os.listdir(runs.home)) == there and dict(os.environ) == before
