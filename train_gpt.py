@@ -399,8 +399,8 @@ def check_model(c: Config) -> None:
     near = min(fits, key=lambda h: abs(h - heads), default="an even MODEL_DIM")
     require(heads in fits, "NUM_HEADS", f"heads of an even width in MODEL_DIM={dim}", heads, f"try {near}")
     require(heads % c.num_kv_heads == 0, "NUM_KV_HEADS", f"a divisor of NUM_HEADS={heads}", c.num_kv_heads)
-    even = c.rotary_dims % 2 == 0 and c.rotary_dims <= dim // heads
-    require(even, "ROTARY_DIMS", f"an even number, at most the {dim // heads} of a head", c.rotary_dims)
+    even = c.rotary_dims % 2 == 0 and c.rotary_dims < dim // heads
+    require(even, "ROTARY_DIMS", f"an even number below the {dim // heads} of a head, 0 for all", c.rotary_dims)
     require(c.train_seq_len * dim <= 2**26, "TRAIN_SEQ_LEN * MODEL_DIM", "at most 2**26", c.train_seq_len * dim)
     for name in ("lora_rank", "pass_vectors"):
         value, one = getattr(c, name), f"0 with one pass (LAYOUT={c.layout})"

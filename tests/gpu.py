@@ -2,6 +2,7 @@
 `python3 tests/gpu.py` (torch, numpy, sentencepiece, safetensors and tqdm are needed; constriction, too, or its wheel in
 wheels/ at the repository's root, which is unpacked beside the results).
 
+    data       the text to train on, made here where there is none
     machine    what is there: versions, speed of copies and of products, which attention kernel torch takes
     exact      the controls against the published code's numbers; compiled bfloat16 gradients against eager float32
     step       `record`: compilation, milliseconds of a step by number of passes and microbatch, share of the peak
@@ -11,8 +12,9 @@ wheels/ at the repository's root, which is unpacked beside the results).
     run        `record` for a minute across its switch, stopped and resumed, exported, scored; and again on the CPU
 
 Each stage is a process of its own; its findings go to --out/<stage>.json, what it says to <stage>.log. None stops the
-others, and a second call does what is missing or failed. Data is DATA_PATH with TOKENIZER_PATH where they have as many
-pieces as the preset, else the preset's own, else the corpus of data/offline.py with as many. To try it elsewhere:
+others, and a second call does what is missing or failed, with the time of what need not be done again. Data is
+DATA_PATH with TOKENIZER_PATH where they have as many pieces as the preset, else the preset's own, else the corpus of
+data/offline.py with as many. To try it elsewhere:
 
     python tests/gpu.py --device=cpu --out=/tmp/gpu --preset=smoke --seconds=6
 """
@@ -32,8 +34,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
-# Seconds after which a stage is ended, the sum of which is one call.
-STAGES = {"machine": 30, "exact": 110, "step": 170, "kernels": 40, "attention": 40, "baseline": 50, "run": 150}
+# Seconds that are kept for each stage, the sum of which is one call; what one leaves, the next may use.
+STAGES = {
+    "data": 50,
+    "machine": 30,
+    "exact": 100,
+    "step": 160,
+    "kernels": 35,
+    "attention": 35,
+    "baseline": 40,
+    "run": 140,
+}
 
 
 def engine_of(args, *flags: str):
@@ -93,6 +104,10 @@ def synchronizer(device: str):
 
 
 # The stages: each takes the command line and returns its findings ----------------------------------------------------
+
+
+def data(args) -> dict:
+    return {preset: data_flags(preset) for preset in (args.preset, "baseline")}
 
 
 def machine(args) -> dict:
@@ -341,13 +356,19 @@ def main() -> int:
         found = globals()[args.stage](args)
         (args.out / f"{args.stage}.json").write_text(json.dumps(found, indent=1) + "\n")
         return 0
+    places = [bool(os.environ.get(name)) for name in ("DATA_PATH", "TOKENIZER_PATH")]
+    if sum(places) == 1:
+        parser.error("expected DATA_PATH and TOKENIZER_PATH, or neither, found one of them")
     began, env, failed = time.monotonic(), unpack_wheels(args.out), 0
-    for name, limit in STAGES.items():
+    todo = {name: limit for name, limit in STAGES.items() if not (args.out / f"{name}.json").is_file()}
+    for name in STAGES:
         path, left = args.out / f"{name}.json", args.budget - (time.monotonic() - began)
+        kept = todo.pop(name, 0)
         if path.is_file():
             how = "done before"
         else:
-            how = run_stage(name, args, env, min(limit, left)) if left > 5 else "left for the next call"
+            limit = min(left, max(kept, left - sum(todo.values())))
+            how = run_stage(name, args, env, limit) if left > 5 else "left for the next call"
         failed += not path.is_file()
         print(f"== {name}: {how}, {time.monotonic() - began:.0f} s", flush=True)
         shown = path if path.is_file() else args.out / f"{name}.log"
