@@ -3,8 +3,9 @@
     python records/record.py --name mine --seeds 1337 42 2025 --author "Your Name" --github-id you
 
 The same command goes on where it was stopped: a seed that is done is not run again, one with a checkpoint goes on from
-it. Refused before the first run: what the script would refuse, a wrong name or author of the entry, a text, score,
-size, time or number of GPUs that the track does not allow, runs in hand of other settings, data or another script.
+it. Refused before the first run: settings and data that the script would refuse, a wrong name or author of the entry,
+a text, way of scoring, size, time or number of GPUs that the track does not allow, runs in hand of other settings or
+another script. A seed that is too large or took too long ends it before the next.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import dataclasses
 import fcntl
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -25,10 +25,10 @@ from types import ModuleType
 import submit
 import table
 from check_files import wrong_scoring
-from check_logs import KNOWN_TEXT, OUR_RUN_KEYS
+from check_logs import OUR_RUN_KEYS, of_known_text, too_few_tokens
 from check_ours import said_by
 from common import ROOT, TRACKS, InputError, Parser, need, read_json, run_tool, short
-from logs import TOKENIZERS, Log, plain_text, read_log
+from logs import Log, parse_log, plain_text, read_log
 
 SCRIPT = ROOT / "train_gpt.py"
 ASK_GPUS = "import torch; n = torch.cuda.device_count(); print(n, torch.cuda.get_device_name(0) if n else 'cpu')"
@@ -44,6 +44,7 @@ class Plan:
     track: str
     processes: int = 1
     device: str = "cpu"
+    code_bytes: int = 0  # of the script that the folder will hold, where the track counts them
 
     def config(self, seed: int):
         flags = [*self.settings, f"--seed={seed}"]
@@ -74,7 +75,8 @@ def make_plan(args) -> Plan:
     source = plain_text(SCRIPT.read_bytes())
     script = submit.load_script(source.encode(), SCRIPT.name)
     try:
-        settings = ["--checkpoint_every=500", *shlex.split(args.settings)]
+        often = [] if "CHECKPOINT_EVERY" in os.environ else ["--checkpoint_every=500"]
+        settings = [*often, *shlex.split(args.settings)]
     except ValueError as error:
         raise InputError(f"--settings: expected flags as for a shell, found {error}") from None
     plan = Plan(script, source, settings, args.track)
@@ -83,66 +85,86 @@ def make_plan(args) -> Plan:
     if devices <= {"", "cuda"}:
         here, plan.device = gpus_here()
         plan.processes = max(1, here)
+        enough = not here or (args.gpus or 1) <= here
+        need(enough, "--gpus", f"at most the {here} GPUs of this machine", args.gpus)
     plan.processes = args.gpus or plan.processes
     return plan
 
 
-def check_plan(plan: Plan, seed: int) -> None:
-    """Refuses before the first run what the script, the track or the check would refuse after it. Raises InputError."""
+def check_plan(plan: Plan, seed: int, home: Path, proof: bool) -> None:
+    """Refuses before the first run what is known by then; `home`: the folder of the entry. Raises InputError."""
     config, script, track = plan.config(seed), plan.script, TRACKS[plan.track]
     need(config.mode == "train", "MODE", "train", config.mode)
     start, mend = config.init_from, "what it started from is not in the artifact's ten minutes"
     need(not start, "INIT_FROM", "a run from scratch", start, mend)
     cap = config.target_bytes or config.bytes_cap
     need(cap <= track.bytes_cap, "TARGET_BYTES, BYTES_CAP", f"at most the track's {track.bytes_cap}", cap)
-    expected = {
+    sequences = config.train_batch_tokens // config.train_seq_len
+    need(sequences >= plan.processes, "TRAIN_BATCH_TOKENS", f"a sequence for each of {plan.processes} GPUs", sequences)
+    run = expected_run(plan, config)
+    need(not track.flops_cap or config.max_train_flops, "MAX_TRAIN_FLOPS", f"at most {track.flops_cap or 0:g}", "none")
+    submit.check_track(plan.track, [run])
+    script.prepare(config)
+    script.find_shards(config.data_path, "train", config.vocab_size)
+    check_score(plan, config, script.Score(config))
+    for path in [submit.recorded_settings(run)[name] for name in ("data_path", "tokenizer_path")] if proof else []:
+        there, mend = Path(os.path.normpath(home / path)), "link it there; --no-proof leaves the proof out"
+        need(
+            there.exists(), f"proof: {short(there)}", "the data, as the folder's script will look for it", "none", mend
+        )
+    leave_room(plan, run)
+
+
+def expected_run(plan: Plan, config) -> submit.Run:
+    """A run of the plan, as far as it is known before."""
+    result = {
         "framework": "torch",
         "dataset": Path(config.data_path).name,
         "world_size": plan.processes,
         "device": plan.device,
-        "train_flops": config.max_train_flops or math.inf,
+        "train_flops": config.max_train_flops,
         "train_time_ms": 1000 * config.max_wallclock_seconds or math.inf,
         "calib_time_ms": 0,  # within those
         "eval_time_ms": 0,
-        "seed": seed,
-        "config_sha256": script.config_sha256(config),
+        "seed": config.seed,
+        "config_sha256": plan.script.config_sha256(config),
     }
     log = Log(SCRIPT, [], config=dataclasses.asdict(config), source=plan.source)
-    run = submit.Run(SCRIPT, expected, log)
-    submit.check_track(plan.track, [run])
-    script.prepare(config)
-    score = script.Score(config)
+    return submit.Run(SCRIPT, result, log)
+
+
+def check_score(plan: Plan, config, score) -> None:
+    """Refuses a text or a way of scoring that the track does not allow. Raises InputError."""
+    track, tokens = TRACKS[plan.track], len(score.tokens) - 1
     need(not score.partial, "VAL_MAX_TOKENS", "0, for a score on the whole validation set", config.val_max_tokens)
-    check_text(track, config, len(score.tokens) - 1)
+    if track.fineweb:  # by the rules of check.py, which will see such a line
+        log = parse_log(SCRIPT, f"data: {config.data_path}  val tokens: {tokens}")
+        for severity, _, *wrong in (*too_few_tokens("", log), *of_known_text("", log, score.bytes / tokens)):
+            need(severity != "error", config.data_path, *wrong, "get the whole data again")
     if track.eval_cost is not None:
-        trained = script.loops_at(config, 1.0)
-        for wrong in wrong_scoring(track, log.config, score.bytes, trained, script.eval_passes(config, trained)[0]):
+        trained = plan.script.loops_at(config, 1.0)
+        passes = plan.script.eval_passes(config, trained)[0]
+        for wrong in wrong_scoring(track, dataclasses.asdict(config), score.bytes, trained, passes):
             need(False, f"--track={plan.track}", *wrong)
-    baked, _, _ = submit.baked_script(run, script)
-    leave_room(plan, config, baked)
 
 
-def check_text(track, config, tokens: int) -> None:
-    """Refuses a part of the challenge's validation set, such as one whose download was stopped. Raises InputError."""
-    named = f"{config.tokenizer_path} {Path(config.data_path).name}"
-    text = next((name for name, form in TOKENIZERS.items() if re.search(form, named)), None)
-    known = KNOWN_TEXT.get(text, (tokens,))[0] if track.fineweb else tokens
-    need(tokens >= 0.995 * known, config.data_path, f"{known} validation tokens ({text})", tokens, "get all shards")
-
-
-def leave_room(plan: Plan, config, baked: str) -> None:
-    """The folder's script states its settings and so is larger than the one that runs: TARGET_BYTES makes up for it."""
-    sizes = {"1": lambda source: len(source.encode()), "packed": lambda source: len(plan.script.packed(source))}
-    if config.target_bytes and config.count_code in sizes:
-        before, after = map(sizes[config.count_code], (plan.source, baked))
-        target = min(config.target_bytes, TRACKS[plan.track].bytes_cap - (after - before) - 64)  # states this, too
-        plan.settings.append(f"--target_bytes={target}")
+def leave_room(plan: Plan, run: submit.Run) -> None:
+    """The folder's script states its settings and so is larger than the one that runs: TARGET_BYTES makes up for it, by
+    a round number, that every order of the seeds and every LZMA leads to the same."""
+    size = {"1": lambda source: len(source.encode()), "packed": lambda source: len(plan.script.packed(source)),
+            "0": lambda source: 0}[run.count_code]  # fmt: skip
+    baked, _, _ = submit.baked_script(run, plan.script)
+    plan.code_bytes, target = size(baked), run.log.config["target_bytes"]
+    room = (TRACKS[plan.track].bytes_cap - (plan.code_bytes - size(plan.source)) - 100) // 1000 * 1000
+    if target > room and plan.code_bytes:
+        plan.settings.append(f"--target_bytes={room}")
 
 
 def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
     """A run that was begun before must be one of this script with these settings. Raises InputError."""
     log, mend, config = read_log(folder / "train.log"), "choose another name, or delete the folder", plan.config(seed)
-    need(log.source == plan.source, short(folder), "a run of this train_gpt.py", "one of another version", mend)
+    back = "put that one back, or give the runs to records/submit.py, or choose another name"
+    need(log.source == plan.source, short(folder), "a run of this train_gpt.py", "one of another version", back)
     asked = dataclasses.asdict(config)
     keys = {*asked} - OUR_RUN_KEYS | {"seed"}
     found = ", ".join(f"{n}={log.config.get(n)}, not {asked[n]}" for n in sorted(keys) if log.config.get(n) != asked[n])
@@ -152,7 +174,7 @@ def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
     need(count == plan.processes, short(folder), f"a run of {plan.processes} processes", count, mend)
     need(plan.device == "cpu" or device == plan.device, short(folder), f"a run on {plan.device}", device, mend)
     if is_done(folder):
-        result = submit.read_run(folder).result  # refuses a run that blew up or is too large
+        result = accepted(plan, folder).result
         same = result["config_sha256"] == plan.script.config_sha256(config)
         need(same, short(folder), "the result of a run with these settings", "another's, such as of MODE=export", mend)
         same = result["dataset_sha256"] == plan.script.dataset_sha256(config)
@@ -167,37 +189,53 @@ def is_done(folder: Path) -> bool:
     return "total" in read_log(folder / "train.log").sizes
 
 
+def accepted(plan: Plan, folder: Path) -> submit.Run:
+    """A run that is done. Raises InputError where no entry can be made of it."""
+    run, cap = submit.read_run(folder), TRACKS[plan.track].bytes_cap
+    submit.check_track(plan.track, [run])
+    total = run.result["bytes_artifact"] + plan.code_bytes
+    need(
+        total <= cap, short(folder), f"artifact and the folder's script within {cap} bytes", total, "lower TARGET_BYTES"
+    )
+    return run
+
+
 def hold(path: Path):
-    """A locked file: two of this tool would move and overwrite each other's runs. Raises InputError if it is held."""
+    """A locked file: two of this tool would move and overwrite each other's runs. Raises InputError if it is held, by
+    this tool or by a run that outlives it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        os.set_inheritable(file.fileno(), True)
+    except BlockingIOError:
         need(False, short(path), "no other record.py at these runs", "one", "wait for it, or choose another name")
+    except OSError:  # a disk without locks
+        pass
     return file
 
 
 def run_script(arguments: list[str], processes: int) -> int:
-    """Trains, on all GPUs. Returns the exit code, never 0 after a stop, which reaches the script and is waited for."""
+    """Trains, on all GPUs. Returns the exit code, more than 128 after a stop, which is handed on and waited for.
+
+    The run has a session of its own: what a terminal sends reaches it through here alone, under nohup not at all."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     stops, process = [], None
 
     def stop(number, frame) -> None:
         stops.append(number)
-        if number == signal.SIGTERM and process:  # Ctrl-C and a closed terminal reach every process by themselves
-            process.terminate()
+        if process:
+            process.send_signal(number)
 
     numbers = [n for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
-    env = dict(os.environ)
-    if signal.SIGHUP not in before:  # nohup, which torchrun would undo
-        env.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
     try:
-        process = subprocess.Popen([sys.executable, *launch, str(SCRIPT), *arguments], cwd=ROOT, env=env)
-        if signal.SIGTERM in stops:  # before there was a process
+        command = [sys.executable, *launch, str(SCRIPT), *arguments]
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, close_fds=False)  # the lock goes along
+        if stops:  # before there was a process
             process.terminate()
-        return process.wait() or (128 + stops[0] if stops else 0)
+        code = process.wait()
+        return 128 + stops[0] if stops else code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -205,7 +243,7 @@ def run_script(arguments: list[str], processes: int) -> int:
 
 def train(plan: Plan, folder: Path, seed: int) -> bool:
     """Brings one seed to its end, from where it stands. False where it was stopped or failed. Raises InputError where
-    its result cannot be submitted."""
+    no entry can be made of it."""
     if is_done(folder):
         print(f"{short(folder)}: done", flush=True)
         return True
@@ -216,11 +254,13 @@ def train(plan: Plan, folder: Path, seed: int) -> bool:
         kept = folder.with_name(f"{folder.name}.stopped_{time.strftime('%Y%m%d-%H%M%S')}")
         os.replace(folder, kept)
         print(f"{short(folder)}: stopped before its first checkpoint; kept as {kept.name}, begun anew", flush=True)
-    place = [f"--log_dir={folder.parent}", f"--run_id={folder.name}", f"--seed={seed}"]
-    code = run_script([*plan.settings, *place, *["--resume=1"] * resume], plan.processes)
-    if is_done(folder):
-        submit.read_run(folder)
-        return code < 128  # 1: larger than TARGET_BYTES, and yet within the cap
+    place = [f"--log_dir={folder.parent}", f"--run_id={folder.name}", f"--seed={seed}", f"--resume={int(resume)}"]
+    code = run_script([*plan.settings, *place], plan.processes)
+    if code in (0, 1) and is_done(folder):  # 1: larger than TARGET_BYTES, which may be within the cap
+        accepted(plan, folder)
+        return True
+    how = "stopped" if code > 128 else f"failed with exit code {code}, its last lines say why"
+    print(f"{short(folder)}: {how}; the same command goes on", file=sys.stderr)
     return False
 
 
@@ -237,19 +277,18 @@ def main(argv: list[str] | None = None) -> int:
     need(len(folders) == len(args.seeds), "--seeds", "different seeds", " ".join(map(str, args.seeds)))
     need(args.gpus is None or args.gpus > 0, "--gpus", "1 or more", args.gpus)
     entry = [*map(str, folders.values()), f"--name={args.name}", f"--track={args.track}", *of_submit]
-    submit.free_home(submit.parse_args(entry))
+    home = submit.free_home(asked := submit.parse_args(entry)).resolve()
 
     plan = make_plan(args)
     with as_the_script(plan):
-        check_plan(plan, args.seeds[0])
+        check_plan(plan, args.seeds[0], home, not asked.no_proof)
         for seed, folder in folders.items():
             if (folder / "result.json").is_file() or (folder / "checkpoint.safetensors").is_file():
                 check_in_hand(plan, folder, seed)
 
-    lock = hold(args.log_dir / f".{args.name}.lock")  # until this process ends
+    lock = hold(args.log_dir / f".{args.name}.lock")
     for seed, folder in folders.items():
         if not train(plan, folder, seed):
-            print(f"{short(folder)}: stopped or failed; the same command goes on", file=sys.stderr)
             return 1
     lock.close()
     return submit.main(entry) or table.main([])

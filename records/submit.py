@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from check import check_folder
+from check_logs import OUR_RUN_KEYS
 from check_ours import BAKED
 from common import (
     RECORDS,
@@ -154,7 +155,7 @@ def check_together(runs: list[Run], script) -> None:
     settled = f"{script.GROUPS['score']} {script.GROUPS['artifact']}".split()
     for run in others:
         old, new = first.log.config, run.log.config
-        differs = {key for key in old if old[key] != new.get(key)} - {"seed", "run_id", "log_dir", "resume"}
+        differs = {key for key in old if old[key] != new.get(key)} - OUR_RUN_KEYS
         what = ", ".join(f"{key}={new.get(key)} instead of {old[key]}" for key in sorted(differs))
         same = run.result["config_sha256"] == first.result["config_sha256"] and not differs & set(settled)
         need(same, short(run.folder), f"the configuration of {short(first.folder)}", what or "another")

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,15 +31,19 @@ def runs(data, tmp_path, monkeypatch):
     started = []
 
     def run_script(arguments, processes):
-        started.append([argument for argument in arguments if argument.startswith(("--run_id", "--resume"))])
+        started.append([argument for argument in arguments if argument.startswith(("--run_id", "--resume=1"))])
         return runs.code or run_in_process(module, *arguments).code
 
-    def runs(*flags, **changed):
-        flat = " ".join(f"--{name.lower()}={value}" for name, value in (settings | changed).items())
-        places = [f"--log-dir={tmp_path / 'logs'}", f"--out={tmp_path / 'records'}"]
-        return common.run_tool(record.main, ["--seeds", "1", "2", *places, f"--settings={flat}", *WORDS, *flags])
+    def flat(**changed):
+        return " ".join(f"--{name.lower()}={value}" for name, value in (settings | changed).items())
 
-    runs.code, runs.started, runs.home = 0, started, tmp_path
+    def runs(*flags, **changed):
+        places = [f"--log-dir={tmp_path / 'logs'}", f"--out={tmp_path / 'records'}"]
+        return common.run_tool(
+            record.main, ["--seeds", "1", "2", *places, f"--settings={flat(**changed)}", *WORDS, *flags]
+        )
+
+    runs.code, runs.started, runs.home, runs.settings = 0, started, tmp_path, flat()
     monkeypatch.setattr(record, "run_script", run_script)
     monkeypatch.setattr(record, "gpus_here", lambda: (0, "cpu"))
     monkeypatch.setattr(record.submit, "load_script", LOADED)
@@ -62,6 +67,10 @@ def test_seeds_become_a_folder_and_what_is_done_is_not_run_again(runs, capsys):
     assert "tiny_1: expected a run with these settings, found matrix_lr=0.04, not 0.01" in capsys.readouterr().err
     assert runs("--replace", "--blurb=again", "--gpus=2") == 1
     assert "tiny_1: expected a run of 2 processes, found 1" in capsys.readouterr().err
+    plan = record.make_plan(SimpleNamespace(settings=runs.settings, track="local", gpus=1, seeds=[1]))
+    plan.device = "NVIDIA H100"
+    with pytest.raises(common.InputError, match="tiny_1: expected a run on NVIDIA H100, found cpu"):
+        record.check_in_hand(plan, runs.home / "logs" / "tiny_1", 1)
     logs = runs.home / "logs"
     os.rename(logs / "tiny_2", logs / "tiny_3")
     assert runs("--seeds", "3", "--replace", "--blurb=again") == 1
@@ -69,8 +78,9 @@ def test_seeds_become_a_folder_and_what_is_done_is_not_run_again(runs, capsys):
     os.rename(logs / "tiny_3", logs / "tiny_2")
     result, log = logs / "tiny_2" / "result.json", logs / "tiny_2" / "train.log"
     whole = json.loads(result.read_text())
-    for key, message in (("dataset_sha256", "one on other data"), ("config_sha256", "such as of MODE=export")):
-        result.write_text(json.dumps(whole | {key: None}))
+    for key, message in (("dataset_sha256", "one on other data"), ("config_sha256", "such as of MODE=export"),
+                         ("bytes_artifact", "and the folder's script within 16000000")):  # fmt: skip
+        result.write_text(json.dumps(whole | {key: 16_000_000}))
         assert runs("--replace", "--blurb=again") == 1
         assert message in capsys.readouterr().err
     result.write_text(json.dumps(whole))
@@ -155,66 +165,72 @@ def test_a_script_that_changes_between_seeds_ends_it(runs, capsys, monkeypatch):
 
 
 CHILD = """import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-print(os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE"), repr(signal.getsignal(signal.SIGHUP)), flush=True)
+got = []
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: got.append(number))
+print("ready", os.getsid(0) == os.getpid(), flush=True)
 for _ in range(int(sys.argv[1])):
-    time.sleep(0.05)
-sys.exit(3)
+    time.sleep(0.05 * (not got))
+print(*map(int, got), flush=True)
+sys.exit(3 - 3 * bool(got))
 """
 
 
 def test_how_a_run_ended_is_what_counts(tmp_path, monkeypatch, capfd):
+    """A stop reaches the run, in its session, from here, and counts whatever the run makes of it."""
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     monkeypatch.setattr(record, "SCRIPT", script)
-    monkeypatch.delenv("TORCHELASTIC_SIGNALS_TO_HANDLE", raising=False)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
     assert record.run_script(["0"], 1) == 3
-    assert capfd.readouterr().out.startswith("None ")
+    assert capfd.readouterr().out == "ready True\n\n"
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGTERM is handed on; the other comes to this process alone here
+    for number in numbers:
         threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
-        assert record.run_script(["40"], 1) == (128 + number if number == signal.SIGTERM else 3)
-    capfd.readouterr()
+        assert record.run_script(["100"], 1) == 128 + number
+        assert capfd.readouterr().out == f"ready True\n{int(number)}\n"
 
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        assert record.run_script(["0"], 1) == 3
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        assert record.run_script(["10"], 1) == 3
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, hangup)
-    said = capfd.readouterr().out
-    assert said.startswith("SIGTERM,SIGINT,SIGQUIT ") and "SIG_IGN" in said
-    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    assert before == [signal.getsignal(number) for number in numbers]
 
 
-def test_a_stop_that_the_script_survives_is_one(tmp_path, monkeypatch):
+def test_a_run_that_outlives_the_tool_holds_its_lock(tmp_path, monkeypatch, capfd):
     script = tmp_path / "child.py"
-    script.write_text(CHILD.replace("sys.exit(3)", "sys.exit(0)"))
+    script.write_text("import subprocess, sys; subprocess.Popen(['sleep', '5'], close_fds=False)")
     monkeypatch.setattr(record, "SCRIPT", script)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGHUP)).start()
-    assert record.run_script(["40"], 1) == 128 + signal.SIGHUP
+    record.hold(tmp_path / ".lock").close()
+    lock = record.hold(tmp_path / ".lock")
+    assert record.run_script([], 1) == 0
+    lock.close()
+    with pytest.raises(common.InputError, match="no other record.py"):
+        record.hold(tmp_path / ".lock")
+    monkeypatch.setattr(record.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
+    record.hold(tmp_path / ".lock").close()  # a disk without locks
 
 
-def test_the_room_that_the_folder_needs(data, config):
-    """The baked script states its settings: what is exported leaves their bytes free."""
-    script = script_or_skip("train_gpt")
-    source = record.plain_text(record.SCRIPT.read_bytes())
-    for count_code in ("1", "packed", "0"):
-        plan = record.Plan(script, source, [], "local")
-        c = config(script, count_code=count_code, target_bytes=16_000_000, quantizer="trellis")
-        run = record.submit.Run(record.SCRIPT, {"framework": "torch"}, record.Log(record.SCRIPT, [], source=source))
-        run.log.config = script.dataclasses.asdict(c)
-        baked = record.submit.bake(source, record.submit.recorded_settings(run))
-        record.leave_room(plan, c, baked)
-        if count_code == "0":
-            assert plan.settings == []
-            continue
-        target = int(plan.settings[0].removeprefix("--target_bytes="))
-        run.log.config["target_bytes"] = target
-        baked = record.submit.bake(source, record.submit.recorded_settings(run))
-        size = (lambda text: len(script.packed(text))) if count_code == "packed" else lambda text: len(text.encode())
-        assert 0 <= 16_000_000 - target - (size(baked) - size(source)) < 200
+@pytest.mark.parametrize("count_code", ["1", "packed", "0"])
+def test_the_room_that_the_folder_needs(runs, count_code):
+    """The baked script states its settings: what is exported leaves their bytes free, whichever seed comes first."""
+    asked = []
+    for seed in (3, 4_000_000_000):
+        plan = record.make_plan(SimpleNamespace(settings=runs.settings, track="local", gpus=1, seeds=[seed]))
+        plan.settings += ["--quantizer=trellis", "--target_bytes=16000000", f"--count_code={count_code}"]
+        record.check_plan(plan, seed, runs.home, proof=False)
+        asked.append(plan.config(seed).target_bytes)
+        run = record.expected_run(plan, plan.config(seed))
+        baked, module, _ = record.submit.baked_script(run, plan.script)
+        size = {"1": len(baked.encode()), "packed": len(module.packed(baked)), "0": 0}[count_code]
+        counted = {"1": len(plan.source.encode()), "packed": len(module.packed(plan.source)), "0": 0}[count_code]
+        assert abs(size - plan.code_bytes) < 100 and asked[-1] - counted + size <= 16_000_000
+    assert asked[0] == asked[1] == 16_000_000 if count_code == "0" else 15_990_000 < asked[0] == asked[1] < 16_000_000
 
 
 def test_gpus_are_counted_elsewhere():
@@ -227,7 +243,7 @@ def test_gpus_are_counted_elsewhere():
     ("flags", "message"),
     [
         (["--track=10min_16mb", "--github-id=me"], "fineweb|FineWeb"),
-        (dict(track="mini", gpus="1", BYTES_CAP="80000"), "COUNT_CODE=1"),
+        (dict(track="mini", gpus="1", BYTES_CAP="80000", MAX_TRAIN_FLOPS="5e13"), "COUNT_CODE=1"),
         (["--author="], "--author"),
         (["--name=a b"], "--name"),
         (["--seeds", "1", "1"], "--seeds: expected different seeds, found 1 1"),
@@ -242,14 +258,21 @@ def test_gpus_are_counted_elsewhere():
         (dict(BYTES_CAP="16000001"), "at most the track's 16000000, found 16000001"),
         (dict(TOKENIZER_PATH="'{blank}'"), "TOKENIZER_PATH: expected a value without blanks"),
         (dict(DATA_PATH="/nowhere"), "/nowhere"),
+        (dict(DEVICE="cuda", gpus="9"), "--gpus: expected at most the 8 GPUs"),
+        (dict(gpus="9"), "TRAIN_BATCH_TOKENS: expected a sequence for each of 9 GPUs, found 8"),
+        (dict(gpus="1", proof="5"), "proof: .*data/datasets/tiny: expected the data"),
+        (dict(DATA_PATH="{other}", track="non_record_16mb", gpus="1"), "151.1 million bytes of validation text"),
         (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cuda"), "at most 600 s of training"),
         (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="4", DEVICE="cuda"), "8 x H100, found 4 x"),
         (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cpu"), "8 x H100, found 8 x cpu"),
         (
             dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cuda", MAX_WALLCLOCK_SECONDS="600"),
-            "62021632",
+            "62,021,632",
         ),
-        (dict(track="mini", gpus="1", COUNT_CODE="0", BYTES_CAP="80000"), "at most 5e.13 FLOPs of training, found inf"),
+        (
+            dict(track="mini", gpus="1", COUNT_CODE="0", BYTES_CAP="80000"),
+            "MAX_TRAIN_FLOPS: expected at most 5e.13, found none",
+        ),
         (dict(track="mini", gpus="1", COUNT_CODE="0", BYTES_CAP="80000", MAX_TRAIN_FLOPS="5e13"), "500,000 bytes"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -258,12 +281,15 @@ def test_what_would_be_refused_in_the_end_is_refused_at_once(runs, data, capsys,
     monkeypatch.setattr(record.submit, "git_setting", lambda name: "")
     monkeypatch.setattr(record, "gpus_here", lambda: (8, "NVIDIA H100 80GB HBM3"))
     places = {"fineweb": runs.home / "fineweb10B_sp1024", "blank": runs.home / "my tokenizer.model"}
+    places["other"] = runs.home / "fineweb10B_sp320"
     places["fineweb"].symlink_to(data.path)
+    places["other"].symlink_to(data.path)
     places["blank"].symlink_to(data.tokenizer)
     changed = {} if isinstance(flags, list) else {key: value.format(**places) for key, value in flags.items()}
     words = [f"--{key}={changed.pop(key)}" for key in ("track", "gpus") if key in changed]
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", WORDS[: -2 if changed.pop("proof", None) else None])
     before, there = dict(os.environ), set(os.listdir(runs.home))
-    assert runs(*([*words, "--github-id=me"] if changed else flags), **changed) == 1
+    assert runs(*(flags if isinstance(flags, list) else [*words, "--github-id=me"]), **changed) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert re.search(message, error), error
