@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -103,3 +105,14 @@ def test_refuses_other_files_in_one_line(artifact, tmp_path, capsys):
         assert run(path) == 1
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and expected in err, err
+
+
+def test_every_tool_starts_where_only_its_own_folder_is_known(tmp_path):
+    """As from a shell, elsewhere."""
+    tools = [path for folder in ("records", "data", "retrofit") for path in sorted((common.ROOT / folder).glob("*.py"))]
+    tools = [path for path in tools if "__main__" in path.read_text()]
+    assert len(tools) > 15
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for path in tools:
+        done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=tmp_path, env=env)
+        assert done.returncode == 0 and "usage" in done.stdout, f"{path.name}: {done.stderr}"
