@@ -4,14 +4,13 @@
 
 The same command goes on where it was stopped: a seed that is done is not run again, one with a checkpoint goes on from
 it. Refused before the first run: settings and data that the script would refuse, a wrong name or author of the entry,
-a text, way of scoring, size, time or number of GPUs that the track does not allow, runs in hand of other settings or
-another script. A seed that is too large or took too long ends it before the next.
+a text, way of scoring, size, bound on time or FLOPs or number of GPUs that the track does not allow, runs in hand of
+other settings or another script. A seed that is too large or took too long ends it before the next.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import math
 import os
 import shlex
 import signal
@@ -103,6 +102,8 @@ def check_plan(plan: Plan, seed: int, home: Path, proof: bool) -> None:
     need(sequences >= plan.processes, "TRAIN_BATCH_TOKENS", f"a sequence for each of {plan.processes} GPUs", sequences)
     run = expected_run(plan, config)
     need(not track.flops_cap or config.max_train_flops, "MAX_TRAIN_FLOPS", f"at most {track.flops_cap or 0:g}", "none")
+    timed = not track.time_cap_ms or config.max_wallclock_seconds
+    need(timed, "MAX_WALLCLOCK_SECONDS", f"at most {(track.time_cap_ms or 0) / 1000:g}", "none")
     submit.check_track(plan.track, [run])
     script.prepare(config)
     script.find_shards(config.data_path, "train", config.vocab_size)
@@ -123,7 +124,7 @@ def expected_run(plan: Plan, config) -> submit.Run:
         "world_size": plan.processes,
         "device": plan.device,
         "train_flops": config.max_train_flops,
-        "train_time_ms": 1000 * config.max_wallclock_seconds or math.inf,
+        "train_time_ms": 1000 * config.max_wallclock_seconds,
         "calib_time_ms": 0,  # within those
         "eval_time_ms": 0,
         "seed": config.seed,
@@ -162,9 +163,9 @@ def leave_room(plan: Plan, run: submit.Run) -> None:
 
 def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
     """A run that was begun before must be one of this script with these settings. Raises InputError."""
-    log, mend, config = read_log(folder / "train.log"), "choose another name, or delete the folder", plan.config(seed)
-    back = "put that one back, or give the runs to records/submit.py, or choose another name"
-    need(log.source == plan.source, short(folder), "a run of this train_gpt.py", "one of another version", back)
+    log, config = read_log(folder / "train.log"), plan.config(seed)
+    mend = "choose another name, or give runs that are done to records/submit.py"
+    need(log.source == plan.source, short(folder), "a run of this train_gpt.py", "one of another version", mend)
     asked = dataclasses.asdict(config)
     keys = {*asked} - OUR_RUN_KEYS | {"seed"}
     found = ", ".join(f"{n}={log.config.get(n)}, not {asked[n]}" for n in sorted(keys) if log.config.get(n) != asked[n])
@@ -172,7 +173,8 @@ def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
     said = said_by(log)
     count, device = said.get("world_size"), said.get("device")
     need(count == plan.processes, short(folder), f"a run of {plan.processes} processes", count, mend)
-    need(plan.device == "cpu" or device == plan.device, short(folder), f"a run on {plan.device}", device, mend)
+    same = device == plan.device or plan.device == "cpu" and str(device).startswith("cpu ")
+    need(same, short(folder), f"a run on {plan.device}", device, mend)
     if is_done(folder):
         result = accepted(plan, folder).result
         same = result["config_sha256"] == plan.script.config_sha256(config)
@@ -218,17 +220,18 @@ def hold(path: Path):
 def run_script(arguments: list[str], processes: int) -> int:
     """Trains, on all GPUs. Returns the exit code, more than 128 after a stop, which is handed on and waited for.
 
-    The run has a session of its own: what a terminal sends reaches it through here alone, under nohup not at all."""
+    The run has a session of its own: Ctrl-C, a closed terminal and SIGTERM reach it through here alone, and none that
+    this process ignores, as under nohup. Ctrl-Z does not pause it."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     stops, process = [], None
 
     def stop(number, frame) -> None:
         stops.append(number)
         if process:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGQUIT else number)
 
-    numbers = [n for n in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
+    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
     try:
         command = [sys.executable, *launch, str(SCRIPT), *arguments]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, close_fds=False)  # the lock goes along

@@ -6,7 +6,7 @@ blocks of their own.
 The law (after arXiv 2604.21106): bits per byte before export = E + A * N ** -alpha + B * D ** -beta, with D training
 tokens and N = once + R ** phi * core, stored parameters outside and inside the looped blocks, without the embedding.
 With phi = 1 a pass is worth as much as blocks of its own, with 0 nothing; one block has another phi than two. Of the
-matrices' runs those count whose arms set a layout and nothing else, on one text and one width. Intervals: the middle
+matrices' runs those count whose arms set a layout and nothing else, of one text and one width. Intervals: the middle
 95 % of fits to the fitted losses with resampled residuals, if the law holds; beyond the largest budget it is
 extrapolated.
 """
@@ -24,6 +24,7 @@ from draw import canvas, draw_line, save_picture, tidy
 from logs import read_log
 
 NAMES = ("E", "log A", "alpha", "log B", "beta")  # and a phi for each number of looped blocks
+# Bounds, scales and starts of these and, last, of any phi.
 LOW, HIGH, SCALE = (0.0, -5, 0.05, -5, 0.05, -1.5), (2.0, 50, 4.0, 50, 4.0, 1.5), (1, 5, 0.3, 5, 0.3, 1)
 STARTS = ((1.0, 3, 0.3, 5, 0.4, 0.5), (1.5, 4, 0.5, 3, 0.3, 0.0), (0.5, 2, 0.2, 4, 0.35, 0.8))
 DRAWS = 300
@@ -44,13 +45,17 @@ class Point(NamedTuple):
 
 def points_of(paths: list[Path]) -> list[Point]:
     """The runs of matrices that count. Raises InputError where they are too few."""
-    found = []
+    found, kinds = [], set()
     for matrix in map(read_matrix, paths):
         plain = {arm for arm, settings in matrix.arms.items() if set(settings) == {"layout"}}
         for run, result in matrix.finished():
             if run.arm in plain and "diverged" not in result:
                 c = read_log(run.home / "train.log").config
+                extra = [name for name in ("pass_vectors", "lora_rank", "loop_schedule") if c.get(name)]
+                need(not extra, short(run.home), "passes that are tied and on from the first step", " ".join(extra))
+                kinds.add((c["model_dim"], c["vocab_size"], result["dataset_sha256"]))
                 found.append(point_of(result, c["vocab_size"] * c["model_dim"]))
+    need(len(kinds) < 2, "runs", "one width and one text", f"{len(kinds)} kinds")
     least = len(NAMES) + len(sizes(found))
     need(least > len(NAMES) and len(found) > least, "runs", f"more than {least} with and without a loop", len(found))
     return found

@@ -77,6 +77,12 @@ BAD_SETTINGS = {
     "heads do not divide": ("--num_heads=3", "NUM_HEADS", "MODEL_DIM=32", "found 3", "try [24]"),
     "heads of odd width": ("--num_heads=32", "NUM_HEADS", "even width", "found 32", "try 16"),
     "kv heads do not divide": ("--num_kv_heads=3", "NUM_KV_HEADS", "divisor of NUM_HEADS=2", "found 3"),
+    "a head turned whole under another name": (
+        "--rotary_dims=16",
+        "ROTARY_DIMS",
+        "below the 16 .*0 for all",
+        "found 16",
+    ),
     "mlp 0": ("--mlp_mult=0", "MLP_MULT", "expected", "found 0"),
     "batch no multiple of the sequence": ("--train_batch_tokens=100", "TRAIN_BATCH_TOKENS", "=32", "found 100", "96"),
     "batch below one sequence": ("--train_batch_tokens=16", "TRAIN_BATCH_TOKENS", "=32", "found 16", "try 32"),

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,9 @@ def test_seeds_become_a_folder_and_what_is_done_is_not_run_again(runs, capsys):
     plan = record.make_plan(SimpleNamespace(settings=runs.settings, track="local", gpus=1, seeds=[1]))
     plan.device = "NVIDIA H100"
     with pytest.raises(common.InputError, match="tiny_1: expected a run on NVIDIA H100, found cpu"):
+        record.check_in_hand(plan, runs.home / "logs" / "tiny_1", 1)
+    plan.device = "mps"
+    with pytest.raises(common.InputError, match="tiny_1: expected a run on mps, found cpu"):
         record.check_in_hand(plan, runs.home / "logs" / "tiny_1", 1)
     logs = runs.home / "logs"
     os.rename(logs / "tiny_2", logs / "tiny_3")
@@ -166,10 +170,11 @@ def test_a_script_that_changes_between_seeds_ends_it(runs, capsys, monkeypatch):
 
 CHILD = """import os, signal, sys, time
 got = []
-for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, lambda number, frame: got.append(number))
 print("ready", os.getsid(0) == os.getpid(), flush=True)
+open(__file__ + ".ready", "w").close()
 for _ in range(int(sys.argv[1])):
     time.sleep(0.05 * (not got))
 print(*map(int, got), flush=True)
@@ -182,19 +187,29 @@ def test_how_a_run_ended_is_what_counts(tmp_path, monkeypatch, capfd):
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     monkeypatch.setattr(record, "SCRIPT", script)
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+    ready = tmp_path / "child.py.ready"
+
+    def send(number):
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
     before = [signal.getsignal(number) for number in numbers]
     assert record.run_script(["0"], 1) == 3
     assert capfd.readouterr().out == "ready True\n\n"
 
     for number in numbers:
-        threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+        ready.unlink()
+        threading.Thread(target=send, args=(number,)).start()
         assert record.run_script(["100"], 1) == 128 + number
-        assert capfd.readouterr().out == f"ready True\n{int(number)}\n"
+        seen = signal.SIGTERM if number == signal.SIGQUIT else number
+        assert capfd.readouterr().out == f"ready True\n{int(seen)}\n"
 
     hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        ready.unlink()
+        threading.Thread(target=send, args=(signal.SIGHUP,)).start()
         assert record.run_script(["10"], 1) == 3
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -233,10 +248,14 @@ def test_the_room_that_the_folder_needs(runs, count_code):
     assert asked[0] == asked[1] == 16_000_000 if count_code == "0" else 15_990_000 < asked[0] == asked[1] < 16_000_000
 
 
-def test_gpus_are_counted_elsewhere():
+def test_gpus_are_counted_elsewhere(monkeypatch):
     import torch
 
-    assert record.gpus_here()[0] == torch.cuda.device_count()
+    here = torch.cuda.device_count()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 / 0)
+    assert record.gpus_here()[0] == here
+    monkeypatch.setattr(record, "ASK_GPUS", "print(8, 'NVIDIA H100 80GB HBM3')")
+    assert record.gpus_here() == (8, "NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +281,10 @@ def test_gpus_are_counted_elsewhere():
         (dict(gpus="9"), "TRAIN_BATCH_TOKENS: expected a sequence for each of 9 GPUs, found 8"),
         (dict(gpus="1", proof="5"), "proof: .*data/datasets/tiny: expected the data"),
         (dict(DATA_PATH="{other}", track="non_record_16mb", gpus="1"), "151.1 million bytes of validation text"),
-        (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cuda"), "at most 600 s of training"),
+        (
+            dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cuda"),
+            "MAX_WALLCLOCK_SECONDS: expected at most 600, found none",
+        ),
         (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="4", DEVICE="cuda"), "8 x H100, found 4 x"),
         (dict(DATA_PATH="{fineweb}", track="10min_16mb", gpus="8", DEVICE="cpu"), "8 x H100, found 8 x cpu"),
         (

@@ -1,5 +1,6 @@
 """records/worth.py: a law that is known is found again, and what follows from it."""
 
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def test_where_a_loop_begins_to_pay():
 def result_of(p):
     stored = EMBEDDING + p.once + p.core
     return dict(layout=p.layout, params_stored=stored, params_effective=stored + p.core * (p.loops - 1),
-                tokens=p.tokens, train_flops=p.flops, val_bpb_raw=p.bpb)  # fmt: skip
+                tokens=p.tokens, train_flops=p.flops, val_bpb_raw=p.bpb, dataset_sha256="one")  # fmt: skip
 
 
 def test_the_page(tmp_path, monkeypatch, capsys):
@@ -61,7 +62,8 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     arms = {point.layout: {"layout": point.layout} for point in points} | {"more": {"layout": "1x2", "lora_rank": "4"}}
     runs = [(SimpleNamespace(arm=p.layout, home=tmp_path), result_of(p)) for p in points]
     runs += [(SimpleNamespace(arm="more"), strange), (SimpleNamespace(arm="1"), strange)]
-    (tmp_path / "train.log").write_text('config: {"vocab_size": 1000, "model_dim": 37}\n')
+    log = tmp_path / "train.log"
+    log.write_text('config: {"vocab_size": 1000, "model_dim": 37}\n')
     matrix = SimpleNamespace(arms=arms, finished=lambda: runs)
     monkeypatch.setattr(worth, "read_matrix", lambda path: matrix)
     monkeypatch.setattr(worth, "DRAWS", 4)
@@ -78,3 +80,11 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     runs[:] = runs[:3]
     with pytest.raises(InputError, match="runs: expected more than 5"):
         worth.points_of([None])
+    for more, message in (
+        ({"pass_vectors": True}, "tied and on from the first step, found pass_vectors"),
+        ({}, "one text"),
+    ):
+        log.write_text("config: " + json.dumps({"vocab_size": 1000, "model_dim": 37} | more))
+        runs[0] = runs[0][0], runs[0][1] | {"dataset_sha256": "another"}
+        with pytest.raises(InputError, match=message):
+            worth.points_of([None])
