@@ -101,10 +101,10 @@ def check_plan(plan: Plan, seed: int, home: Path, proof: bool) -> None:
     sequences = config.train_batch_tokens // config.train_seq_len
     need(sequences >= plan.processes, "TRAIN_BATCH_TOKENS", f"a sequence for each of {plan.processes} GPUs", sequences)
     run = expected_run(plan, config)
+    submit.check_track(plan.track, [run])
     need(not track.flops_cap or config.max_train_flops, "MAX_TRAIN_FLOPS", f"at most {track.flops_cap or 0:g}", "none")
     timed = not track.time_cap_ms or config.max_wallclock_seconds
     need(timed, "MAX_WALLCLOCK_SECONDS", f"at most {(track.time_cap_ms or 0) / 1000:g}", "none")
-    submit.check_track(plan.track, [run])
     script.prepare(config)
     script.find_shards(config.data_path, "train", config.vocab_size)
     check_score(plan, config, script.Score(config))
