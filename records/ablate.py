@@ -165,8 +165,9 @@ class Run:
 
 
 def of_commit(commit: str, script: str) -> bytes | None:
-    """The script as a commit has it; None where it is not known here."""
-    done = subprocess.run(["git", "show", f"{commit}:{script}"], cwd=ROOT, capture_output=True)
+    """The script as a commit has it; None where it is not known here. A "+" behind it says that some file was changed,
+    perhaps another one."""
+    done = subprocess.run(["git", "show", f"{commit.removesuffix('+')}:{script}"], cwd=ROOT, capture_output=True)
     return done.stdout if done.returncode == 0 else None
 
 
