@@ -70,9 +70,9 @@ same command goes on. It ends in a table (mean, standard deviation, Welch's test
     python records/ablate.py records/ablations/smoke.toml
     python records/exports.py records/exports/smoke.toml     # after it: its models, exported in several ways
 
-To submit, one command: a run a seed, then the folder, which is checked, and this page. What can be known before is
-refused before the first run, what a seed shows before the next; it goes on where it was stopped. For seeds that have
-been trained, `submit.py`.
+To submit, one command: a run a seed, then the folder, which is checked, and this page. Nearly all that can be known
+before is refused before the first run, what a seed shows before the next; it goes on where it was stopped. For seeds
+that have been trained, `submit.py`.
 
     python records/record.py --name mine --track local --author "Your Name" --settings=--preset=smoke
 
