@@ -30,8 +30,8 @@ CHILDREN = {
     "first_and_last": "--layout 1+1x1 --init drop --layers 0,3,",
     "band": "--layout 1+2x3+1 --init keep --loop-gate gain --gate-init 0.5",
     "band_ungated": "--layout 1+2x3+1 --init keep --loop-gate none",
-    "band_x0": "--layout 1+2x3+1 --init keep --loop-gate x0 --gate-init 0.5",
-    "band_x0_six": "--layout 1+2x6+1 --init keep --loop-gate x0 --gate-init 0.5",
+    "core": "--layout 3x3+1 --init keep --loop-gate gain --gate-init 0.5",
+    "core_six": "--layout 3x6+1 --init keep --loop-gate gain --gate-init 0.5",
 }
 
 
