@@ -150,7 +150,6 @@ class Config:
     device: str = ""  # torch: cuda | mps | cpu; mlx: gpu | cpu; "" = the best there is
     dtype: str = ""  # bfloat16 | float32 of the activations; "" = bfloat16 where it is fast. Weights stay float32
     compile: bool = True  # compile the model (torch.compile, mx.compile)
-    deterministic: bool = False  # torch: bit for bit repeatable also when compiled, a little slower
     microbatch_tokens: int = 0  # tokens a forward pass at most (memory only, results do not change); 0 = by device
     # sample
     prompt: str = ""  # text to go on from; "" = start of a document
@@ -718,11 +717,20 @@ class Linear(nn.Module):
             self.lora_a = nn.Parameter(torch.empty(passes, lora_rank, in_dim))
             self.lora_b = nn.Parameter(torch.empty(passes, out_dim, lora_rank))
 
-    def forward(self, x: Tensor, loop: int) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
+    @property
+    def is_plain(self) -> bool:
+        """Whether W alone makes y, and nothing looks at it."""
+        return not self.has_lora and self.probe is None
+
+    def forward(self, x: Tensor, loop: int, scale: Tensor | None = None) -> Tensor:
+        """`scale` [out] multiplies y; a plain W takes it in, which has fewer numbers than y."""
+        folds = self.is_plain and scale is not None
+        weight = scale[:, None] * self.weight if folds else self.weight
+        y = F.linear(x, weight.to(x.dtype))
         if self.has_lora:
             y = y + F.linear(F.linear(x, self.lora_a[loop].to(x.dtype)), self.lora_b[loop].to(x.dtype))
-        return y if self.probe is None else self.probe(x, y)
+        y = y if self.probe is None else self.probe(x, y)
+        return y if folds or scale is None else scale.to(x.dtype) * y
 
 
 class Attention(nn.Module):
@@ -735,14 +743,21 @@ class Attention(nn.Module):
             setattr(self, name, Linear(*linear_shapes(c)[f"attn.{name}"], passes, lora_rank))
         self.q_gain, self.xsa = nn.Parameter(torch.empty(vector_shapes(c, passes)["attn.q_gain"])), c.xsa
 
-    def forward(self, x: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q = self.q(x, loop).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k(x, loop).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v(x, loop).unflatten(-1, (self.kv_heads, self.head_dim))
+    def project(self, x: Tensor, loop: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values [n, t, h or k, d], by one product where nothing tells the three apart."""
+        parts = (self.q, self.k, self.v)
+        if self.q.is_plain:
+            y = F.linear(x, torch.cat([linear.weight for linear in parts]).to(x.dtype))
+        else:
+            y = torch.cat([linear(x, loop) for linear in parts], dim=-1)
+        return y.unflatten(-1, (-1, self.head_dim)).split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+
+    def forward(self, x: Tensor, loop: int, rotary: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
+        q, k, v = self.project(x, loop)
         cos, sin = (table[: x.size(1), None].to(x.dtype) for table in rotary)
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
         y = attend(q * of_pass(self.q_gain, loop).to(x.dtype)[:, None], k, v)
-        return self.proj(without_own(y, v) if self.xsa else y, loop)
+        return self.proj(without_own(y, v) if self.xsa else y, loop, scale)
 
 
 class MLP(nn.Module):
@@ -754,8 +769,8 @@ class MLP(nn.Module):
         self.fc = Linear(*linear_shapes(c)["mlp.fc"], passes, lora_rank)
         self.proj = Linear(*linear_shapes(c)["mlp.proj"], passes, lora_rank)
 
-    def forward(self, x: Tensor, loop: int) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x, loop), self.slope).square(), loop)
+    def forward(self, x: Tensor, loop: int, scale: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x, loop), self.slope).square(), loop, scale)
 
 
 class Block(nn.Module):
@@ -773,8 +788,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, x0: Tensor, loop: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
         mix = of_pass(self.resid_mix, loop, 2).to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + of_pass(self.attn_scale, loop).to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, loop, rotary)
-        return x + of_pass(self.mlp_scale, loop).to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale, loop)
+        x = x + self.attn(rms_norm(x) * self.norm_scale, loop, rotary, of_pass(self.attn_scale, loop))
+        return x + self.mlp(rms_norm(x) * self.norm_scale, loop, of_pass(self.mlp_scale, loop))
 
 
 def divergence(theirs: Tensor, mine: Tensor) -> Tensor:
@@ -1438,7 +1453,6 @@ class Engine:
         self.dtype = getattr(torch, c.dtype or ("bfloat16" if fast else "float32"))
         self.largest = c.microbatch_tokens or (65536 if kind == "cuda" else 8192)
         self.memory, self.runs_ahead = "", kind != "cpu"  # step() returns before the device has done it
-        torch.use_deterministic_algorithms(c.deterministic)
         if kind == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             while not c.microbatch_tokens and self.largest > 4096 and memory_needed(c, self.largest) > 0.8 * memory:
@@ -1447,8 +1461,6 @@ class Engine:
             self.memory = f", {needed / 2**30:.1f} GiB estimated, of the card's {memory / 2**30:.1f}"
             if needed > memory:
                 self.notices.append(f"notice: the memory may not do{self.memory}; lower MICROBATCH_TOKENS")
-            if c.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             options = importlib.import_module("torch._inductor.config").triton
             if hasattr(options, "mix_order_reduction"):  # torch 2.11 cannot compile three passes with it, later ones
                 options.mix_order_reduction = False  # spill registers (pytorch issue 179494)

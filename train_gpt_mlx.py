@@ -154,7 +154,6 @@ class Config:
     device: str = ""  # torch: cuda | mps | cpu; mlx: gpu | cpu; "" = the best there is
     dtype: str = ""  # bfloat16 | float32 of the activations; "" = bfloat16 where it is fast. Weights stay float32
     compile: bool = True  # compile the model (torch.compile, mx.compile)
-    deterministic: bool = False  # torch: bit for bit repeatable also when compiled, a little slower
     microbatch_tokens: int = 0  # tokens a forward pass at most (memory only, results do not change); 0 = by device
     # sample
     prompt: str = ""  # text to go on from; "" = start of a document
@@ -719,11 +718,20 @@ class Linear(nn.Module):
             self.lora_a = mx.zeros((passes, lora_rank, in_dim))
             self.lora_b = mx.zeros((passes, out_dim, lora_rank))
 
-    def __call__(self, x: mx.array, loop: int) -> mx.array:
-        y = x @ self.weight.astype(x.dtype).T
+    @property
+    def is_plain(self) -> bool:
+        """Whether W alone makes y, and nothing looks at it."""
+        return not self.has_lora and self.probe is None
+
+    def __call__(self, x: mx.array, loop: int, scale: mx.array | None = None) -> mx.array:
+        """`scale` [out] multiplies y; a plain W takes it in, which has fewer numbers than y."""
+        folds = self.is_plain and scale is not None
+        weight = scale[:, None] * self.weight if folds else self.weight
+        y = x @ weight.astype(x.dtype).T
         if self.has_lora:
             y = y + x @ self.lora_a[loop].astype(x.dtype).T @ self.lora_b[loop].astype(x.dtype).T
-        return y if self.probe is None else self.probe(x, y)
+        y = y if self.probe is None else self.probe(x, y)
+        return y if folds or scale is None else scale.astype(x.dtype) * y
 
 
 class Attention(nn.Module):
@@ -736,15 +744,21 @@ class Attention(nn.Module):
             setattr(self, name, Linear(*linear_shapes(c)[f"attn.{name}"], passes, lora_rank))
         self.q_gain, self.xsa = mx.zeros(vector_shapes(c, passes)["attn.q_gain"]), c.xsa
 
-    def __call__(self, x: mx.array, loop: int, rotary: tuple[mx.array, mx.array]) -> mx.array:
-        n, t, _ = x.shape
-        q = self.q(x, loop).reshape(n, t, self.heads, self.head_dim)
-        k = self.k(x, loop).reshape(n, t, self.kv_heads, self.head_dim)
-        v = self.v(x, loop).reshape(n, t, self.kv_heads, self.head_dim)
-        cos, sin = (table[:t, None].astype(x.dtype) for table in rotary)
+    def project(self, x: mx.array, loop: int) -> list[mx.array]:
+        """Queries, keys and values [n, t, h or k, d], by one product where nothing tells the three apart."""
+        parts = (self.q, self.k, self.v)
+        if self.q.is_plain:
+            y = x @ mx.concatenate([linear.weight for linear in parts]).astype(x.dtype).T
+        else:
+            y = mx.concatenate([linear(x, loop) for linear in parts], axis=-1)
+        return mx.split(y.reshape(*x.shape[:2], -1, self.head_dim), (self.heads, self.heads + self.kv_heads), axis=2)
+
+    def __call__(self, x: mx.array, loop: int, rotary: tuple[mx.array, mx.array], scale: mx.array) -> mx.array:
+        q, k, v = self.project(x, loop)
+        cos, sin = (table[: x.shape[1], None].astype(x.dtype) for table in rotary)
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)
         y = attend(q * of_pass(self.q_gain, loop).astype(x.dtype)[:, None], k, v)
-        return self.proj(without_own(y, v) if self.xsa else y, loop)
+        return self.proj(without_own(y, v) if self.xsa else y, loop, scale)
 
 
 class MLP(nn.Module):
@@ -756,8 +770,8 @@ class MLP(nn.Module):
         self.fc = Linear(*linear_shapes(c)["mlp.fc"], passes, lora_rank)
         self.proj = Linear(*linear_shapes(c)["mlp.proj"], passes, lora_rank)
 
-    def __call__(self, x: mx.array, loop: int) -> mx.array:
-        return self.proj(mx.square(nn.leaky_relu(self.fc(x, loop), self.slope)), loop)
+    def __call__(self, x: mx.array, loop: int, scale: mx.array) -> mx.array:
+        return self.proj(mx.square(nn.leaky_relu(self.fc(x, loop), self.slope)), loop, scale)
 
 
 class Block(nn.Module):
@@ -775,8 +789,8 @@ class Block(nn.Module):
     def __call__(self, x: mx.array, x0: mx.array, loop: int, rotary: tuple[mx.array, mx.array]) -> mx.array:
         mix = of_pass(self.resid_mix, loop, 2).astype(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + of_pass(self.attn_scale, loop).astype(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, loop, rotary)
-        return x + of_pass(self.mlp_scale, loop).astype(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale, loop)
+        x = x + self.attn(rms_norm(x) * self.norm_scale, loop, rotary, of_pass(self.attn_scale, loop))
+        return x + self.mlp(rms_norm(x) * self.norm_scale, loop, of_pass(self.mlp_scale, loop))
 
 
 def divergence(theirs: mx.array, mine: mx.array) -> mx.array:

@@ -68,6 +68,11 @@ TINY = dict(
 )
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One more than there are cores, since tests of several processes wait for each other; each takes about 1 GB."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
 def pytest_addoption(parser):
     parser.addoption("--fuzz", default="400", help="number of damaged artifacts that tests/test_fuzz.py reads")
 

@@ -183,19 +183,23 @@ def test_hessians_of_both_scripts_weigh_inputs_with_gradients(both, tmp_path, lo
     ids, targets = (torch.from_numpy(part.copy()) for part in (parts[:, :-1], parts[:, 1:]))
     model, expected, visits = engine_of(both[0], c, weights).model, {}, {}
 
-    def hook(name, _, args, output):
+    def look(name, inputs, output):
         def seen(grad):
-            x, weight = args[0].detach().double().flatten(0, -2), grad.double().flatten(0, -2).square().sum(dim=1)
+            x, weight = inputs.detach().double().flatten(0, -2), grad.double().flatten(0, -2).square().sum(dim=1)
             expected[name] = expected.get(name, 0) + ((x * weight[:, None]).T @ x / 192).numpy()
             visits[name] = visits.get(name, 0) + 1
 
         output.register_hook(seen)
+        return output
 
     linears = {name: part for name, part in model.named_modules() if isinstance(part, both[0].Linear)}
     names = {f"{name}.weight": part for name, part in linears.items() if name[0] == "b"}
+    unseen = model.token_losses(ids, targets, loops)
     for name, part in names.items():
-        part.register_forward_hook(functools.partial(hook, name))
-    model.token_losses(ids, targets, loops).sum().backward()
+        part.probe = functools.partial(look, name)
+    losses = model.token_losses(ids, targets, loops)
+    assert torch.allclose(losses, unseen, rtol=1e-4)  # whoever looks changes nothing
+    losses.sum().backward()
     assert set(expected) == set(matrices(both[0], c))  # embedding and LoRA are left to rounding
     assert visits == {name: loops if name[:9] in ("blocks.1.", "blocks.2.") else 1 for name in expected}
     for module in both:
