@@ -117,7 +117,6 @@ class Config:
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
-    core_lr_scale: float = 1.0  # factor on matrix_lr for blocks that are looped (their gradients add up over passes)
     tied_embed_lr: float = 0.05  # Adam, embedding
     scalar_lr: float = 0.04  # Adam, vectors and scalars
     loop_gate_lr: float = 0.04  # Adam, loop gates
@@ -997,11 +996,9 @@ def adam_rates(c: Config) -> dict[str, float]:
     return {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "gate": c.loop_gate_lr, "lora": c.lora_lr}
 
 
-def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
-    """Muon's learning rate of one matrix [rows, columns]."""
-    layout, block = parse_layout(c.layout), int(name.split(".")[1])
-    looped = layout.loops > 1 and 0 <= block - layout.prelude < layout.core
-    return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5 * (c.core_lr_scale if looped else 1.0)
+def matrix_rate(c: Config, shape: Sequence[int]) -> float:
+    """Muon's learning rate of a matrix [rows, columns]."""
+    return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5
 
 
 def optimizer_buffers(c: Config) -> dict[str, tuple[int, ...]]:
@@ -1066,11 +1063,10 @@ class Optimizer:
         self.exp_avg = torch.zeros_like(self.weights[: self.adam_end])
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.momentum = torch.zeros_like(self.weights[self.adam_end :])
-        self.stacks = []  # (start, end, [count, rows, columns], learning rate of each matrix) of each shape
+        self.stacks = []  # (start, end, [count, rows, columns]) of each shape
         for shape in dict.fromkeys(params[name].shape for name in groups["matrix"]):
             names = [name for name in groups["matrix"] if params[name].shape == shape]
-            rates = self.weights.new_tensor([matrix_rate(c, name, shape) for name in names]).view(-1, 1, 1)
-            self.stacks.append((self.places[names[0]][0], self.places[names[-1]][1], (len(names), *shape), rates))
+            self.stacks.append((self.places[names[0]][0], self.places[names[-1]][1], (len(names), *shape)))
 
     def buffers(self) -> dict[str, Tensor]:
         """Views of the optimizer's state, named by kind and parameter."""
@@ -1122,11 +1118,11 @@ class Optimizer:
         grads.add_(self.momentum, alpha=momentum)  # Nesterov
         if decay:
             self.weights[self.adam_end :].mul_(1 - decay)
-        for low, high, shape, rates in self.stacks:
+        for low, high, shape in self.stacks:
             g = self.grads[low:high].view(shape)
             g = F.normalize(g, dim=-1) if self.config.muon_row_norm else g
             direction = self.orthogonal(g.to(compute_dtype)).float()
-            self.weights[low:high].view(shape).sub_(direction * (rates * lr_mul))
+            self.weights[low:high].view(shape).sub_(direction, alpha=matrix_rate(self.config, shape[1:]) * lr_mul)
 
     def orthogonal(self, g: Tensor) -> Tensor:
         """Newton-Schulz of g [count, rows, columns]; with several processes each does its share of the matrices."""

@@ -121,7 +121,6 @@ class Config:
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
     matrix_lr: float = 0.04  # Muon, block matrices
-    core_lr_scale: float = 1.0  # factor on matrix_lr for blocks that are looped (their gradients add up over passes)
     tied_embed_lr: float = 0.05  # Adam, embedding
     scalar_lr: float = 0.04  # Adam, vectors and scalars
     loop_gate_lr: float = 0.04  # Adam, loop gates
@@ -995,11 +994,9 @@ def adam_rates(c: Config) -> dict[str, float]:
     return {"embed": c.tied_embed_lr, "scalar": c.scalar_lr, "gate": c.loop_gate_lr, "lora": c.lora_lr}
 
 
-def matrix_rate(c: Config, name: str, shape: tuple[int, int]) -> float:
-    """Muon's learning rate of one matrix [rows, columns]."""
-    layout, block = parse_layout(c.layout), int(name.split(".")[1])
-    looped = layout.loops > 1 and 0 <= block - layout.prelude < layout.core
-    return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5 * (c.core_lr_scale if looped else 1.0)
+def matrix_rate(c: Config, shape: Sequence[int]) -> float:
+    """Muon's learning rate of a matrix [rows, columns]."""
+    return c.matrix_lr * max(1.0, shape[0] / shape[1]) ** 0.5
 
 
 def optimizer_buffers(c: Config) -> dict[str, tuple[int, ...]]:
@@ -1041,11 +1038,10 @@ class Optimizer:
         self.exp_avg = {name: mx.zeros(shapes[name]) for name in self.adam_rates}
         self.exp_avg_sq = {name: mx.zeros(shapes[name]) for name in self.adam_rates}
         self.momentum = {name: mx.zeros(shapes[name]) for name in groups["matrix"]}
-        self.stacks = []  # (names, learning rate of each matrix) of each shape
+        self.stacks = []  # (names, learning rate) of the matrices of each shape
         for shape in dict.fromkeys(shapes[name] for name in groups["matrix"]):
             names = [name for name in groups["matrix"] if shapes[name] == shape]
-            rates = mx.array([matrix_rate(c, name, shape) for name in names])[:, None, None]
-            self.stacks.append((names, rates))
+            self.stacks.append((names, matrix_rate(c, shape)))
         self.steps = 0
 
     def buffers(self) -> dict[str, mx.array]:
@@ -1091,10 +1087,10 @@ class Optimizer:
             exp_avg_sq[name] = BETA2 * exp_avg_sq[name] + (1 - BETA2) * mx.square(g)
             root = mx.sqrt(exp_avg_sq[name] / correction) + ADAM_EPS
             weights[name] = weights[name] - (rate * adam_lr_mul) * (exp_avg[name] / root)
-        for names, rates in self.stacks:
+        for names, rate in self.stacks:
             g = mx.stack([grads[name] for name in names])
             m = momentum * mx.stack([moved[name] for name in names]) + g
-            change = self.orthogonal(g + momentum * m) * (rates * lr_mul)  # Nesterov
+            change = self.orthogonal(g + momentum * m) * (rate * lr_mul)  # Nesterov
             kept = 1 - self.config.matrix_lr * decay * lr_mul if decay else 1
             for i, name in enumerate(names):
                 moved[name] = m[i]

@@ -202,7 +202,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3232, "mlx": 3131}
+LINES = {"torch": 3228, "mlx": 3127}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -250,7 +250,7 @@ def model_cases():
 @pytest.mark.parametrize("layout,skips,gate,rank", list(model_cases()))
 def test_logits_gradients_and_three_steps(layout, skips, gate, rank):
     clip = 0.5 if rank else 0.0
-    c = tiny(layout, skips=skips, loop_gate=gate, lora_rank=rank, grad_clip_norm=clip, core_lr_scale=0.7)
+    c = tiny(layout, skips=skips, loop_gate=gate, lora_rank=rank, grad_clip_norm=clip)
     weights, stream = perturbed(c), Fixed(c)
     engines = {script: engine_of(script, c, weights) for script in SCRIPTS}
     passes = range(1, torch_script.parse_layout(layout).loops + 1)
@@ -908,7 +908,7 @@ def test_every_parameter_is_in_exactly_one_group(script, monkeypatch):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_rates_of_the_groups(script):
-    """One step at one group's rate moves that group alone; CORE_LR_SCALE reaches the looped matrices alone."""
+    """One step at one group's rate moves that group alone."""
     rates = dict(embed="tied_embed_lr", scalar="scalar_lr", gate="loop_gate_lr", lora="lora_lr", matrix="matrix_lr")
     off = dict.fromkeys(rates.values(), 0.0)
     for group, rate in rates.items():
@@ -917,7 +917,3 @@ def test_rates_of_the_groups(script):
         after = train(script, c, weights, [2])[1]
         moved = {name for name in weights if not np.array_equal(weights[name], after[name])}
         assert moved == {name for name in weights if torch_script.param_group(name) == group}
-    plain, scaled = (train(script, dataclasses.replace(c, core_lr_scale=s), weights, [2])[1] for s in (1.0, 0.5))
-    for name in moved:
-        factor = 0.5 if 1 <= int(name.split(".")[1]) <= 2 else 1.0
-        assert np.allclose(scaled[name] - weights[name], (plain[name] - weights[name]) * factor, atol=1e-6), name
