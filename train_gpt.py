@@ -705,7 +705,7 @@ def of_pass(vector: Tensor, loop: int, axes: int = 1) -> Tensor:
 
 
 class Linear(nn.Module):
-    """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
+    """y = W x, and in the core (W + B[pass] A[pass]) x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
 
     def __init__(self, out_dim: int, in_dim: int, passes: int = 0, lora_rank: int = 0):
         super().__init__()
@@ -716,20 +716,19 @@ class Linear(nn.Module):
             self.lora_a = nn.Parameter(torch.empty(passes, lora_rank, in_dim))
             self.lora_b = nn.Parameter(torch.empty(passes, out_dim, lora_rank))
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether W alone makes y, and nothing looks at it."""
-        return not self.has_lora and self.probe is None
+    def matrix(self, loop: int) -> Tensor:
+        """[out, in] of this pass."""
+        return self.weight + self.lora_b[loop] @ self.lora_a[loop] if self.has_lora else self.weight
 
     def forward(self, x: Tensor, loop: int, scale: Tensor | None = None) -> Tensor:
-        """`scale` [out] multiplies y; a plain W takes it in, which has fewer numbers than y."""
-        folds = self.is_plain and scale is not None
-        weight = scale[:, None] * self.weight if folds else self.weight
+        """`scale` [out] multiplies y, by way of the matrix, which has fewer numbers."""
+        weight, seen = self.matrix(loop), self.probe is not None
+        weight = weight if scale is None or seen else scale[:, None] * weight
         y = F.linear(x, weight.to(x.dtype))
-        if self.has_lora:
-            y = y + F.linear(F.linear(x, self.lora_a[loop].to(x.dtype)), self.lora_b[loop].to(x.dtype))
-        y = y if self.probe is None else self.probe(x, y)
-        return y if folds or scale is None else scale.to(x.dtype) * y
+        if not seen:
+            return y
+        y = self.probe(x, y)
+        return y if scale is None else scale.to(x.dtype) * y
 
 
 class Attention(nn.Module):
@@ -743,10 +742,10 @@ class Attention(nn.Module):
         self.q_gain, self.xsa = nn.Parameter(torch.empty(vector_shapes(c, passes)["attn.q_gain"])), c.xsa
 
     def project(self, x: Tensor, loop: int) -> tuple[Tensor, ...]:
-        """Queries, keys and values [n, t, h or k, d], by one product where nothing tells the three apart."""
+        """Queries, keys and values [n, t, h or k, d], by one product where nobody looks at each."""
         parts = (self.q, self.k, self.v)
-        if self.q.is_plain:
-            y = F.linear(x, torch.cat([linear.weight for linear in parts]).to(x.dtype))
+        if self.q.probe is None:
+            y = F.linear(x, torch.cat([linear.matrix(loop) for linear in parts]).to(x.dtype))
         else:
             y = torch.cat([linear(x, loop) for linear in parts], dim=-1)
         return y.unflatten(-1, (-1, self.head_dim)).split((self.heads, self.kv_heads, self.kv_heads), dim=2)

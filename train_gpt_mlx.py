@@ -706,7 +706,7 @@ def of_pass(vector: mx.array, loop: int, axes: int = 1) -> mx.array:
 
 
 class Linear(nn.Module):
-    """y = W x, and in the core W x + B[pass] A[pass] x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
+    """y = W x, and in the core (W + B[pass] A[pass]) x where LoRA is on (arXiv 2410.20672); W is [out, in]."""
 
     def __init__(self, out_dim: int, in_dim: int, passes: int = 0, lora_rank: int = 0):
         super().__init__()
@@ -717,20 +717,19 @@ class Linear(nn.Module):
             self.lora_a = mx.zeros((passes, lora_rank, in_dim))
             self.lora_b = mx.zeros((passes, out_dim, lora_rank))
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether W alone makes y, and nothing looks at it."""
-        return not self.has_lora and self.probe is None
+    def matrix(self, loop: int) -> mx.array:
+        """[out, in] of this pass."""
+        return self.weight + self.lora_b[loop] @ self.lora_a[loop] if self.has_lora else self.weight
 
     def __call__(self, x: mx.array, loop: int, scale: mx.array | None = None) -> mx.array:
-        """`scale` [out] multiplies y; a plain W takes it in, which has fewer numbers than y."""
-        folds = self.is_plain and scale is not None
-        weight = scale[:, None] * self.weight if folds else self.weight
+        """`scale` [out] multiplies y, by way of the matrix, which has fewer numbers."""
+        weight, seen = self.matrix(loop), self.probe is not None
+        weight = weight if scale is None or seen else scale[:, None] * weight
         y = x @ weight.astype(x.dtype).T
-        if self.has_lora:
-            y = y + x @ self.lora_a[loop].astype(x.dtype).T @ self.lora_b[loop].astype(x.dtype).T
-        y = y if self.probe is None else self.probe(x, y)
-        return y if folds or scale is None else scale.astype(x.dtype) * y
+        if not seen:
+            return y
+        y = self.probe(x, y)
+        return y if scale is None else scale.astype(x.dtype) * y
 
 
 class Attention(nn.Module):
@@ -744,10 +743,10 @@ class Attention(nn.Module):
         self.q_gain, self.xsa = mx.zeros(vector_shapes(c, passes)["attn.q_gain"]), c.xsa
 
     def project(self, x: mx.array, loop: int) -> list[mx.array]:
-        """Queries, keys and values [n, t, h or k, d], by one product where nothing tells the three apart."""
+        """Queries, keys and values [n, t, h or k, d], by one product where nobody looks at each."""
         parts = (self.q, self.k, self.v)
-        if self.q.is_plain:
-            y = x @ mx.concatenate([linear.weight for linear in parts]).astype(x.dtype).T
+        if self.q.probe is None:
+            y = x @ mx.concatenate([linear.matrix(loop) for linear in parts]).astype(x.dtype).T
         else:
             y = mx.concatenate([linear(x, loop) for linear in parts], axis=-1)
         return mx.split(y.reshape(*x.shape[:2], -1, self.head_dim), (self.heads, self.heads + self.kv_heads), axis=2)
