@@ -606,17 +606,16 @@ def effective_params(c: Config) -> int:
 
 def flops_per_token(c: Config, loops: int) -> float:
     """Floating-point operations of one forward pass per token: 2 per weight and application, 2*seq*dim per attention
-    (its causal half), the output layer, LoRA."""
+    (its causal half), the output layer. Adding LoRA to its matrix, once a microbatch, is left out."""
     layout = parse_layout(c.layout)
-    once = (layout.prelude + layout.coda) * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim
-    return once + layout.core * flops_per_block(c, c.lora_rank) * loops
+    applied = layout.prelude + layout.core * loops + layout.coda
+    return applied * flops_per_block(c) + 2.0 * c.vocab_size * c.model_dim
 
 
-def flops_per_block(c: Config, lora_rank: int) -> float:
-    """Floating-point operations of a block with LoRA of this rank, per token, forward."""
+def flops_per_block(c: Config) -> float:
+    """Floating-point operations of a block, per token, forward."""
     linears = linear_shapes(c).values()
-    lora = lora_rank * sum(out + inp for out, inp in linears)
-    return 2.0 * (sum(out * inp for out, inp in linears) + c.train_seq_len * c.model_dim + lora)
+    return 2.0 * (sum(out * inp for out, inp in linears) + c.train_seq_len * c.model_dim)
 
 
 def train_flops_per_token(c: Config, loops: int) -> float:
@@ -625,7 +624,7 @@ def train_flops_per_token(c: Config, loops: int) -> float:
     each has a loss of its own. The optimizer is not counted."""
     if c.exit_weight:
         layout = parse_layout(c.layout)
-        exits = (loops - 1) * (layout.coda * flops_per_block(c, 0) + 2.0 * c.vocab_size * c.model_dim)
+        exits = (loops - 1) * (layout.coda * flops_per_block(c) + 2.0 * c.vocab_size * c.model_dim)
         return 3 * (flops_per_token(c, loops) + exits)
     stopped = max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
     without = flops_per_token(c, stopped) - flops_per_token(c, 0) if stopped else 0.0

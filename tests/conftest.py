@@ -69,8 +69,10 @@ TINY = dict(
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores, since tests of several processes wait for each other; each takes about 1 GB."""
-    return min((os.cpu_count() or 1) + 1, 4)
+    """One more than there are cores, since tests of several processes wait for each other; each takes about 1 GB.
+    PYTEST_XDIST_AUTO_NUM_WORKERS, xdist's own variable, wins."""
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    return int(os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS") or min(len(usable) + 1, 4))
 
 
 def pytest_addoption(parser):

@@ -202,7 +202,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3227, "mlx": 3126}
+LINES = {"torch": 3226, "mlx": 3125}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -611,10 +611,9 @@ def test_parameters_are_aligned():
 
 
 def test_memory_that_a_microbatch_needs():
-    """The traces that `memory_needed` was fitted to, with one pass the third that it was not; 24 GB take half of it."""
-    for flags, gib in ((["--preset=baseline"], 10.1), (["--preset=record", "--vocab_size=1024"], 22.9),
-                       (["--preset=record", "--vocab_size=1024", "--layout=3+3x1+5", "--loop_schedule="],
-                        15.1)):  # fmt: skip
+    """The traces that `memory_needed` was fitted to; 24 GB take half of it."""
+    for flags, gib in ((["--layout=3+3x3+5"], 20.8), (["--layout=3+3x1+5", "--loop_schedule="], 13.7)):
+        flags = ["--preset=record", "--vocab_size=1024", *flags]
         c = torch_script.load_config(flags, {}, "record")[0]
         assert torch_script.memory_needed(c, 65536) / 2**30 == pytest.approx(gib, rel=0.12), flags
     assert torch_script.memory_needed(c, 32768) < 0.8 * 24e9

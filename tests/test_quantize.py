@@ -183,20 +183,23 @@ def test_hessians_of_both_scripts_weigh_inputs_with_gradients(both, tmp_path, lo
     ids, targets = (torch.from_numpy(part.copy()) for part in (parts[:, :-1], parts[:, 1:]))
     model, expected, visits = engine_of(both[0], c, weights).model, {}, {}
 
-    def look(name, inputs, output):
+    def look(name, _, args, output):
+        scale = args[2] if len(args) > 2 else 1.0  # of the output; the Hessian is of W x before it
+
         def seen(grad):
-            x, weight = inputs.detach().double().flatten(0, -2), grad.double().flatten(0, -2).square().sum(dim=1)
+            x, g = args[0].detach().double().flatten(0, -2), grad.double().flatten(0, -2) * scale
+            weight = g.square().sum(dim=1)
             expected[name] = expected.get(name, 0) + ((x * weight[:, None]).T @ x / 192).numpy()
             visits[name] = visits.get(name, 0) + 1
 
         output.register_hook(seen)
-        return output
 
     linears = {name: part for name, part in model.named_modules() if isinstance(part, both[0].Linear)}
     names = {f"{name}.weight": part for name, part in linears.items() if name[0] == "b"}
     unseen = model.token_losses(ids, targets, loops)
     for name, part in names.items():
-        part.probe = functools.partial(look, name)
+        part.probe = lambda x, y: y  # each by itself
+        part.register_forward_hook(functools.partial(look, name))
     losses = model.token_losses(ids, targets, loops)
     assert torch.allclose(losses, unseen, rtol=1e-4)  # whoever looks changes nothing
     losses.sum().backward()

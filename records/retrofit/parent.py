@@ -2,6 +2,7 @@
 
     python records/retrofit/parent.py                        about six minutes of one core
     python records/ablate.py records/retrofit/own.toml       then this
+    python records/ablate.py records/retrofit/truncation.toml
 
 The parent is the scale model with four layers and no shortcuts (which a tied child could not keep), 100 tokens a
 parameter. Everything lies in logs/retrofit/; what is there already is not made again.
