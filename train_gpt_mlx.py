@@ -8,9 +8,10 @@ artifact, reads that back from disk and scores it in bits per byte.
     mlx.launch --hostfile hosts.json -- python train_gpt_mlx.py    the same run on several Macs
     python train_gpt_mlx.py --help                                 every setting, with its unit
 
-Sections marked [shared] use NumPy only and stand byte for byte in both scripts (`python tests/sync_shared.py` copies
-them); in the others the classes, functions and parameter names are the same. Sources: parameter-golf PR #319 (depth
-recurrence 5x3) and #1394 (loops on late), arXiv 2511.07384 (looping a band), arXiv 2410.20672 (per-loop LoRA).
+Sections marked [shared] know neither torch nor MLX and stand byte for byte in both scripts (`python
+tests/sync_shared.py` copies them); in the others the classes, functions and parameter names are the same. Sources:
+parameter-golf PR #319 (depth recurrence 5x3) and #1394 (loops on late), arXiv 2511.07384 (looping a band), arXiv
+2410.20672 (per-loop LoRA).
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Config:
     artifact: str = ""  # eval and sample: path of an artifact (model.int6.rgpt) of either script
     checkpoint: str = ""  # eval, sample, export: a checkpoint.safetensors or model.safetensors of either script
     log_dir: str = "logs"  # folder of the run folders
-    seed: int = 1337  # of the initial weights, of the order of the data and of sampling
+    seed: int = 1337  # of the initial weights, of the order of the data, of LOOP_SAMPLE's draws and of sampling
     data_path: str = "./data/datasets/fineweb10B_sp1024"  # folder of fineweb_train_*.bin and fineweb_val_*.bin
     tokenizer_path: str = "./data/tokenizers/fineweb_1024_bpe.model"  # the SentencePiece model that made the shards
     # data
@@ -116,7 +117,6 @@ class Config:
     train_batch_tokens: int = 524288  # tokens a step, over all processes
     loop_schedule: str = ""  # "0:1,0.35:3" = one pass, from 35 % of training three; "" = all passes throughout
     loop_sample: int = 0  # draw the passes of a step about LOOP_SCHEDULE's number, at most so many; 0 = no drawing
-    bptt_passes: int = 0  # gradients of the last pass's loss flow back through so many passes, the last; 0 = all
     exit_weight: float = 0.0  # weight of the divergence of every earlier pass's prediction from the last pass's
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
@@ -132,8 +132,8 @@ class Config:
     muon_momentum_warmup_steps: int = 500  # ... steps until it is reached
     grad_clip_norm: float = 0.0  # largest norm of the whole gradient; 0 = no clipping
     # score
-    eval_loops: str = ""  # passes when scoring and sampling; of a list "3,1,8" the first counts, the others are shown;
-    # "" = the number active at the end of training
+    eval_loops: str = ""  # passes when the end is scored and when sampling; of a list "3,1,8" the first counts, the
+    # others are shown; "" = the number active at the end of training
     eval_stride: int = 0  # tokens between scoring windows (each token then sees more context); 0 = train_seq_len
     val_max_tokens: int = 0  # score only this many validation tokens; the score is then labelled partial; 0 = all
     val_loss_every: int = 1000  # steps between validations; 0 = only at the end
@@ -351,7 +351,8 @@ def check_config(c: Config) -> None:
 
 def config_sha256(c: Config) -> str:
     """Hash of the settings that decide what is trained; equal for the seeds of one configuration, however they are
-    scored and exported. Of MAX_WALLCLOCK_SECONDS what is left to train in (`seconds_to_train`) is hashed."""
+    scored and exported. Of MAX_WALLCLOCK_SECONDS what is left to train in (`seconds_to_train`) is hashed, of INIT_FROM
+    the path."""
     kept = {name: getattr(c, name) for group in ("data", "model", "training") for name in GROUPS[group].split()}
     kept["max_wallclock_seconds"] = seconds_to_train(c)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -410,6 +411,8 @@ def check_model(c: Config) -> None:
     most = f"at most {layout.loops} passes with SKIPS=official (the shortcuts of more were never trained)"
     whole = re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?", c.eval_loops)
     require(whole, "EVAL_LOOPS", 'passes such as "3" or "3,1,8"', f'"{c.eval_loops}"')
+    one = layout.loops > 1 or max(eval_passes(c, 0)) <= 1
+    require(one, "EVAL_LOOPS", f"1 with one pass (LAYOUT={c.layout})", c.eval_loops)
     trained = max(eval_passes(c, 0)) <= layout.loops or c.skips != "official"
     require(trained, "EVAL_LOOPS", most, c.eval_loops, "use SKIPS=per_loop or none")
 
@@ -571,6 +574,8 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
     for name in ("rotary_dims", "norm_scale", "mlp_slope", "xsa"):  # no weight's shape shows these
         asked, stated = getattr(c, name), their_config[name]
         require(asked == stated, f"INIT_FROM: {name.upper()}", f"the file's {stated}", asked, "write that of the file")
+    rank = their_config["lora_rank"] if layout.loops > 1 else 0
+    require(c.lora_rank == rank or not rank, "INIT_FROM: LORA_RANK", f"the file's {rank}", c.lora_rank, "write it")
     mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT, VOCAB_SIZE and PASS_VECTORS must be those of the file"
     for name, value in theirs.items():
         mine = weights.get(name)
@@ -584,9 +589,10 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
                 mine[: len(value)] = value[: len(mine)]
         else:
             shape, plain = () if mine is None else mine.shape, 2 if name.endswith("resid_mix") else 1
-            if is_vector(name) and len(shape) > plain:  # a row a pass
+            if is_vector(name) and (len(shape) > plain or layout.loops == 1):  # a row a pass; one pass gets the first
                 rows_of = value if value.ndim > plain else value[None]
-                value = rows_of[np.minimum(np.arange(shape[0]), len(rows_of) - 1)]
+                wanted = np.minimum(np.arange(shape[0]), len(rows_of) - 1) if len(shape) > plain else 0
+                value = rows_of[wanted]
             require(value.shape == shape, f"INIT_FROM: {name}", f"shape {shape}", value.shape, mend)
             mine[:] = value
     return weights
@@ -619,16 +625,10 @@ def flops_per_block(c: Config) -> float:
 
 
 def train_flops_per_token(c: Config, loops: int) -> float:
-    """Floating-point operations of training per token: three times the forward pass, but once where BPTT_PASSES stops
-    the gradient. With EXIT_WEIGHT coda and output layer count for every pass, and no pass is without a gradient, since
-    each has a loss of its own. The optimizer is not counted."""
-    if c.exit_weight:
-        layout = parse_layout(c.layout)
-        exits = (loops - 1) * (layout.coda * flops_per_block(c) + 2.0 * c.vocab_size * c.model_dim)
-        return 3 * (flops_per_token(c, loops) + exits)
-    stopped = max(loops - c.bptt_passes, 0) if c.bptt_passes else 0
-    without = flops_per_token(c, stopped) - flops_per_token(c, 0) if stopped else 0.0
-    return 3 * flops_per_token(c, loops) - 2 * without
+    """Floating-point operations of training per token: three times the forward pass, in which with EXIT_WEIGHT coda and
+    output layer count for every pass. The optimizer is not counted."""
+    an_exit = parse_layout(c.layout).coda * flops_per_block(c) + 2.0 * c.vocab_size * c.model_dim
+    return 3 * (flops_per_token(c, loops) + (loops - 1) * an_exit * (c.exit_weight > 0))
 
 
 # ======================================================================================================================
@@ -813,17 +813,15 @@ class RecurrentGPT(nn.Module):
         cos, sin = rotary_tables(c.train_seq_len, c.rotary_dims or c.model_dim // c.num_heads)
         self._cos, self._sin = mx.array(cos), mx.array(sin)  # the underscore keeps them out of the parameters
 
-    def hidden(self, ids: mx.array, loops: int, bptt_passes: int = 0, exits: list | None = None) -> mx.array:
-        """ids [n, t] -> normed activations [n, t, dim]. Gradients flow back through the last `bptt_passes`; 0 = all.
-        `exits` gets the activations as they were if the core ended with each pass but the last."""
+    def hidden(self, ids: mx.array, loops: int, exits: list | None = None) -> mx.array:
+        """ids [n, t] -> normed activations [n, t, dim]. `exits` gets the activations as they were if the core ended
+        with each pass but the last."""
         x0 = x = rms_norm(self.tok_emb.weight[ids].astype(self.dtype))
         looped, by_pass = self.layout.loops > 1, self.config.lora_rank or self.config.pass_vectors
         saved: dict[int, mx.array] = {}
         for number, visit in enumerate(visits(self.layout, self.config.skips, loops)):
             row = min(visit.loop, self.layout.loops - 1)  # passes beyond the trained ones reuse the last
             if visit.opens and looped:
-                if 0 < visit.loop == loops - bptt_passes:
-                    x = mx.stop_gradient(x)
                 x = x_in = x + self.loop_embed[row].astype(x.dtype)
             if visit.skip_from >= 0:
                 x = x + self.skip_weights[visit.skip_row].astype(x.dtype) * saved.pop(visit.skip_from)
@@ -876,9 +874,9 @@ class RecurrentGPT(nn.Module):
         return self.head_losses(self.hidden(ids, loops), targets)
 
     def objective(self, ids: mx.array, targets: mx.array, loops: int) -> mx.array:
-        """What training lowers: `token_losses` with BPTT_PASSES and what EXIT_WEIGHT adds."""
+        """What training lowers: `token_losses` and what EXIT_WEIGHT adds."""
         exits = [] if self.config.exit_weight else None
-        x = self.hidden(ids, loops, self.config.bptt_passes, exits)
+        x = self.hidden(ids, loops, exits)
         return self.head_losses(x, targets, exits or ())
 
 
@@ -909,32 +907,19 @@ def check_schedules(c: Config) -> None:
     loops = parse_layout(c.layout).loops
     parse_loop_schedule(c.loop_schedule, loops)
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
-    for name in ("loop_sample", "bptt_passes", "exit_weight"):
+    for name in ("loop_sample", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
-    for name in ("bptt_passes", "exit_weight"):
-        value, expected = getattr(c, name), "0 with SKIPS=official (whose shortcuts go from pass to pass)"
-        require(c.skips != "official" or not value, name.upper(), expected, value)
+    expected = "0 with SKIPS=official (whose shortcuts go from pass to pass)"
+    require(c.skips != "official" or not c.exit_weight, "EXIT_WEIGHT", expected, c.exit_weight)
     most = loops if c.skips == "official" else 64  # shortcuts of more passes have no weights; a draw of more is a waste
     expected = f"0, or from the {loops} passes of LAYOUT to {most}"
     require(not c.loop_sample or loops <= c.loop_sample <= most, "LOOP_SAMPLE", expected, c.loop_sample)
-    mend = "set SKIPS=per_loop with a coda as long as the prelude"
-    require(prelude_learns(c), "BPTT_PASSES", "0 where nothing else leads back to the prelude", c.bptt_passes, mend)
     budget = c.iterations or c.max_wallclock_seconds or c.max_train_flops
     name = "ITERATIONS, MAX_WALLCLOCK_SECONDS, MAX_TRAIN_FLOPS"
     require(budget or c.mode not in TRAINS, name, "one budget", "none", "set one")
     kept, below = export_seconds(c), f"less than MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}"
     left = c.mode not in TRAINS or not c.max_wallclock_seconds or kept < c.max_wallclock_seconds
     require(left, "CALIB_SECONDS", below, f"{kept:g}, which leaves nothing to train in")
-
-
-def prelude_learns(c: Config) -> bool:
-    """Whether the loss reaches the prelude past the stop of BPTT_PASSES. Muon would move a matrix without a gradient on
-    along its last momentum, at full length."""
-    layout = parse_layout(c.layout)
-    if not layout.prelude or not 0 < c.bptt_passes < max(loop_counts(c)):
-        return True
-    shortcut = c.skips == "per_loop" and layout.coda >= layout.prelude
-    return shortcut or c.exit_weight > 0
 
 
 def seconds_to_train(c: Config) -> float:
@@ -1205,7 +1190,8 @@ def split_evenly(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 def microbatch_bounds(sequences: int, length: int, largest: int) -> list[tuple[int, int]]:
-    """Bounds of the microbatches, in sequences, of a share of `sequences`; each has at most `largest` tokens."""
+    """Bounds of the microbatches, in sequences, of a share of `sequences`; each has at most `largest` tokens, or is
+    one sequence."""
     return split_evenly(sequences, -(-sequences // max(1, largest // length)))
 
 
@@ -1710,7 +1696,7 @@ class Run:
         """Whether a budget is used up, or would be by one more step."""
         c, state = self.config, self.state
         average = seconds * flops / state.flops if state.flops else 0.0  # of a step with so many passes
-        pace = max(average, seconds - self.before)
+        pace = max(average, seconds - self.before)  # rather a step too few than one too late
         cap = seconds_to_train(c)
         late = cap and seconds + pace * (1 + self.engine.runs_ahead) > cap  # the last step may still be under way
         return bool(at >= 1 or late or (c.max_train_flops and state.flops + flops > c.max_train_flops))
@@ -1820,7 +1806,9 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
                 warmed[loops] = seconds_of(engine, engine.warm_up, stream, loops)
                 run.log.line(f"warm_up: loops:{loops} {warmed[loops]:.1f}s")
         if c.mode == "preflight":
-            return 128 + stop.number if stop.number else preflight(run, warmed, time.perf_counter() - began)
+            if run.clock()[1]:
+                return 128 + (stop.number or signal.SIGTERM)
+            return preflight(run, warmed, time.perf_counter() - began)
         run.restart_clock(state.seconds)
         if run.train() and (code := finish(run)) is not None:
             return code
@@ -1830,7 +1818,8 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
 def prepare(c: Config) -> list[str]:
     """What the first process does before a run: checks what would fail late, makes the smoke text. Returns notices."""
     notices = check_before_start(c)
-    if c.preset == "smoke":
+    paths = {f"data_path={c.data_path}", f"tokenizer_path={c.tokenizer_path}"}
+    if c.preset == "smoke" and paths <= set(PRESETS["smoke"].split()):  # elsewhere it is for the user to make some
         make_smoke_data(c)
     return notices
 
@@ -1919,7 +1908,7 @@ def model_config(c: Config, model: dict) -> Config:
         kind = type(getattr(Config, name))
         require(type(value) is kind, name, f"a {kind.__name__}", repr(value))
     found = dataclasses.replace(c, **fields, train_batch_tokens=fields["train_seq_len"], loop_schedule="",
-                                loop_sample=0, bptt_passes=0, exit_weight=0.0)  # fmt: skip
+                                loop_sample=0, exit_weight=0.0)  # fmt: skip
     check_config(found)
     return dataclasses.replace(found, train_batch_tokens=c.train_batch_tokens)
 
@@ -2244,8 +2233,9 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
     for (_, alone), names in stacks.items():
         parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
         symbols |= zip(names, round_to_trellis(*parts, None if alone else [factors[name] for name in names]))
-    middles = {name: np.median(part, axis=1) * is_vector(name) for name, part in symbols.items()}
-    return {name: Table(*steps[name], middles[name].astype(np.int16), symbols[name]) for name in weights}
+    middles = {name: np.zeros(len(part), np.int16) for name, part in symbols.items()}
+    middles |= {name: np.median(symbols[name], axis=1).astype(np.int16) for name in symbols if is_vector(name)}
+    return {name: Table(*steps[name], middles[name], symbols[name]) for name in weights}
 
 
 def values_of(table: Table, trellis: bool) -> np.ndarray:
@@ -2453,6 +2443,7 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
         tables = {name: found[name] for name in weights}
         data, bits = assemble(c, loops, tables)
         sizes[width], total = len(data), len(data) + code_bytes
+        # Whatever fits is better, and the larger; of those that do not, the smaller.
         merit = (total <= c.target_bytes, total if total <= c.target_bytes else -total)
         if best is None or merit > best[0]:
             best = merit, data, bits, tables, TRELLIS_GAIN * count * width**2 / 24 * calibrates(c)
@@ -2482,9 +2473,9 @@ def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
     return near * 2 ** min(max((octaves(sizes[near]) - octaves(goal)) / min(max(fall, 0.5), 2.0), -6.0), 6.0)
 
 
-def read_artifact(path: Path) -> Artifact:
-    """Raises InputError on anything unexpected."""
-    data, mend = path.read_bytes(), "the file is damaged or not an artifact of this project"
+def read_artifact(path: Path, data: bytes | None = None) -> Artifact:
+    """The artifact at `path`, or in what was read there. Raises InputError on anything unexpected."""
+    data, mend = data or path.read_bytes(), "the file is damaged or not an artifact of this project"
     require(len(data) >= ARTIFACT_HEAD.size + 32, path, "an artifact", f"{len(data)} bytes", mend)
     magic, version, head_bytes = ARTIFACT_HEAD.unpack_from(data)
     require(magic == ARTIFACT_MAGIC, path, f"magic {ARTIFACT_MAGIC!r}", repr(magic), mend)
@@ -2561,8 +2552,10 @@ def write_export(run: Run, curvature: Curvature | None) -> Export:
 
 def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: int,
                     stop: StopSignal | None = None) -> float | None:  # fmt: skip
-    """Puts the weights of the artifact at `path` on the device; returns their loss, None where a signal ended it."""
-    engine.set_weights(together(engine, lambda: read_artifact(path)).weights)
+    """Puts the weights of the artifact at `path` on the device; returns their loss, None where a signal ended it. The
+    first process reads the file for all: other hosts need not see it."""
+    text = together(engine, lambda: base64.b64encode(path.read_bytes()).decode(), first_only=True)
+    engine.set_weights(together(engine, lambda: read_artifact(path, base64.b64decode(text))).weights)
     return evaluate(c, engine, score.tokens, loops, stop)
 
 
@@ -2578,7 +2571,7 @@ def finish(run: Run) -> int | None:
     try:
         must_be_finite(run, raw)
         began = time.perf_counter()
-        curvature = calibrate(run, loops)
+        curvature = calibrate(run, max(loops, run.state.loops))  # a pass that nobody looked at would be rounded to none
         calibrated = time.perf_counter()
         made = write_export(run, curvature)
         exported = time.perf_counter()
@@ -2619,8 +2612,9 @@ def score_passes(run: Run, others: list[int]) -> dict[str, float]:
     for loops in others:
         loss = evaluate(run.config, run.engine, run.score.tokens, loops, run.stop)
         if loss is not None:
-            found[str(loops)] = run.score.bpb(loss)
-            run.log.line(f"loops:{loops} val_loss:{loss:.4f} val_bpb:{found[str(loops)]:.4f}{run.score.label}")
+            bpb = run.score.bpb(loss)
+            run.log.line(f"loops:{loops} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{run.score.label}")
+            found |= {str(loops): bpb} if math.isfinite(bpb) else {}
     return found
 
 
@@ -2935,6 +2929,7 @@ def check_run(c: Config) -> None:
         require(not file, "ARTIFACT, CHECKPOINT", "MODE=eval or MODE=sample", f"MODE={c.mode}", mend)
         require(not c.resume or c.run_id, "RESUME=1", "the RUN_ID of the run to go on with", "none")
         return
+    require(not c.resume, "RESUME=1", "MODE=train or MODE=preflight", f"MODE={c.mode}", "unset it")
     given = bool(c.artifact) + bool(c.checkpoint)
     found = "both" if given == 2 else "neither"
     require(given == 1, f"MODE={c.mode}", "one of ARTIFACT=<file> and CHECKPOINT=<file>", found)
@@ -2970,11 +2965,10 @@ def score_file(c: Config, engine: Engine, loops: int) -> str:
     count, lines = len(score.tokens) - 1, []
     for passes in eval_passes(c, loops):
         loss = evaluate(c, engine, score.tokens, passes)
-        if not math.isfinite(loss):  # the same on every process
+        if not (lines or math.isfinite(loss)):  # of the passes that count; the same on every process
             raise Agreed(f"{c.artifact or c.checkpoint}: expected a model with a finite loss, found {loss}")
-        lines.append(
-            f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} loops:{passes} tokens:{count}{score.label}"
-        )
+        said = f"loops:{passes} stride:{c.eval_stride or c.train_seq_len} tokens:{count}{score.label}"
+        lines.append(f"eval val_loss:{loss:.8f} val_bpb:{score.bpb(loss):.8f} {said}")
     return "\n".join(lines)
 
 

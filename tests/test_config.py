@@ -112,6 +112,8 @@ BAD_SETTINGS = {
     ),
     "lora without passes": ("--layout=4 --loop_schedule= --lora_rank=2", "LORA_RANK", "LAYOUT", "pass", "found"),
     "rows without passes": ("--layout=4 --loop_schedule= --pass_vectors", "PASS_VECTORS", "LAYOUT", "pass", "found"),
+    "more passes than one": ("--layout=4 --loop_schedule= --eval_loops=3", "EVAL_LOOPS", "LAYOUT=4", "found 3"),
+    "resume of a file": ("--mode=export --checkpoint=a --run_id=b --resume=1", "RESUME=1", "MODE=train", "MODE=export"),
     "more passes than trained, official": ("--skips=official --eval_loops=3", "EVAL_LOOPS", "at most 2", "found 3"),
     "layout word": ("--layout=deep", "LAYOUT", "3\\+3x3\\+5", '"deep"'),
     "layout empty": ("--layout=", "LAYOUT", "3\\+3x3\\+5"),
@@ -259,17 +261,17 @@ def test_smoke_never_replaces_a_dataset_or_a_tokenizer(any_script, data, there, 
     assert tokenizer.stat().st_mtime_ns == before and len(list(folder.iterdir())) == 2
 
 
-def test_smoke_data_cannot_be_made(any_script, tiny, tmp_path, quiet):
-    """The one preset that writes data: a vocabulary below the byte pieces, a folder that cannot be."""
-    (quiet / "file").write_text("in the way")
-    paths = {"DATA_PATH": quiet / "new" / "d", "TOKENIZER_PATH": quiet / "new" / "t.model", "PRESET": "smoke"}
-    outcome = run_in_process(any_script, "--vocab_size=100", **tiny | paths)
-    assert_refused(outcome, "VOCAB_SIZE", "100")
-    assert not list(quiet.rglob("*.bin")) and not [
-        p for p in quiet.rglob("*") if "model" in p.name or "vocab" in p.name
-    ]
-    outcome = run_in_process(any_script, **tiny | paths | {"DATA_PATH": quiet / "file" / "d"})
-    assert_refused(outcome, re.escape(str(quiet / "file")))
+def test_smoke_data_cannot_be_made(any_script, tiny, tmp_path, quiet, monkeypatch):
+    """The one preset that writes data: a vocabulary below the byte pieces, a folder in the way, names of others."""
+    monkeypatch.chdir(quiet)
+    env = {name: value for name, value in tiny.items() if name not in ("DATA_PATH", "TOKENIZER_PATH")}
+    env |= {"PRESET": "smoke", "VOCAB_SIZE": "100"}
+    assert_refused(run_in_process(any_script, **env), "VOCAB_SIZE", "100")
+    assert_refused(run_in_process(any_script, **env | {"DATA_PATH": "fineweb10B_sp1024"}), "fineweb10B_sp1024")
+    written = [path for path in quiet.rglob("*") if path.suffix in (".bin", ".model", ".vocab")]
+    assert not written
+    (quiet / "data").write_text("in the way")
+    assert_refused(run_in_process(any_script, **env | {"VOCAB_SIZE": "512"}), "data/tokenizers|data/datasets")
 
 
 def test_real_processes_exit_with_one_line(script, tiny, tmp_path):

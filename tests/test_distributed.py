@@ -170,6 +170,15 @@ def assert_one_line_each(ranks, pattern):
     assert any(re.search(pattern, err) for _, _, err in ranks), ranks
 
 
+def test_ranks_that_do_not_share_a_disk(tiny, tmp_path):
+    """The first has the files, and hands the artifact's bytes to the others."""
+    env = tiny | {"LOG_DIR": tmp_path / "first", "OF_LATER_RANKS": f"LOG_DIR={tmp_path / 'second'}"}
+    ranks = start_ranks(script_or_skip("train_gpt"), 2, "--iterations=2", "--run_id=a", **env)
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    assert json.loads((tmp_path / "first" / "a" / "result.json").read_text())["complete"]
+    assert not (tmp_path / "second").exists()
+
+
 def test_a_refusal_on_one_rank_ends_both(tiny, tmp_path):
     module = script_or_skip("train_gpt")
     ranks = start_ranks(module, 2, **tiny, OF_LATER_RANKS=f"DATA_PATH={tmp_path}/missing")

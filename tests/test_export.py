@@ -1,7 +1,9 @@
 """MODE=export: another artifact of weights that were trained already, in either script, of either script's file."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 from conftest import SCRIPTS, TINY, assert_refused, load_script, run_in_process, script_or_skip
 
@@ -41,6 +43,35 @@ def test_repeats_the_artifact_and_makes_others(script, maker, trained, data, tmp
     assert results["near"]["val_bpb"] == pytest.approx(now["val_bpb_raw"], abs=0.02)
     far, near = (results[name]["bytes_artifact"] for name in ("far", "near"))
     assert far < 0.2 * near and near < now["bytes_artifact"]
+
+
+def test_passes_that_are_not_scored_keep_their_weights(script, data, tmp_path):
+    """What no token has touched counts for nothing, and would be rounded to 0."""
+    flags = ("--eval_loops=1", "--run_id=a", "--quantizer=trellis", "--calib_tokens=512", "--quant_loss=0.0001")
+    env = TINY | data.env | {"LOG_DIR": str(tmp_path), "PASS_VECTORS": "1"}
+    assert run_in_process(script, *flags, **env).code == 0
+    weights = script.load_model_file(str(tmp_path / "a" / "model.safetensors"))[0]
+    found = script.read_artifact(tmp_path / "a" / "model.int6.rgpt").weights
+    for name in ("loop_gate", "blocks.1.attn_scale", "blocks.2.mlp_scale"):
+        assert np.abs(found[name][1]).max() > 0.5 * np.abs(weights[name][1]).max() > 0, name
+
+
+@pytest.mark.parametrize("first", [math.nan, 2.0])
+def test_of_a_list_of_passes_one_that_diverges_costs_itself_alone(script, trained, data, tmp_path, monkeypatch, first):
+    """The passes that count, the first, must have a score; of the others those that have one are kept."""
+    losses = {"2": first, "1": 3.0, "4": math.nan}
+    monkeypatch.setattr(script, "evaluate", lambda c, engine, tokens, loops, stop=None: losses[str(loops)])
+    path = trained / script.__name__ / "model.safetensors"
+    outcome = run_in_process(script, "--mode=eval", "--eval_loops=2,1,4", f"--checkpoint={path}", **data.env)
+    if math.isnan(first):
+        assert outcome.code == 1 and outcome.out == "" and "a finite loss, found nan" in outcome.err
+        return
+    lines = outcome.out.splitlines()
+    assert outcome.code == 0 and len(lines) == 3 and "val_loss:nan" in lines[2] and "stride:32" in lines[0]
+    flags = ("--run_id=a", "--eval_loops=2,1,4")
+    assert run_in_process(script, *flags, **TINY | data.env | {"LOG_DIR": str(tmp_path)}).code == 0
+    by_loops = json.loads((tmp_path / "a" / "result.json").read_text(), parse_constant=pytest.fail)["val_bpb_by_loops"]
+    assert list(by_loops) == ["2", "1"]
 
 
 def test_refuses_rounded_weights_and_a_used_name(script, trained, data, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def test_what_stops_a_run_stops_its_preflight(script, tiny, tmp_path, monkeypatc
         patch.setattr(script.shutil, "disk_usage", lambda _: full)
         assert_refused(preflight(script, **tiny), "LOG_DIR: expected .* bytes free for checkpoints, found 1000")
     assert tree(tmp_path) == before
+
+
+def test_a_signal_to_another_process_ends_it_on_all(script, tiny, monkeypatch):
+    """Or those that got none would wait in the next exchange for those that did."""
+    monkeypatch.setattr(script.Run, "clock", lambda run: (0.0, True))
+    outcome = preflight(script, **tiny)
+    assert outcome.code == 128 + signal.SIGTERM and "---" not in outcome.out, outcome
 
 
 def test_a_step_that_does_not_run_is_one_line(script, tiny, tmp_path, monkeypatch):

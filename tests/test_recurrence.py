@@ -1,4 +1,4 @@
-"""How many passes, how far back gradients flow, early exits: LOOP_SAMPLE, BPTT_PASSES, EXIT_WEIGHT."""
+"""How many passes, early exits: LOOP_SAMPLE, EXIT_WEIGHT."""
 
 import dataclasses
 import json
@@ -14,94 +14,12 @@ from test_parity import (
     array,
     assert_close,
     engine_of,
-    gradients_of,
     logits_of,
     numbers,
     perturbed,
-    same,
     tiny,
     torch_script,
-    train,
 )
-
-# ---- how far back
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_as_many_passes_as_there_are_is_the_whole_gradient(script):
-    c = tiny("1+2x3+1", bptt_passes=3)
-    weights = perturbed(c)
-    whole = train(script, dataclasses.replace(c, bptt_passes=0), weights, [3, 2, 3])
-    for kept in (3, 5):
-        found = train(script, dataclasses.replace(c, bptt_passes=kept), weights, [3, 2, 3])
-        assert found[0] == whole[0] and same(found[1], whole[1])
-    fewer = train(script, dataclasses.replace(c, bptt_passes=1), weights, [3, 2, 3])
-    assert fewer[0][0] == whole[0][0] and not same(fewer[1], whole[1])
-
-
-@pytest.mark.parametrize("kept", (1, 2))
-def test_a_stopped_gradient_is_that_of_the_last_blocks_of_an_untied_model(kept):
-    """The same blocks as copies of their own: the core's gradient is the sum over the last copies alone; the coda's is
-    whole, and the prelude, behind the stop, has none. Momentum 0 leaves the gradient in the optimizer's state."""
-    c = dataclasses.replace(tiny("1+2x3+1", skips="none", loop_gate="none"), bptt_passes=kept)  # which a run refuses
-    weights = perturbed(c)
-    weights["loop_embed"][:] = 0
-    listed = [0, *(1, 2) * 3, 3]
-    untied = {"tok_emb.weight": weights["tok_emb.weight"]}
-    for copy, block in enumerate(listed):
-        start = f"blocks.{block}."
-        untied |= {
-            name.replace(start, f"blocks.{copy}."): value for name, value in weights.items() if name.startswith(start)
-        }
-    plain = engine_of("torch", tiny("8", skips="none"), untied)
-    ((ids, targets),) = Fixed(c).microbatches(0, 64, 0, 1, 64)
-    wanted = gradients_of("torch", plain, ids, targets, 1)
-    for script in SCRIPTS:
-        engine = engine_of(script, c, weights)
-        engine.step(Fixed(c), 0, 3, 1.0, 0.0)
-        found = {name: value for name, value in engine.optimizer.state().items() if name.startswith("momentum.blocks")}
-        for name, value in found.items():
-            _, _, block, part = name.split(".", 3)
-            last = {"0": [], "3": [7]}.get(block, [int(block) + 2 * a for a in range(3 - kept, 3)])
-            expected = sum((wanted[f"blocks.{copy}.{part}"] for copy in last), np.zeros_like(value))
-            assert np.abs(value - expected).max() <= 1e-3 * np.abs(expected).max() + 1e-7, (script, name)
-
-
-def test_a_prelude_that_nothing_would_teach_is_refused():
-    """Muon moves a matrix whose gradient is 0 on along its last momentum, at full length: no setting may ask for it."""
-    flags = ["--layout=2+2x3+1", "--bptt_passes=1", "--loop_schedule=0:1,0.35:3"]
-    taught = (["--layout=2+2x3+2"], ["--layout=2x3"], ["--exit_weight=0.1"], ["--bptt_passes=3"])
-    for script in SCRIPTS.values():
-        with pytest.raises(
-            script.InputError, match="^BPTT_PASSES: expected 0 where nothing else .* set SKIPS=per_loop"
-        ):
-            script.load_config(flags, {}, "")
-        for more in (["--layout=2+2x3+2", "--skips=none"], ["--bptt_passes=3", "--loop_sample=4"]):
-            with pytest.raises(script.InputError, match="^BPTT_PASSES"):
-                script.load_config([*flags, *more], {}, "")
-        for more in taught:
-            script.load_config([*flags, *more], {}, "")
-
-
-@pytest.mark.parametrize("settings", [{}, {"exit_weight": 0.1}])
-def test_with_a_stopped_gradient_every_matrix_has_one(settings):
-    c = tiny("1+2x3+1", skips="per_loop", bptt_passes=1, **settings)
-    engine = engine_of("torch", c, perturbed(c))
-    engine.step(Fixed(c), 0, 3, 1.0, 0.0)
-    state = engine.optimizer.state()
-    assert all(value.any() for name, value in state.items() if name.startswith("momentum.blocks"))
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_curvature_sees_every_pass(script):
-    c = tiny("1+2x3+1", quantizer="trellis", calib_tokens=64)
-    weights = perturbed(c)
-    whole, stopped = (
-        engine_of(script, dataclasses.replace(c, bptt_passes=kept), weights).curvature(Fixed(c), 0, 3)
-        for kept in (0, 1)
-    )
-    assert same(whole.hessians, stopped.hessians) and same(whole.squares, stopped.squares)
-
 
 # ---- early exits
 
@@ -124,9 +42,9 @@ def test_divergence_is_kullback_and_leiblers(script):
 def hidden(script, engine, ids, loops, exits=None):
     if script == "torch":
         with torch_script.torch.no_grad():
-            return engine.model.hidden(array(script, ids), loops, 0, exits)
+            return engine.model.hidden(array(script, ids), loops, exits)
     engine.next_logits(ids[0], loops)  # puts the weights into the model
-    return engine.model.hidden(array(script, ids.astype(np.int32)), loops, 0, exits)
+    return engine.model.hidden(array(script, ids.astype(np.int32)), loops, exits)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -183,7 +101,6 @@ def test_what_passes_cannot_have_is_refused(name, data, tmp_path):
     script, env = SCRIPTS[name], TINY | data.env | {"LOG_DIR": str(tmp_path)}
     for more, said in (
         (("--exit_weight=0.1", "--skips=official"), "EXIT_WEIGHT: expected 0 with SKIPS=official"),
-        (("--bptt_passes=1", "--skips=official"), "BPTT_PASSES: expected 0 with SKIPS=official"),
         (("--exit_weight=0.1", "--layout=4", "--loop_schedule="), "EXIT_WEIGHT: expected 0 with one pass"),
     ):
         outcome = run_in_process(script, "--run_id=other", *more, **env)
@@ -222,24 +139,9 @@ def test_flops_are_those_of_the_formula():
     forward = 2 * (8 * (matrices + 16 * 32) + 48 * 32)
     assert torch_script.flops_per_token(c, 3) == forward
     assert torch_script.train_flops_per_token(c, 3) == 3 * forward
-    stopped = dataclasses.replace(c, bptt_passes=1)  # two passes go forward only
-    once = 2 * (2 * 2 * (matrices + 16 * 32))
-    assert torch_script.train_flops_per_token(stopped, 3) == 3 * forward - 2 * once
     exits = dataclasses.replace(c, exit_weight=0.1)
     whole = torch_script.train_flops_per_token(exits, 3)
     assert whole == 3 * (forward + 2 * 2 * (matrices + 16 * 32 + 48 * 32))
-    assert torch_script.train_flops_per_token(dataclasses.replace(exits, bptt_passes=1), 3) == whole
-
-
-def test_passes_that_leave_early_learn_before_the_stop():
-    """Why BPTT_PASSES saves nothing beside EXIT_WEIGHT: each pass has a loss of its own."""
-    found = []
-    for weight in (0.0, 0.1):
-        c = tiny("2x2+1", skips="none", loop_gate="none", bptt_passes=1, exit_weight=weight, pass_vectors=True)
-        engine = engine_of("torch", c, perturbed(c))
-        engine.step(Fixed(c), 0, 2, 1.0, 0.0)
-        found.append(bool(engine.optimizer.state()["exp_avg.blocks.0.mlp_scale"][0].any()))
-    assert found == [False, True]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

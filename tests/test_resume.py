@@ -262,6 +262,20 @@ def test_init_from_another_layout_is_the_parent(script, config, tmp_path, theirs
     assert {k: v.shape for k, v in from_artifact.items()} == script.param_shapes(b)
 
 
+def test_lora_is_not_left_behind(any_script, config):
+    """Where there are passes to use it, a child has the LoRA of its parent."""
+    a = config(any_script, lora_rank=2)
+    theirs = any_script.initial_weights(a)
+    for rank in (0, 4):
+        c = dataclasses.replace(a, lora_rank=rank)
+        with pytest.raises(any_script.InputError, match=f"LORA_RANK: expected the file's 2, found {rank}"):
+            any_script.transfer_weights(c, theirs, dataclasses.asdict(a))
+    flat = config(any_script, layout="4", loop_schedule="")
+    assert (
+        any_script.transfer_weights(flat, theirs, dataclasses.asdict(a)).keys() == any_script.param_shapes(flat).keys()
+    )
+
+
 def test_gates_of_one_kind_do_not_start_those_of_the_other(any_script, config):
     """A gate of 0.3 toward x0 is nothing that a gain should begin with."""
     a, b = (config(any_script, loop_gate=kind, loop_gate_init=1.0) for kind in ("x0", "gain"))
