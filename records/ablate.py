@@ -167,7 +167,10 @@ class Run:
 def of_commit(commit: str, script: str) -> bytes | None:
     """The script as a commit has it; None where it is not known here. A "+" behind it says that some file was changed,
     perhaps another one."""
-    done = subprocess.run(["git", "show", f"{commit.removesuffix('+')}:{script}"], cwd=ROOT, capture_output=True)
+    try:
+        done = subprocess.run(["git", "show", f"{commit.removesuffix('+')}:{script}"], cwd=ROOT, capture_output=True)
+    except OSError:  # no git
+        return None
     return done.stdout if done.returncode == 0 else None
 
 
@@ -397,12 +400,18 @@ class Queue:
         self.stopping = False
         matrix.work.mkdir(parents=True, exist_ok=True)
         matrix.home.mkdir(parents=True, exist_ok=True)
-        self.lock = open(matrix.work / "ablate.lock", "w")
+        self.lock = open(matrix.work / "ablate.lock", "a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             found = "a process that runs it; wait for it or stop it"
             raise InputError(f"{short(matrix.work)}: expected this matrix to be idle, found {found}") from None
+        self.lock.seek(0)
+        owner, mine = self.lock.read(), str(matrix.path.resolve())
+        need(owner in ("", mine), short(matrix.work), f"runs of {mine}", f"those of {owner}", "rename one of the two")
+        if not owner:
+            self.lock.write(mine)
+            self.lock.flush()
         self.waiting = [run for run in matrix.runs() if run.result() is None]  # now that nobody else finishes any
 
     def work(self, deadline: float) -> None:

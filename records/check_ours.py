@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from common import is_number
+from common import facts_of, is_number
 from folder import Complaints, Submission, rule, weights_alone
 from logs import Log
 
@@ -34,7 +35,7 @@ def our_numbers(s: Submission) -> Complaints:
             elif is_number(listed.get(key)) and abs(listed[key] - value) > 1e-9:
                 yield "error", s.json_name, f"{key} {value} of {where}", listed[key]
         said = said_by(log) | {key: log.sizes[kind][1] for key, kind in SIZES.items() if kind in log.sizes}
-        for key in [*SIZES, *SAID]:
+        for key in [*SIZES, *SAID, *({"loops", "eval_loops"} & said.keys())]:
             found, expected = result.get(key), said.get(key)
             close = is_number(found) and is_number(expected) and abs(found - expected) <= SLACK.get(key, 0) * expected
             if found != expected and not close:
@@ -44,6 +45,39 @@ def our_numbers(s: Submission) -> Complaints:
         yield from our_metrics(s, seed, log)
 
 
+@rule
+def our_facts(s: Submission) -> Complaints:
+    """submission.json and the page say of the runs, all of them, what their results say."""
+    results = [s.parse(f"result_seed{seed}.json") for seed in s.ours]
+    if not results:
+        return
+    try:
+        facts = facts_of(results)
+    except (KeyError, TypeError, ValueError) as error:
+        yield "error", "result_seed<N>.json", "whole results of runs", f"without {error}"
+        return
+    stated = {key: s.parse(s.json_name).get(key) for key in facts}
+    for one in (facts, stated):
+        one["seeds"] = sorted(map(str, one["seeds"])) if isinstance(one["seeds"], list) else one["seeds"]
+    for key, expected, found in differences("", facts, stated):
+        yield "error", s.json_name, f"{key} {expected}, by the results here", found
+    if f"val_bpb {facts['val_bpb']:.4f}" not in s.readme:
+        yield "error", "README.md", f"val_bpb {facts['val_bpb']:.4f}, the mean of the results", "no such score"
+
+
+def differences(where: str, expected: object, found: object) -> Iterator[tuple]:
+    """(key, expected, found) of every value of `expected` that is another in `found`."""
+    if isinstance(expected, dict):
+        found = found if isinstance(found, dict) else {}
+        for key in sorted(expected.keys() | found.keys()):
+            yield from differences(f"{where}.{key}".lstrip("."), expected.get(key), found.get(key))
+    elif is_number(expected) and is_number(found):
+        if not math.isclose(expected, found, rel_tol=1e-9):
+            yield where, expected, found
+    elif expected != found:
+        yield where, expected, found
+
+
 def said_by(log: Log) -> dict[str, object]:
     """What a log of ours says of its run, in the keys of result.json; the last word counts, if it was resumed."""
     said = {"seed": log.seed, "val_tokens": log.val_tokens, "steps": log.steps[-1].step if log.steps else None}
@@ -51,7 +85,10 @@ def said_by(log: Log) -> dict[str, object]:
     said |= {"script_sha256": log.script_sha256, "count_code": config.get("count_code")}
     said |= {"layout": config.get("layout"), "dataset": Path(str(config.get("data_path") or "")).name or None}
     for line in log.lines:
-        if match := re.match(r"device: (.+?)  processes: (\d+)  ", line):
+        if match := re.match(r"score: .* before export, (\d+) passes\)", line):
+            passes = re.search(r"x(\d+)", str(config.get("layout")))
+            said |= {"eval_loops": int(match[1]), "loops": int(passes[1]) if passes else 1}
+        elif match := re.match(r"device: (.+?)  processes: (\d+)  ", line):
             said |= {"device": match[1], "world_size": int(match[2])}
         elif match := re.match(r"training: \d+ steps, (\d+) tokens, ([\d.e+]+) FLOPs", line):
             said |= {"tokens": int(match[1]), "train_flops": float(match[2])}

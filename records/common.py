@@ -130,3 +130,28 @@ def p_text(p: float | None) -> str:
 def markdown_table(head: list[str], rows: list[list[object]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def seed_result(result: dict) -> dict:
+    """A seed's entry in submission.json, from its result.json."""
+    same = {key: result[key] for key in ("val_loss", "val_bpb", "steps", "tokens", "train_flops")}
+    times = {"train_time_s": result["train_time_ms"] / 1000, "eval_time_s": result["eval_time_ms"] / 1000}
+    return same | times | {"val_bpb_before_export": result["val_bpb_raw"], "artifact_bytes": result["bytes_artifact"]}
+
+
+def facts_of(results: list[dict]) -> dict:
+    """What submission.json says of its runs, from their result.json."""
+    first = results[0]
+    loss, bpb = (mean_std([result[key] for result in results]) for key in ("val_loss", "val_bpb"))
+    return {
+        "val_loss": loss[0],
+        "val_bpb": bpb[0],
+        "val_loss_std": loss[1],
+        "val_bpb_std": bpb[1],
+        "seeds": [result["seed"] for result in results],
+        "seed_results": {str(result["seed"]): seed_result(result) for result in results},
+        "hardware": f"{first['world_size']} x {first['device']}",
+        "framework": first["framework"],
+        "train_flops": mean_std([result["train_flops"] for result in results])[0],
+        **{key: first[key] for key in ("layout", "params_stored", "dataset", "val_tokens")},
+    }

@@ -118,7 +118,7 @@ def check_settings(plan: Plan, script) -> None:
             allowed = sorted(known | set(MACHINE))
             need(name in allowed, f"[base] {name}", f"one of {', '.join(allowed)}", "another setting")
         given = plan.base | settings | {"mode": "export", "checkpoint": "given"}
-        script.check_config(dataclasses.replace(script.Config(), **given))
+        script.load_config([f"--{name}={value}" for name, value in given.items()], {}, "")
 
 
 def key_of(line: dict) -> str:
@@ -229,7 +229,7 @@ def work(plan: Plan) -> None:
     script = load_script(plan.script)
     check_settings(plan, script)
     source, lines = sha256(script.script_source()), read_lines(plan)
-    mine = {line["script_sha256"] for line in lines} <= {source}
+    mine = {line.get("script_sha256") for line in lines} <= {source}
     found = f"some of another version ({', '.join(sorted({str(line.get('commit'))[:12] for line in lines}))})"
     mend = "check that out to go on with it, delete it, or give the plan another name"
     need(mine, short(plan.lines), f"exports of this {plan.script}", found, mend)
@@ -319,7 +319,7 @@ def report(plan: Plan) -> str:
     settings = " ".join(f"`{name}={value}`" for name, value in plan.base.items()) or "the script's own"
     places = ", ".join(f"`{plan.place(run)}`" for run in plan.runs)
     commits, devices = (", ".join(sorted({str(line[key]) for line in lines})) for key in ("commit", "device"))
-    again = "" if plan.closed else f"Again: `python records/exports.py {short(plan.path)}`. "
+    again = "" if plan.closed else f"Again, with that script: `python records/exports.py {short(plan.path)}`. "
     text = f"""<!-- written by records/exports.py from {plan.path.name} and exports.jsonl -->
 # {plan.path.stem}
 

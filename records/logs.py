@@ -77,7 +77,6 @@ class StepLine:
     number: int  # of the line, from 1
     step: int
     values: dict[str, float]  # train_loss, val_loss, val_bpb, train_time (ms), step_avg (ms), ... as printed
-    of: int | None = None  # the number of steps planned, where the line states it
 
     @property
     def measured(self) -> bool:
@@ -150,8 +149,8 @@ PREFIX = re.compile(  # what loggers and launchers put before a line; one blank 
 )
 # A step at the start of a line in any of the usual forms, or anywhere in the challenge's own form.
 STEP = re.compile(
-    r"\s*(?:step[: ]\s*(?P<a>\d+)(?:/(?P<of_a>\d+))?\b|(?P<b>\d+)/(?P<of_b>\d+) (?=\w+:))(?P<rest>.*)"
-    r"|.*?\bstep:(?P<c>\d+)/(?P<of_c>\d+)(?= (?:train_loss|val_loss):)(?P<rest_c>.*)",
+    r"\s*(?:step[: ]\s*(?P<a>\d+)(?:/\d+)?\b|(?P<b>\d+)/\d+ (?=\w+:))(?P<rest>.*)"
+    r"|.*?\bstep:(?P<c>\d+)/\d+(?= (?:train_loss|val_loss):)(?P<rest_c>.*)",
     re.I,
 )
 SCORE = re.compile(
@@ -183,8 +182,8 @@ def pairs(text: str) -> dict[str, float]:
 
 
 def read_step(log: Log, number: int, match: re.Match) -> None:
-    step, of = match["a"] or match["b"] or match["c"], match["of_a"] or match["of_b"] or match["of_c"]
-    if len(step) > 15 or len(of or "") > 15:
+    step = match["a"] or match["b"] or match["c"]
+    if len(step) > 15:
         return  # a digit string made to overflow
     rest = match["rest"] or match["rest_c"] or ""
     values = pairs(rest)
@@ -192,7 +191,7 @@ def read_step(log: Log, number: int, match: re.Match) -> None:
         values["train_loss"] = float(loss[1])
     if "train_time" not in values and "t" in values:
         values["train_time"] = values["t"]  # some scripts shorten it
-    log.steps.append(StepLine(number, int(step), values, int(of or 0) or None))
+    log.steps.append(StepLine(number, int(step), values))
 
 
 def read_score(log: Log, number: int, match: re.Match) -> None:

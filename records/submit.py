@@ -38,9 +38,9 @@ from common import (
     TRACKS,
     InputError,
     Parser,
+    facts_of,
     is_number,
     markdown_table,
-    mean_std,
     need,
     read_json,
     run_tool,
@@ -241,7 +241,7 @@ def prove_configuration(baked: bytes, run: Run):
     mend = "was the log's config line or source changed?"
     for key, value in recorded_settings(run).items():
         need(getattr(config, key) == value, f"the baked {run.script}", f"{key}={value}", getattr(config, key), mend)
-    found, stated = module.config_sha256(config), run.result["config_sha256"]
+    found, stated = module.config_sha256(config), str(run.result["config_sha256"])
     need(found == stated, f"the baked {run.script}", f"the run's configuration ({stated[:12]})", found[:12], mend)
     need(config.seed == run.seed, f"the baked {run.script}", f"seed {run.seed}", config.seed, mend)
     return module
@@ -326,37 +326,18 @@ def requirements(run: Run) -> str:
     return "".join(f"{name}=={pins[name].split('+')[0]}\n" for name in names if name in pins)
 
 
-def seed_result(run: Run) -> dict:
-    """A seed's entry in submission.json."""
-    same = {key: run.result[key] for key in ("val_loss", "val_bpb", "steps", "tokens", "train_flops")}
-    times = {"train_time_s": run.result["train_time_ms"] / 1000, "eval_time_s": run.result["eval_time_ms"] / 1000}
-    sizes = {"val_bpb_before_export": run.result["val_bpb_raw"], "artifact_bytes": run.result["bytes_artifact"]}
-    return same | times | sizes
-
-
 def summary(runs: list[Run], args, code_bytes: int) -> dict:
     """submission.json: the keys of the challenge's recent records, and a few of ours behind them."""
-    bpb, bpb_std = mean_std([run.result["val_bpb"] for run in runs])
-    loss, loss_std = mean_std([run.result["val_loss"] for run in runs])
     first, framework = runs[0].result, runs[0].result["framework"]
     artifact = max(run.result["bytes_artifact"] for run in runs)
     total = artifact + (0 if runs[0].count_code == "0" else code_bytes)
     return {
         **{key: getattr(args, key) for key in ("author", "github_id", "name", "date", "track")},
-        "val_loss": loss,
-        "val_bpb": bpb,
-        "val_loss_std": loss_std,
-        "val_bpb_std": bpb_std,
-        "seeds": [run.seed for run in runs],
-        "seed_results": {str(run.seed): seed_result(run) for run in runs},
+        **facts_of([run.result for run in runs]),
         "bytes_total": total,
         "bytes_code": code_bytes,
         "bytes_model": artifact,
-        "hardware": f"{first['world_size']} x {first['device']}",
-        "framework": framework,
         "pytorch_version" if framework == "torch" else "mlx_version": first["versions"][framework],
-        "train_flops": mean_std([run.result["train_flops"] for run in runs])[0],
-        **{key: first[key] for key in ("layout", "params_stored", "dataset", "val_tokens")},
         "compliance": {
             "train_under_600s": max(run.train_ms for run in runs) <= CHALLENGE_MS,
             "eval_under_600s": max(run.result["eval_time_ms"] for run in runs) <= CHALLENGE_MS,
@@ -495,8 +476,10 @@ def need_free(home: Path, replace: bool) -> None:
 
 
 def git_setting(name: str) -> str:
-    found = subprocess.run(["git", "config", name], capture_output=True, text=True, cwd=ROOT)
-    return found.stdout.strip() if found.returncode == 0 else ""
+    try:
+        return subprocess.run(["git", "config", name], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def a_date(text: str) -> bool:

@@ -48,7 +48,6 @@ TOOLS = """## Tools
 | command | what it does |
 |---|---|
 | `python records/ablate.py records/ablations/NAME.toml` | run a declared matrix, or go on with it; table and picture |
-| `python records/switch.py records/does_recurrence_pay/NAME.toml` | train, and look closely at every switch of passes |
 | `python records/exports.py records/exports/NAME.toml` | export trained models in many ways; table and picture |
 | `python records/record.py --name ... --track ...` | a run a seed, then the record folder |
 | `python records/submit.py logs/RUN... --track ... --name ...` | finished runs (one a seed) into a record folder |
@@ -223,6 +222,7 @@ def export_rows(home: Path) -> list[list[str]]:
         plan = read_plan(path)
         if (plan.home / "README.md").is_file():
             lines = read_lines(plan)
+            lines = [line for line in lines if "gap" in line]  # and not of a model that was missing
             mark = "" if all(line.get("shuffle") for line in lines) else MARK
             rows.append([page_link(plan.home, "exports") + mark, first_sentence(plan.about), plan.models, len(lines)])
     return rows

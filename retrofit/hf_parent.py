@@ -109,6 +109,10 @@ def from_hub(name: str, revision: str | None) -> Path:
 # Checking it ----------------------------------------------------------------------------------------------------------
 
 
+def layers_of(config: dict) -> int | None:
+    return config.get("num_hidden_layers") or config.get("n_layer")
+
+
 def read_config(folder: Path) -> dict:
     """The parent's config.json. Raises InputError for a family that was not tried."""
     read_json(folder / "config.json", "a Hugging Face model's configuration")
@@ -120,6 +124,8 @@ def read_config(folder: Path) -> dict:
         why = "indexes its layers by number" if family == "gemma3_text" else "is untested"
         known = ", ".join(recurrent.FAMILIES)
         raise InputError(f"{folder}: model_type: expected one of {known}, found {family}, which {why}")
+    for name, value in (("num_hidden_layers", layers_of(config)), ("vocab_size", config.get("vocab_size"))):
+        need(isinstance(value, int) and value > 0, f"{folder}: {name}", "a whole number above 0", value)
     if not list(folder.glob("model*.safetensors")):
         raise InputError(f"{folder}: expected model*.safetensors, found none; save the model with safe_serialization")
     return config
@@ -328,11 +334,11 @@ def make(args) -> int:
         config = read_config(folder)
         tokenizer = read_tokenizer(folder, config)
         check_room(folder, out)
-        count = config.get("num_hidden_layers") or config["n_layer"]
+        count = layers_of(config)
         layers = chosen_layers(args.drop, count)
         if args.layout:
             check_layout(args.layout, len(layers))
-        parent, _ = load_model(folder, lazy=True)
+        parent, _ = load_whole(folder)
         ids = probe_ids(tokenizer, args.text, config["vocab_size"])
         recurrence = {"layers": layers if args.drop else [], "inject": args.inject, "gate": args.gate}
         model = grown(parent, config, recurrence | {"layout": f"0+{len(layers)}x1+0"})
@@ -379,6 +385,15 @@ def wide(stored: mx.Dtype) -> mx.Dtype:
     return hf_backend.compute_dtype(stored) if mx.issubdtype(stored, mx.floating) else stored
 
 
+def load_whole(folder: Path, **options):
+    """(model, config) of a folder, by mlx-lm. Raises InputError."""
+    try:
+        return load_model(folder, lazy=True, **options)
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{folder}: expected a whole model, found {reason}; get it or make it again") from None
+
+
 def opened(folder: Path, **model_config):
     """(model, tokenizer, config) of a folder that `make` wrote, in the dtype to compute in. Raises InputError."""
     config = read_json(folder / "config.json", "a folder that hf.py make wrote")
@@ -387,17 +402,10 @@ def opened(folder: Path, **model_config):
     tokenizer = read_tokenizer(folder, config)
     size = stored_bytes(folder) * (2 if hf_backend.ON_CPU else 1)
     hf_backend.require_memory({"weights": size}, "take a smaller or a 4-bit parent")
-    try:
-        # Our own model class in place of the folder's recurrent.py: no code of a folder runs here.
-        model, config = load_model(
-            folder,
-            lazy=True,
-            model_config=model_config | {"model_file": None},
-            get_model_classes=lambda config: (recurrent.Model, recurrent.ModelArgs),
-        )
-    except (ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{folder}: expected a whole model, found {reason}; make it again") from None
+    # Our own model class in place of the folder's recurrent.py: no code of a folder runs here.
+    classes = (recurrent.Model, recurrent.ModelArgs)
+    config = model_config | {"model_file": None}
+    model, config = load_whole(folder, model_config=config, get_model_classes=lambda config: classes)
     floating = [w.dtype for _, w in tree_flatten(model.model.parameters()) if mx.issubdtype(w.dtype, mx.floating)]
     model.stored_dtype = floating[0]  # to write trained weights in
     widened(model)

@@ -254,6 +254,22 @@ def test_two_queues_do_not_run_one_matrix(home, capsys):
         tool.kill()
 
 
+def test_two_matrices_of_one_name_do_not_share_their_runs(home, capsys):
+    """Nor does one delete what the other has trained."""
+    path = write(home, MATRIX)
+    assert run(path) == 0
+    (home / "elsewhere").mkdir()
+    other = home / "elsewhere" / path.name
+    other.write_text(path.read_text())
+    assert run(other) == 1 and f"expected runs of {other}, found those of {path}" in capsys.readouterr().err
+    assert run(path) == 0
+
+
+def test_without_git_a_script_is_of_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert ablate.of_commit("HEAD", "train_gpt.py") is None
+
+
 def test_a_run_that_diverges_is_a_result_and_a_failure_is_not(home, capsys):
     path = write(home, MATRIX + "[arms.wild]\nmatrix_lr = 1e6\n[arms.unlucky]\nmatrix_lr = 13.0\n")
     assert run(path) == 1

@@ -131,10 +131,12 @@ def write_ours(home: Path, track: str = "local", count_code: str = "1") -> Path:
         OURS + SOURCE_END,
         f"config: {json.dumps(config)}",
         f"run: logs/a  script: torch  sha256: {sha256}  preset: record",
+        "device: cpu  processes: 1  dtype: float32  compiled: False",
         "data: ./data/x  train tokens: 9000 in 1 shards  val tokens: 4096  val bytes: 10000",
         *lines,
         f"final_int6_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:35ms",
         f"final_int6_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}",
+        f"score:    {bpb:.4f} bits per byte from disk (2.0000 before export, 3 passes)",
         f"size:     {code + 5000} bytes of 16000000: PASS (code {code}{counted} + artifact 5000, 5.391 bits a weight)",
         "training: 20 steps, 5120 tokens, 9e+14 FLOPs, 2.0 s, 1554 tok/s, peak memory 1547 MiB",
     ]
@@ -143,15 +145,14 @@ def write_ours(home: Path, track: str = "local", count_code: str = "1") -> Path:
         "seed": 7, "steps": 20, "val_tokens": 4096, "val_loss": loss, "val_bpb": bpb, "bytes_code": code,
         "bytes_artifact": 5000, "bytes_total": code + 5000, "complete": True, "dataset": "x",
         "layout": "5x3", "eval_time_ms": 35, "train_time_ms": 2005, "train_flops": 9.04e14, "tokens": 5120,
-        "script_sha256": sha256, "count_code": count_code,
+        "script_sha256": sha256, "count_code": count_code, "val_bpb_raw": 2.0, "device": "cpu", "world_size": 1,
+        "framework": "torch", "params_stored": 900, "loops": 3, "eval_loops": 3,
     }  # fmt: skip
     (folder / "result_seed7.json").write_text(json.dumps(result))
     (folder / "metrics_seed7.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = {
-        "author": "Ada", "github_id": "ada", "name": "Ours", "date": "2026-04-01", "track": track, "val_loss": loss,
-        "val_bpb": bpb, "val_bpb_std": None, "seeds": [7], "bytes_code": len(baked), "train_flops": 9e14,
-        "bytes_total": (len(baked) if code else 0) + 5000,
-        "seed_results": {"7": {"val_loss": loss, "val_bpb": bpb, "steps": 20, "artifact_bytes": 5000}},
+    facts = common.facts_of([result]) | {
+        "author": "Ada", "github_id": "ada", "name": "Ours", "date": "2026-04-01", "track": track,
+        "bytes_code": len(baked), "bytes_total": (len(baked) if code else 0) + 5000,
     }  # fmt: skip
     (folder / "submission.json").write_text(json.dumps(facts))
     (folder / "README.md").write_text(f"# Ours\n\n**val_bpb {bpb:.4f}** (1 seed)\n")
@@ -575,7 +576,14 @@ OUR_FAULTS = {
     "NaN in the result": (put("result_seed7.json", '"val_loss": 3.5', '"val_loss": NaN'), "our_numbers"),
     "complete as text": (put("result_seed7.json", "true", '"true"'), "our_numbers"),
     "complete left out": (put("result_seed7.json", '"complete"', '"whole"'), "our_numbers"),
-    "a device that no log states": (put("result_seed7.json", '"steps"', '"device": "cpu", "steps"'), "our_numbers"),
+    "another device": (put("result_seed7.json", '"device": "cpu"', '"device": "H100"'), "our_numbers"),
+    "more passes in scoring": (put("result_seed7.json", '"eval_loops": 3', '"eval_loops": 6'), "our_numbers"),
+    "a result without its raw score": (put("result_seed7.json", '"val_bpb_raw"', '"raw"'), "our_facts"),
+    "hardware": (put("submission.json", "1 x cpu", "8 x H100"), "our_facts"),
+    "the score before export": (lambda f: set_facts(f, val_bpb=2.0), "our_facts"),
+    "a seed left out": (lambda f: set_facts(f, seeds=[], seed_results={}), "our_facts"),
+    "a seed's tokens": (put("submission.json", '"tokens": 5120', '"tokens": 6120'), "our_facts"),
+    "another score on the page": (put("README.md", "val_bpb 2.", "val_bpb 1."), "our_facts"),
     "tokens in the result": (put("result_seed7.json", "5120", "5121"), "our_numbers"),
     "FLOPs in the result": (put("result_seed7.json", "904", "914"), "our_numbers"),
     "empty metrics": (write("metrics_seed7.jsonl", ""), "our_numbers"),
@@ -617,17 +625,17 @@ def test_weights_alone_count_where_the_track_says_so(tmp_path, monkeypatch):
     set_facts(folder, bytes_total=5000 + len(OURS))
     assert found(folder) == {"cap": "error", "total_bytes": "warning"}
     set_facts(folder, bytes_total=5000, train_flops=2e15)
-    assert found(folder) == {"flops": "error"}
+    assert found(folder) == {"flops": "error", "our_facts": "error"}
     edit(folder, "submission.json", "2000000000000000.0", '"2e15 FLOPs"')
-    assert found(folder) == {"flops": "error"}
+    assert found(folder) == {"flops": "error", "our_facts": "error"}
     drop_fact(folder, "train_flops")
-    assert found(folder) == {}  # result_seed7.json states them, too
+    assert found(folder) == {"our_facts": "error"}  # result_seed7.json states them, too
     edit(folder, "result_seed7.json", "904", "1904")
-    assert found(folder) == {"flops": "error", "our_numbers": "error"}
+    assert found(folder) == {"flops": "error", "our_numbers": "error", "our_facts": "error"}
     edit(folder, "result_seed7.json", "train_flops", "flops")
-    assert found(folder) == {"flops": "error", "our_numbers": "error"}
+    assert found(folder)["our_numbers"] == "error"
     edit(folder, "result_seed7.json", '"flops": 1904', '"train_flops": 904')
-    set_facts(folder, train_flops=9e14)
+    set_facts(folder, **common.facts_of([json.loads((folder / "result_seed7.json").read_text())]))
     monkeypatch.setitem(common.TRACKS, "tiny", common.Track("", 4999, False, fineweb=False))
     assert found(folder) == {"cap": "error"}
     assert found(folder, track="local") == {}  # which goes by the runs
@@ -649,16 +657,17 @@ def test_the_scale_model_is_scored_by_its_rules(tmp_path, monkeypatch):
     for name in ("submission.json", "result_seed7.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(re.sub(r'"train_flops": [\de.+]+', '"train_flops": 5e13', text))
-    edit(folder, "result_seed7.json", '"layout"', '"loops": 3, "eval_loops": 9, "layout"')
+    edit(folder, "result_seed7.json", '"eval_loops": 3', '"eval_loops": 9')
+    edit(folder, "train_seed7.log", ", 3 passes)", ", 9 passes)")
     assert found(folder) == {}
-    for name, old, new in (
-        ("train_seed7.log", "val bytes: 500000", "val bytes: 499999"),
-        ("train_seed7.log", '"eval_stride": 0', '"eval_stride": 64'),
-        ("result_seed7.json", '"eval_loops": 9', '"eval_loops": 10'),
-        ("result_seed7.json", '"loops": 3', '"loops": null'),
+    for name, old, new, more in (
+        ("train_seed7.log", "val bytes: 500000", "val bytes: 499999", {}),
+        ("train_seed7.log", '"eval_stride": 0', '"eval_stride": 64', {}),
+        ("result_seed7.json", '"eval_loops": 9', '"eval_loops": 10', {"our_numbers": "error"}),
+        ("result_seed7.json", '"loops": 3', '"loops": null', {"our_numbers": "error"}),
     ):
         edit(folder, name, old, new)
-        assert found(folder) == {"evaluation": "error"}, new
+        assert found(folder) == {"evaluation": "error"} | more, new
         edit(folder, name, new, old)
     monkeypatch.setitem(common.TRACKS, "mini", common.mini("", 4999, 4e13))
     assert found(folder) == {"cap": "error", "flops": "error"}

@@ -417,7 +417,25 @@ def test_the_scale_models_dataset_is_cut_out_of_another(tmp_path, docs, tokenize
     monkeypatch.setattr(mini, "HELD_OUT", 10**9)
     one_error(lambda: mini.main(["--source", str(source), "--name", "more"]), "1,000,000,000", "give more text")
     one_error(lambda: mini.main(["--source", str(tmp_path / "none")]), "expected a dataset", "data/fineweb.py")
+    for name in ("whole", "a/b", ".", ".."):  # the source itself, which it would cut down, and what is no name
+        one_error(lambda name=name: mini.main(["--source", str(source), "--name", name, "--force"]), "--name")
     assert sorted(path.name for path in (tmp_path / "datasets").iterdir()) == ["small", "whole"]
+
+
+def test_a_stop_between_two_renames_keeps_the_old_dataset(tmp_path, monkeypatch):
+    folder, real = tmp_path / "d", layout.os.replace
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def replace(source, target):
+        if target == folder and str(source).endswith(".part"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(layout.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), layout.building(folder, replace=True):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["d", "d/old"]
 
 
 def test_a_failed_run_keeps_the_old_dataset_and_clears_what_a_killed_one_left(tmp_path, docs, tokenizer):

@@ -161,6 +161,7 @@ def test_other_script_and_missing_weights(data, plan):
     [
         ("quant_loss = [0.01, 0.1]", "matrix_lr = 1", r"\[exports.trellis\] matrix_lr: expected one of bytes_cap"),
         ("quant_loss = [0.01, 0.1]", "quant_sigma = 1", r"\[exports.trellis\] quant_sigma: expected one of"),
+        ("quant_loss = [0.01, 0.1]", 'quant_loss = "low"', r'QUANT_LOSS \(flag\): expected a number, found "low"'),
         ('quantizer = "trellis"', 'quantizer = "gptq"', "QUANTIZER: expected one of absmax, trellis"),
         ("calib_tokens = 512", "seed = 1", r"\[base\] seed: expected one of"),
         ('models = "tiny"', "", "models: expected a value, found none"),
