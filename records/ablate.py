@@ -66,7 +66,7 @@ from common import (
     write_text,
 )
 from draw import COLORS, canvas, draw_line, draw_validation, save_picture, tidy, zoom
-from logs import SOURCE_END, read_log, read_metrics
+from logs import SOURCE_END, read_metrics
 
 BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
 KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int)
@@ -85,8 +85,6 @@ MEANS = {  # columns of the report: key of a result, its unit, how it is written
     "FLOPs": ("train_flops", 1, ".3g"),
     "minutes": ("train_time_ms", 6e4, ".1f"),
 }
-CONTIGUOUS = """**Made with contiguous data: every step read one chapter of the text. Compare these numbers with each \
-other only.**"""
 
 
 @dataclass
@@ -601,9 +599,8 @@ def notes(matrix: Matrix, finished: list[tuple[Run, dict]]) -> list[str]:
     """What a reader of the table must know."""
     diverged = [f"`{run.name}`: {result['diverged']}" for run, result in finished if "diverged" in result]
     results = [result for _, result in finished if "diverged" not in result]
-    configs = [read_log(run.home / "train.log").config or {} for run, _ in finished]
     left, partial = len(matrix.runs()) - len(finished), sum(not result["complete"] for result in results)
-    said = [] if all(config.get("shuffle") for config in configs) else [CONTIGUOUS]
+    said = []
     if left:
         said.append(f"**{left} of {len(matrix.runs())} runs are still to be done.**")
     if diverged:

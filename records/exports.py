@@ -7,7 +7,7 @@ A plan, NAME.toml (settings are those of the script, in lower case; a list means
 
     about = "Which quantizer loses least?"        # opens the report
     script = "train_gpt.py"                       # or train_gpt_mlx.py
-    models = "layouts_128"                        # a finished matrix of records/ablate.py; weights in logs/layouts_128/
+    models = "mini10_x4"                          # a finished matrix of records/ablate.py; weights in logs/mini10_x4/
     runs = ["no_loop", "band"]                    # its arms; MATRIX/ARM for one of another matrix
     seeds = [1337, 42, 2025]
     [base]                                        # settings of every export
@@ -19,7 +19,7 @@ A plan, NAME.toml (settings are those of the script, in lower case; a list means
 Every export is written to disk with the script's own functions, read back and scored on the whole validation set, as
 at the end of a run; calibration reads the first training tokens. NAME/exports.jsonl gets a line each, so that the same
 command goes on after an interruption. Scores of weights before export and calibrations are found once a model. A model
-that diverged is skipped, with a line that says so. A plan with `closed = "reason"` is a record: it is only reported.
+that diverged is skipped, with a line that says so.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ import sys
 import time
 from pathlib import Path
 
-from ablate import CONTIGUOUS, SCRIPTS, check_keys, checker, load_script, sha256
+from ablate import SCRIPTS, check_keys, checker, load_script, sha256
 from common import (
     RECORDS,
     ROOT,
@@ -54,7 +54,7 @@ from draw import canvas, draw_line, save_picture, tidy
 from logs import read_log
 
 LOGS, MATRICES = ROOT / "logs", RECORDS / "ablations"
-KEYS = dict(about=str, script=str, models=str, runs=list, seeds=list, base=dict, exports=dict, closed=str)
+KEYS = dict(about=str, script=str, models=str, runs=list, seeds=list, base=dict, exports=dict)
 MACHINE = "data_path tokenizer_path val_max_tokens device dtype microbatch_tokens".split()  # more that a base may set
 NOT_EXPORTED = ("mode", "preset", "run_id", "resume", "artifact", "checkpoint", "init_from", "compile")
 
@@ -69,7 +69,6 @@ class Plan:
     base: dict[str, object]
     exports: list[tuple[str, dict[str, object]]]  # kind and settings of each
     script: str
-    closed: str
 
     @property
     def home(self) -> Path:
@@ -105,7 +104,7 @@ def read_plan(path: Path) -> Plan:
     need(script in SCRIPTS, "script", " or ".join(SCRIPTS), script)
     need(seeds and all(type(seed) is int for seed in seeds), "seeds", "whole numbers", seeds)
     parts = (toml.get("about", ""), toml["models"], toml["runs"], seeds, toml.get("base", {}), exports, script)
-    return Plan(path, *parts, toml.get("closed", "").strip())
+    return Plan(path, *parts)
 
 
 def check_settings(plan: Plan, script) -> None:
@@ -225,7 +224,6 @@ def append(plan: Plan, line: dict) -> None:
 
 def work(plan: Plan) -> None:
     """Exports what is missing. Raises InputError, at the end where only some models are missing."""
-    need(not plan.closed, short(plan.path), "an open plan", f"a record: {plan.closed}")
     script = load_script(plan.script)
     check_settings(plan, script)
     source, lines = sha256(script.script_source()), read_lines(plan)
@@ -278,7 +276,7 @@ def summarize(plan: Plan, lines: list[dict]) -> tuple[list[list[str]], dict[tupl
         (run, kind, settings), found = key, groups[key]
         gap, std = mean_std([line["gap"] for line in found])
         size = average(found, "bytes_artifact")
-        aims = [line.get("loss_aimed", line.get("loss")) for line in found]  # "loss" in old lines
+        aims = [line["loss_aimed"] for line in found]
         bits = number(average(found, "bits_per_weight"), ".3f")
         scores = [number(average(found, "val_bpb")), number(gap), number(std)]
         aim = number(statistics.fmean(aims)) if all(aims) else ""
@@ -289,12 +287,7 @@ def summarize(plan: Plan, lines: list[dict]) -> tuple[list[list[str]], dict[tupl
 
 def notes(plan: Plan, lines: list[dict], left: int) -> list[str]:
     """What a reader of the table must know."""
-    said = [] if all(line.get("shuffle") for line in lines if "gap" in line) else [CONTIGUOUS]
-    if plan.closed:
-        said.append(f"**A record: {plan.closed}**")
-    if left:
-        state = "were not made" if plan.closed else "are still to be done"
-        said.append(f"**{left} of {len(plan.wanted())} exports {state}.**")
+    said = [f"**{left} of {len(plan.wanted())} exports are still to be done.**"] if left else []
     skipped = [f"`{line['run']}` seed {line['seed']}: {line['skipped']}" for line in lines if "skipped" in line]
     if skipped := dict.fromkeys(skipped):
         said.append(f"**Left out:** {'; '.join(skipped)}.")
@@ -319,7 +312,7 @@ def report(plan: Plan) -> str:
     settings = " ".join(f"`{name}={value}`" for name, value in plan.base.items()) or "the script's own"
     places = ", ".join(f"`{plan.place(run)}`" for run in plan.runs)
     commits, devices = (", ".join(sorted({str(line[key]) for line in lines})) for key in ("commit", "device"))
-    again = "" if plan.closed else f"Again, with that script: `python records/exports.py {short(plan.path)}`. "
+    again = f"Again, with that script: `python records/exports.py {short(plan.path)}`. "
     text = f"""<!-- written by records/exports.py from {plan.path.name} and exports.jsonl -->
 # {plan.path.stem}
 

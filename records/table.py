@@ -29,9 +29,7 @@ from common import (
 )
 from draw import COLORS, canvas, draw_validation, save_picture, tidy, zoom
 from exports import read_lines, read_plan
-from logs import read_log
 
-MARK = " (contiguous data)"
 HEAD = """<!-- written by records/table.py -->
 # Records
 
@@ -39,8 +37,6 @@ Every folder holds the logs that the script wrote, what was computed from them, 
 configuration baked in. `val_bpb` is of the artifact as read back from disk, the mean over seeds; lower is better. p:
 Welch's t-test (two-sided) against the best record of the same track and dataset; – where there are too few seeds.
 
-What is marked "contiguous data" was trained before the sequences were shuffled: every step read one contiguous chapter,
-so compare these with each other only.
 [HISTORY.md](HISTORY.md): what has left this tree, what it showed, and where it lies.
 """
 TOOLS = """## Tools
@@ -84,12 +80,6 @@ counts that cannot be, logs that were stitched, numbers without runs, mixed seed
 """
 
 
-def contiguous(logs: list[Path]) -> bool:
-    """Whether a run of ours read its training text in order; scripts before the setting `shuffle` all did."""
-    configs = [read_log(path).config for path in logs if path.is_file()]
-    return any(config is not None and not config.get("shuffle") for config in configs)
-
-
 @dataclass
 class Record:
     folder: Path
@@ -125,10 +115,6 @@ class Record:
     def name(self) -> str:
         return str(self.facts.get("name") or self.folder.name)
 
-    @cached_property
-    def mark(self) -> str:
-        return MARK if contiguous(sorted(self.folder.glob("train_seed*.log"))) else ""
-
 
 def read_records(home: Path, track: str) -> list[Record]:
     """The record folders of a track, best first, those without a score last. Raises InputError for broken JSON."""
@@ -148,14 +134,14 @@ def by_dataset(records: list[Record]) -> dict[str, list[Record]]:
 
 
 def track_table(records: list[Record], home: Path) -> str:
-    """One dataset's records; p compares each with the best that read its data in the same way."""
+    """One dataset's records; p compares each with the best."""
     rows = []
+    best = records[0]
     for record in records:
-        best = next(other for other in records if other.mark == record.mark)
         mean, std = mean_std(record.scores) if record.scores else (None, None)
         size = record.facts.get("bytes_total")
         p = "" if record is best else p_text(welch_p(record.scores, best.scores)) if record.scores else "–"
-        link = f"[{record.name}]({record.folder.relative_to(home).as_posix()}/README.md){record.mark}"
+        link = f"[{record.name}]({record.folder.relative_to(home).as_posix()}/README.md)"
         layout = next((f"`{row['layout']}`" for row in record.results if row.get("layout")), "–")
         size = f"{size:,}" if isinstance(size, int) else "–"
         more = [record.facts.get(key) or "–" for key in ("hardware", "date")]
@@ -209,9 +195,8 @@ def ablation_rows(home: Path) -> list[list[object]]:
                 arms.setdefault(run.arm, []).append(result["val_bpb"])
         best = min(arms, key=lambda arm: mean_std(arms[arm])[0], default=None)
         score = "–" if best is None else f"`{best}` {mean_std(arms[best])[0]:.4f} (n = {len(arms[best])})"
-        mark = MARK if contiguous([run.home / "train.log" for run, _ in finished]) else ""
         budget, done = f"{matrix.budget[1]:.3g} {matrix.budget[0]}", f"{len(finished)}/{len(matrix.runs())}"
-        rows.append([page_link(matrix.home, "ablations") + mark, first_sentence(matrix.about), budget, done, score])
+        rows.append([page_link(matrix.home, "ablations"), first_sentence(matrix.about), budget, done, score])
     return rows
 
 
@@ -221,10 +206,8 @@ def export_rows(home: Path) -> list[list[str]]:
     for path in sorted((home / "exports").glob("*.toml")):
         plan = read_plan(path)
         if (plan.home / "README.md").is_file():
-            lines = read_lines(plan)
-            lines = [line for line in lines if "gap" in line]  # and not of a model that was missing
-            mark = "" if all(line.get("shuffle") for line in lines) else MARK
-            rows.append([page_link(plan.home, "exports") + mark, first_sentence(plan.about), plan.models, len(lines)])
+            lines = [line for line in read_lines(plan) if "gap" in line]  # and not of a model that was missing
+            rows.append([page_link(plan.home, "exports"), first_sentence(plan.about), plan.models, len(lines)])
     return rows
 
 

@@ -566,17 +566,6 @@ def test_committed_matrices_are_in_order():
             assert (run.home / "train.log").read_text().startswith("config: {")
 
 
-def test_contiguous_data_is_marked(home):
-    mark = "**Made with contiguous data: every step read one chapter of the text."
-    path = write(home, MATRIX)
-    assert run(path) == 0 and mark not in (path.with_suffix("") / "README.md").read_text()
-    log = path.with_suffix("") / "low_seed1" / "train.log"
-    log.write_text(log.read_text().replace(', "shuffle": true', ""))  # of before there was such a setting
-    assert run(path, "--report") == 0 and mark in (path.with_suffix("") / "README.md").read_text()
-    path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nshuffle = false'), "c.toml")
-    assert run(path) == 0 and mark in (path.with_suffix("") / "README.md").read_text()
-
-
 @pytest.mark.parametrize("text", ["{}", "[]", '{"val_bpb": null}', '{"val_bpb": "2"}', "{"])
 def test_a_broken_result_is_one_line(home, capsys, text):
     path = write(home, ONE)

@@ -23,7 +23,6 @@ quantizer = "absmax"
 quantizer = "trellis"
 quant_loss = [0.01, 0.1]
 """
-CONTIGUOUS = "**Made with contiguous data: every step read one chapter of the text."
 
 
 @pytest.fixture
@@ -100,11 +99,7 @@ def test_exports_resume_and_report(data, plan, capsys, monkeypatch):
     row = next(line for line in table.splitlines() if "| loss=0.01 | 2 |" in line)
     assert f"| {mean:.4f} |" in row and "| trellis |" in row and row.endswith("| 0.0100 |")
     assert (plan.with_suffix("") / "exports.png").stat().st_size > 5000
-    assert "still to be done" not in table and CONTIGUOUS not in table
-    lines.write_text(lines.read_text().replace('"shuffle": true, ', "").replace("loss_aimed", "loss"))  # as before
-    assert exports.main([str(plan), "--report"]) == 0
-    table = (plan.with_suffix("") / "README.md").read_text()
-    assert CONTIGUOUS in table and row in table
+    assert "still to be done" not in table
 
 
 def test_a_model_that_diverged_is_skipped_with_a_line(data, plan, capsys, monkeypatch):
@@ -176,24 +171,7 @@ def test_refusals(plan, old, new, expected):
         exports.main([str(plan)])
 
 
-@pytest.mark.parametrize("name", ["quantizers_128", "widths_128"])
-def test_old_plans_are_records(name, tmp_path):
-    """Their page is written again from their lines, without a script; nothing is added to them."""
-    home = ROOT / "records" / "exports"
-    path = tmp_path / f"{name}.toml"
-    path.write_bytes((home / path.name).read_bytes())
-    with pytest.raises(exports.InputError, match="expected an open plan, found a record: made with the script of"):
-        exports.main([str(path)])
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "exports.jsonl").write_bytes((home / name / "exports.jsonl").read_bytes())
-    assert exports.main([str(path), "--report"]) == 0
-    text = (tmp_path / name / "README.md").read_text()
-    assert text == (home / name / "README.md").read_text()
-    assert CONTIGUOUS in text and "exports were not made" in text and "Again:" not in text
-    assert (tmp_path / name / "exports.png").read_bytes()[:4] == b"\x89PNG"
-
-
 def test_the_trial_plan_fits_the_script():
     plan = exports.read_plan(ROOT / "records" / "exports" / "smoke.toml")
     exports.check_settings(plan, exports.load_script("train_gpt.py"))
-    assert len(plan.exports) == 3 and not plan.closed
+    assert len(plan.exports) == 3
