@@ -2537,7 +2537,7 @@ def write_export(run: Run, curvature: Curvature | None) -> Export:
     """Every process rounds its share of the tensors; the first writes the artifact and the model."""
     c, log, loops, weights = run.config, run.log, run.state.loops, run.engine.weights()
     code = together(run.engine, lambda: code_size(c.count_code), first_only=True)
-    share = functools.partial(share_out, run.engine)
+    share = functools.partial(share_out, run.engine)  # whose exchange within this one holds: all raise what one does
     made = together(run.engine, lambda: export_model(c, weights, loops, curvature, code, share))
 
     def write() -> None:

@@ -335,14 +335,14 @@ class Run(TrainingCallback):
             )
         try:
             tensors, meta = mx.load(str(path), return_metadata=True)
-        except (RuntimeError, ValueError) as error:
+            self.first = int(meta["step"])
+        except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(f"{path}: expected a checkpoint, found {error}; begin again with --restart") from None
         weights = [(k.removeprefix("weights."), w) for k, w in tensors.items() if k.startswith("weights.")]
         state = [(k.removeprefix("optimizer."), w) for k, w in tensors.items() if k.startswith("optimizer.")]
         self.model.load_weights(weights, strict=False)
         self.optimizer.init(self.model.trainable_parameters())
         self.optimizer.state = tree_unflatten(state)
-        self.first = int(meta["step"])
 
     # Steps
 

@@ -317,7 +317,7 @@ def run(args) -> dict:
 
 
 def unpack_wheels(out: Path) -> dict[str, str]:
-    """The environment of the stages: with what lies in wheels/, where it is not installed."""
+    """The environment of the stages: with what lies in wheels/, which goes before what is installed."""
     for wheel in sorted((ROOT / "wheels").glob("*.whl")):
         zipfile.ZipFile(wheel).extractall(out / "site")
     more = [str(out / "site")] if (out / "site").is_dir() else []
