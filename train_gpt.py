@@ -570,8 +570,8 @@ def transfer_weights(c: Config, theirs: dict[str, np.ndarray], their_config: dic
     for name in ("rotary_dims", "norm_scale", "mlp_slope", "xsa"):  # no weight's shape shows these
         asked, stated = getattr(c, name), their_config[name]
         require(asked == stated, f"INIT_FROM: {name.upper()}", f"the file's {stated}", asked, "write that of the file")
-    rank = their_config["lora_rank"] if layout.loops > 1 else 0
-    require(c.lora_rank == rank or not rank, "INIT_FROM: LORA_RANK", f"the file's {rank}", c.lora_rank, "write it")
+    rank, mend = their_config["lora_rank"], "write that, or make a file of this layout by retrofit/convert.py"
+    require(c.lora_rank == rank or not rank, "INIT_FROM: LORA_RANK", f"the file's {rank}", c.lora_rank, mend)
     mend = "MODEL_DIM, NUM_HEADS, NUM_KV_HEADS, MLP_MULT, VOCAB_SIZE and PASS_VECTORS must be those of the file"
     for name, value in theirs.items():
         mine = weights.get(name)
@@ -2578,7 +2578,7 @@ def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
 
 def read_artifact(path: Path, data: bytes | None = None) -> Artifact:
     """The artifact at `path`, or in what was read there. Raises InputError on anything unexpected."""
-    data, mend = data or path.read_bytes(), "the file is damaged or not an artifact of this project"
+    data, mend = path.read_bytes() if data is None else data, "the file is damaged or not an artifact of this project"
     require(len(data) >= ARTIFACT_HEAD.size + 32, path, "an artifact", f"{len(data)} bytes", mend)
     magic, version, head_bytes = ARTIFACT_HEAD.unpack_from(data)
     require(magic == ARTIFACT_MAGIC, path, f"magic {ARTIFACT_MAGIC!r}", repr(magic), mend)
@@ -2714,10 +2714,10 @@ def score_passes(run: Run, others: list[int]) -> dict[str, float]:
     found = {}
     for loops in others:
         loss = evaluate(run.config, run.engine, run.score.tokens, loops, run.stop)
-        if loss is not None:
-            bpb = run.score.bpb(loss)
-            run.log.line(f"loops:{loops} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{run.score.label}")
-            found |= {str(loops): bpb} if math.isfinite(bpb) else {}
+        scored = loss is not None and math.isfinite(loss)
+        found |= {str(loops): run.score.bpb(loss)} if scored else {}
+        said = f"val_loss:{loss:.4f} val_bpb:{found[str(loops)]:.4f}{run.score.label}" if scored else "no score"
+        run.log.line(f"loops:{loops} {said}")
     return found
 
 

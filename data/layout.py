@@ -126,11 +126,11 @@ def building(folder: Path, replace: bool):
         if folder.exists():
             os.replace(folder, old)
         os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         if old.exists() and not folder.exists():  # stopped between the two
             os.replace(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def refuse_existing(folder: Path, replace: bool) -> None:

@@ -44,7 +44,7 @@ def link(path: Path, place: Path) -> None:
 
 def build(source: Path, name: str, force: bool) -> tuple[Path, Path]:
     """Makes datasets/<name> beside `source`; returns its folder and the path of its tokenizer."""
-    plain = name == Path(name).name and not name.startswith(".") and name != source.name
+    plain = name and name == Path(name).name and not name.startswith(".") and name != source.name
     need(plain, "--name", f"a plain folder name other than {source.name}", repr(name), "choose another")
     manifest = layout.manifest_of(source)
     mend = "run python data/fineweb.py --train-shards 1, or name a dataset with --source"

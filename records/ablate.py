@@ -397,7 +397,6 @@ class Queue:
         self.failed: list[Run] = []
         self.stopping = False
         matrix.work.mkdir(parents=True, exist_ok=True)
-        matrix.home.mkdir(parents=True, exist_ok=True)
         self.lock = open(matrix.work / "ablate.lock", "a+")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -405,11 +404,12 @@ class Queue:
             found = "a process that runs it; wait for it or stop it"
             raise InputError(f"{short(matrix.work)}: expected this matrix to be idle, found {found}") from None
         self.lock.seek(0)
-        owner, mine = self.lock.read(), str(matrix.path.resolve())
-        need(owner in ("", mine), short(matrix.work), f"runs of {mine}", f"those of {owner}", "rename one of the two")
+        owner, mine, mend = self.lock.read(), short(matrix.path), f"rename one of the two, or delete {self.lock.name}"
+        need(owner in ("", mine), short(matrix.work), f"runs of {mine}", f"those of {owner}", mend)
         if not owner:
             self.lock.write(mine)
             self.lock.flush()
+        matrix.home.mkdir(parents=True, exist_ok=True)
         self.waiting = [run for run in matrix.runs() if run.result() is None]  # now that nobody else finishes any
 
     def work(self, deadline: float) -> None:

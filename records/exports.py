@@ -117,7 +117,9 @@ def check_settings(plan: Plan, script) -> None:
             allowed = sorted(known | set(MACHINE))
             need(name in allowed, f"[base] {name}", f"one of {', '.join(allowed)}", "another setting")
         given = plan.base | settings | {"mode": "export", "checkpoint": "given"}
-        script.load_config([f"--{name}={value}" for name, value in given.items()], {}, "")
+        c = script.load_config([f"--{name}={value}" for name, value in given.items()], {}, "")[0]
+        for values in (plan.base, settings):
+            values |= {name: getattr(c, name) for name in values}
 
 
 def key_of(line: dict) -> str:
@@ -186,7 +188,7 @@ class Model:
         raw = self.raw_bpb(loops)
         if not is_number(raw):
             return {"skipped": f"its weights score {raw} before export"}
-        (curvature, seconds), code = self.curvature(c, loops), self.script.code_size(c.count_code)
+        (curvature, seconds), code = self.curvature(c, max(loops, self.loops)), self.script.code_size(c.count_code)
         began = time.perf_counter()
         try:
             made = self.script.export_model(c, self.weights, self.loops, curvature, code)
