@@ -177,4 +177,5 @@ def test_the_trial_plan_fits_the_script():
     assert len(plan.exports) == 3
     plan.exports.append(("t", {"quantizer": "trellis", "eval_loops": 2, "quant_loss": "0.01"}))
     exports.check_settings(plan, exports.load_script("train_gpt.py"))
-    assert plan.exports[-1][1] == {"quantizer": "trellis", "eval_loops": "2", "quant_loss": 0.01}  # as the script has them
+    parsed = {"quantizer": "trellis", "eval_loops": "2", "quant_loss": 0.01}
+    assert plan.exports[-1][1] == parsed  # as the script has them
