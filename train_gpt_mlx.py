@@ -120,6 +120,10 @@ class Config:
     exit_weight: float = 0.0  # weight of the divergence of every earlier pass's prediction from the last pass's
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
+    round_from: float = (
+        0.0  # trellis: from this fraction of training on columns of the matrices are rounded and kept, a
+    )
+    # few at a time, while the others are trained on; 0 = all are rounded after training
     matrix_lr: float = 0.04  # Muon, block matrices
     tied_embed_lr: float = 0.05  # Adam, embedding
     scalar_lr: float = 0.04  # Adam, vectors and scalars
@@ -220,7 +224,7 @@ GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="ite
 ABOVE_ZERO = """vocab_size model_dim num_heads num_kv_heads mlp_mult train_seq_len bytes_cap
     train_batch_tokens""".split()
 AT_MOST = dict(vocab_size=65536, train_seq_len=2**20, seed=2**32 - 1, warmdown_frac=1, muon_momentum=1,
-               muon_momentum_warmup_start=1, mlp_slope=1)  # fmt: skip
+               muon_momentum_warmup_start=1, mlp_slope=1, round_from=0.99)  # fmt: skip
 # Names of the official scripts that mean something else, or nothing, here.
 REPLACED = {
     "NUM_LAYERS": "LAYOUT=9",
@@ -351,9 +355,10 @@ def check_config(c: Config) -> None:
 
 def config_sha256(c: Config) -> str:
     """Hash of the settings that decide what is trained; equal for the seeds of one configuration, however they are
-    scored and exported. Of MAX_WALLCLOCK_SECONDS what is left to train in (`seconds_to_train`) is hashed, of INIT_FROM
-    the path."""
-    kept = {name: getattr(c, name) for group in ("data", "model", "training") for name in GROUPS[group].split()}
+    scored and, without ROUND_FROM, exported. Of MAX_WALLCLOCK_SECONDS what is left to train in (`seconds_to_train`) is
+    hashed, of INIT_FROM the path."""
+    groups = ("data", "model", "training", *["artifact"] * (c.round_from > 0))
+    kept = {name: getattr(c, name) for group in groups for name in GROUPS[group].split()}
     kept["max_wallclock_seconds"] = seconds_to_train(c)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -1387,6 +1392,7 @@ class Engine:
         self.model = RecurrentGPT(self.config, self.dtype)
         self.optimizer = Optimizer(self.model, self.config) if training else None
         self.functions: dict[tuple[str, int], Callable] = {}
+        self.kept: dict[str, mx.array] = {}  # of some parameters what training must not change, else NaN
         self.set_weights(weights)
 
     def function(self, kind: str, loops: int) -> Callable:
@@ -1432,9 +1438,19 @@ class Engine:
         whole = self.function("step", loops)
         loss, norm, self.params = self.optimizer.update(whole, (self.params, last, held), lr_mul, momentum)
         del held  # what nobody else holds may be written into
+        self.put_kept()
         self.model.update(tree_unflatten(list(self.params.items())))  # and no longer holds the old ones
         compute(loss, norm, self.params, self.optimizer.buffers())
         return loss, norm
+
+    def keep(self, values: dict[str, np.ndarray]) -> None:
+        """From now on the numbers in `values`, by parameter, stay as they are; those that are NaN are trained."""
+        self.kept = {name: mx.array(value).reshape(self.params[name].shape) for name, value in values.items()}
+        self.put_kept()
+
+    def put_kept(self) -> None:
+        for name, kept in self.kept.items():
+            self.params[name] = mx.where(mx.isnan(kept), self.params[name], kept)
 
     def read(self, results: tuple) -> list[float]:
         """Loss and gradient norm of a step."""
@@ -1613,6 +1629,7 @@ class TrainState:
     seconds: float = 0.0  # of training
     loops: int = 0  # passes scheduled; 0 before the first step
     scored: int = 0  # step of the last validation
+    parts: int = 0  # of the columns, rounded so far (ROUND_FROM)
 
 
 class Launched(NamedTuple):
@@ -1656,6 +1673,7 @@ class Run:
         self.engine, self.score, self.stream, self.state, self.stop = engine, score, stream, state, stop
         self.log = together(engine, lambda: RunLog(c, engine.rank))
         self.launched: Launched | None = None
+        self.rounding: Rounding | None = None
         self.saved = state.step  # step of the last checkpoint
         self.restart_clock(state.seconds)
         write_head(self, [*notices, *engine.notices, *score.notices()])
@@ -1690,6 +1708,7 @@ class Run:
             if ends:
                 return done
             if whole:
+                round_more(self, at)
                 self.launch(at, loops, passes, flops)
 
     def is_done(self, at: float, seconds: float, flops: float) -> bool:
@@ -1725,7 +1744,7 @@ class Run:
                 write_score(self, loss, state.loops)
         if ends or self.saves_now():
             state.loops = state.loops or loops  # none are in use before the first step
-            if save_checkpoint(c, self.engine, log, state):
+            if save_checkpoint(c, self.engine, log, state, rounding_tensors(self.rounding)):
                 self.saved = state.step
         if switches and whole:
             line = f"step:{state.step}/{c.iterations} loops:{state.loops}->{loops} train_time:{1000 * seconds:.0f}ms"
@@ -1793,12 +1812,13 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
-    weights, optimizer_state, state = together(engine, lambda: starting_point(c))
+    weights, optimizer_state, rounded, state = together(engine, lambda: starting_point(c))
     run = Run(c, engine, score, stream, state, stop, notices)
     with run.log.noting_crashes():
         engine.build(weights)
         if optimizer_state:
             engine.optimizer.load_state(optimizer_state, state.step)
+            resume_rounding(run, rounded)
             run.log.forget_after(state.step)
             run.log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run, done again")
         for loops in loop_counts(c):
@@ -1824,14 +1844,14 @@ def prepare(c: Config) -> list[str]:
     return notices
 
 
-def starting_point(c: Config) -> tuple[dict, dict, TrainState]:
-    """(weights, optimizer state, state) of a new run, or of a resumed one."""
+def starting_point(c: Config) -> tuple[dict, dict, dict, TrainState]:
+    """(weights, optimizer state, what ROUND_FROM keeps, state) of a new run, or of a resumed one."""
     if c.resume:
         return load_checkpoint(c, Path(c.log_dir) / c.run_id / CHECKPOINT)
     if c.init_from:
         weights, model, _ = load_model_file(c.init_from)
-        return transfer_weights(c, weights, model), {}, TrainState()
-    return initial_weights(c), {}, TrainState()
+        return transfer_weights(c, weights, model), {}, {}, TrainState()
+    return initial_weights(c), {}, {}, TrainState()
 
 
 def stopped(run: Run) -> int:
@@ -1862,12 +1882,13 @@ def identity(c: Config) -> dict:
     return {"config_sha256": config_sha256(c), "seed": c.seed, "data": dataset_sha256(c)}
 
 
-def save_checkpoint(c: Config, engine: Engine, log: RunLog, state: TrainState) -> bool:
-    """Weights, optimizer state, place in the data and clock: enough to go on as if nothing had happened. Where it
-    cannot be written (False), training goes on."""
+def save_checkpoint(c: Config, engine: Engine, log: RunLog, state: TrainState, rounded: dict[str, np.ndarray]) -> bool:
+    """Weights, optimizer state, what ROUND_FROM keeps, place in the data and clock: enough to go on as if nothing had
+    happened. Where it cannot be written (False), training goes on."""
     if engine.rank:
         return True
     tensors = {f"weights.{name}": value for name, value in engine.weights().items()} | engine.optimizer.state()
+    tensors |= {f"rounding.{name}": value for name, value in rounded.items()}
     note = about(c, state.loops) | {"state": dataclasses.asdict(state) | identity(c)}
     try:
         save_tensors(log.checkpoint, tensors, note)
@@ -1877,8 +1898,9 @@ def save_checkpoint(c: Config, engine: Engine, log: RunLog, state: TrainState) -
     return True
 
 
-def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], TrainState]:
-    """(weights, optimizer state, training state) for RESUME=1. Raises InputError if it is of another configuration."""
+def load_checkpoint(c: Config, path: Path) -> tuple[dict, dict, dict, TrainState]:
+    """(weights, optimizer state, what ROUND_FROM keeps, training state) for RESUME=1. Raises InputError if it is of
+    another configuration."""
     none = "without RESUME set another RUN_ID, or delete the folder"
     require(path.is_file(), path, "a checkpoint to go on from", "none", none)
     tensors, note = load_tensors(path)
@@ -1892,10 +1914,13 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict[str, np.ndarray], dict[
     require(whole, path, "a checkpoint with training state", "weights only", "use INIT_FROM")
     for name, value in mine.items():
         require(found[name] == value, path, f"the {name} that it was trained with", f"{found[name]}, not {value}", mend)
-    kept = {name: value for name, value in tensors.items() if not name.startswith("weights.")}
+    kept = {name: value for name, value in tensors.items() if not name.startswith(("weights.", "rounding."))}
+    state = TrainState(**{name: found[name] for name in fields})
+    rounded = {name[len("rounding.") :]: value for name, value in tensors.items() if name.startswith("rounding.")}
     same = {name: value.shape for name, value in kept.items()} == optimizer_buffers(c)
+    same &= {name: value.shape for name, value in rounded.items()} == (rounding_shapes(c) if state.parts else {})
     require(same, path, "the optimizer state of its layout", "another", mend)
-    return weights, kept, TrainState(**{name: found[name] for name in fields})
+    return weights, kept, rounded, state
 
 
 def model_config(c: Config, model: dict) -> Config:
@@ -2008,6 +2033,7 @@ class Export(NamedTuple):
     """An artifact's bytes and what is said of them."""
 
     data: bytes
+    tables: dict[str, Table]
     size: int
     bits_per_weight: float  # of the coded matrices, with their steps
     loss_aimed: float  # trellis: nats a token that rounding would add if the Fisher information were all
@@ -2027,7 +2053,7 @@ class Artifact(NamedTuple):
 
 def check_export(c: Config) -> None:
     trellis = calibrates(c)
-    for name in ("target_bytes", "quant_loss"):
+    for name in ("target_bytes", "quant_loss", "round_from"):
         value = getattr(c, name)
         require(trellis or not value, name.upper(), "0 with QUANTIZER=absmax", value, "set QUANTIZER=trellis")
     mend = "set TARGET_BYTES=0, or leave the other out"
@@ -2217,25 +2243,39 @@ def round_to_trellis(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, 
     return symbols
 
 
+def as_matrix(weight: np.ndarray) -> np.ndarray:
+    """float32 [n, m] of a parameter of any number of axes."""
+    return weight.reshape(-1, weight.shape[-1]).astype(np.float32)
+
+
 def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors: dict[str, Factor | None],
                 squares: dict[str, np.ndarray]) -> dict[str, Table]:  # fmt: skip
-    """Rounds every tensor; matrices of one shape that GPTQ rounds do so together."""
-    values, steps, symbols, stacks = {}, {}, {}, {}
-    for name, weight in weights.items():
-        values[name] = value = weight.reshape(-1, weight.shape[-1]).astype(np.float32)
+    """Chooses the steps of every tensor and rounds it."""
+    values, steps = {name: as_matrix(weight) for name, weight in weights.items()}, {}
+    for name, value in values.items():
         if calibrates(c):
-            steps[name] = loss_steps(name, value, squares[name].reshape(value.shape), width, factors.get(name))
+            steps[name] = loss_steps(name, value, as_matrix(squares[name]), width, factors.get(name))
+        else:
+            steps[name] = spanning_steps(name, value)
+    return round_all(values, steps, calibrates(c), factors)
+
+
+def round_all(values: dict[str, np.ndarray], steps: dict[str, tuple[np.ndarray, np.ndarray]], trellis: bool,
+              factors: dict[str, Factor | None]) -> dict[str, Table]:  # fmt: skip
+    """Rounds matrices [n, m], by steps of rows and columns; those of one shape that GPTQ rounds do so together."""
+    symbols, stacks = {}, {}
+    for name, value in values.items():
+        if trellis:
             alone = name if factors.get(name) is None else ""
             stacks.setdefault((value.shape, alone), []).append(name)
         else:
-            steps[name] = spanning_steps(name, value)
             symbols[name] = np.rint(value / powers(steps[name][0])[:, None]).astype(np.int16)
     for (_, alone), names in stacks.items():
         parts = map(np.stack, zip(*((values[name], *steps[name]) for name in names)))
         symbols |= zip(names, round_to_trellis(*parts, None if alone else [factors[name] for name in names]))
     middles = {name: np.zeros(len(part), np.int16) for name, part in symbols.items()}
     middles |= {name: np.median(symbols[name], axis=1).astype(np.int16) for name in symbols if is_vector(name)}
-    return {name: Table(*steps[name], middles[name], symbols[name]) for name in weights}
+    return {name: Table(*steps[name], middles[name], symbols[name]) for name in values}
 
 
 def values_of(table: Table, trellis: bool) -> np.ndarray:
@@ -2453,9 +2493,13 @@ def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvatur
     _, data, bits, tables, aimed = best
     dense = f"at most {WEIGHTS_A_BYTE} weights a byte"
     require(count <= WEIGHTS_A_BYTE * len(data), "artifact", dense, f"{count} in {len(data)}", "lower QUANT_LOSS")
+    return Export(data, tables, len(data), bits_per_weight(tables, bits), aimed, len(sizes), sum(plain))
+
+
+def bits_per_weight(tables: dict[str, Table], bits: dict[str, float]) -> float:
+    """Of the matrices, with their steps."""
     matrices = [name for name in tables if not is_vector(name)]
-    per_weight = sum(bits[name] for name in matrices) / sum(tables[name].symbols.size for name in matrices)
-    return Export(data, len(data), per_weight, aimed, len(sizes), sum(plain))
+    return sum(bits[name] for name in matrices) / sum(tables[name].symbols.size for name in matrices)
 
 
 def next_width(sizes: dict[float, int], goal: float, count: int) -> float:
@@ -2522,7 +2566,171 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
     return Artifact(model, loops, c.quantizer, weights, bits)
 
 
-def calibrate(run: Run, loops: int) -> Curvature | None:
+ROUND_PARTS = 17  # of the columns; the last is rounded after training
+
+
+class Rounding:
+    """With ROUND_FROM: the integers of the columns that are rounded so far. The steps are settled when it begins, for
+    the first column as for the last, and so is the order: GPTQ's, else the finest column first. What training makes of
+    the columns to come takes the place of GPTQ's repairs (incremental quantization, arXiv 1702.03044)."""
+
+    def __init__(self, c: Config, tensors: dict[str, np.ndarray]):
+        """`tensors`: as `rounding_shapes` says."""
+        self.tensors, self.factors = tensors, {}
+        names = [name for name in param_shapes(c) if f"symbols.{name}" in tensors]
+        self.order = {name: self.column_order(name) for name in names}
+
+    def column_order(self, name: str) -> np.ndarray:
+        hessian = self.tensors.get(f"hessians.{name}")
+        sizes = self.tensors[f"columns.{name}"] if hessian is None else -np.diag(hessian).astype(np.float64)
+        return np.argsort(sizes, kind="stable")
+
+    def columns(self, name: str, low: int, high: int) -> np.ndarray:
+        """Indices of the columns of the parts from `low` to below `high`."""
+        bounds = [0, *(end for _, end in split_evenly(len(self.order[name]), ROUND_PARTS))]
+        return self.order[name][bounds[low] : bounds[high]]
+
+    def steps(self, name: str, columns: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        return self.tensors[f"rows.{name}"], self.tensors[f"columns.{name}"][columns]
+
+    def factor(self, name: str, columns: np.ndarray) -> Factor | None:
+        """GPTQ's factor among some columns that follow each other: those before have no error, those after are free."""
+        if f"hessians.{name}" not in self.tensors:
+            return None
+        if name not in self.factors:
+            self.factors[name] = gptq_factor(self.tensors[f"hessians.{name}"])
+        if self.factors[name] is None:
+            return None
+        start = int(np.flatnonzero(self.order[name] == columns[0])[0])
+        part = slice(start, start + len(columns))
+        return Factor(np.arange(len(columns)), np.ascontiguousarray(self.factors[name].upper[part, part]))
+
+    def round(self, names: list[str], weights: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
+        """Integers of the columns of a part of some matrices."""
+        columns = {name: found for name in names if len(found := self.columns(name, part, part + 1))}
+        values = {name: np.ascontiguousarray(as_matrix(weights[name])[:, some]) for name, some in columns.items()}
+        steps = {name: self.steps(name, some) for name, some in columns.items()}
+        factors = {name: self.factor(name, some) for name, some in columns.items()}
+        return {name: table.symbols for name, table in round_all(values, steps, True, factors).items()}
+
+    def table(self, name: str) -> Table:
+        symbols = self.tensors[f"symbols.{name}"]
+        return Table(*self.steps(name), np.zeros(len(symbols), np.int16), symbols)
+
+    def kept(self, parts: int) -> dict[str, np.ndarray]:
+        """float32 [n, m] of the matrices with so many parts rounded; NaN in the other columns."""
+        found = {}
+        for name in self.order:
+            found[name] = values_of(self.table(name), True)
+            found[name][:, self.columns(name, parts, ROUND_PARTS)] = math.nan
+        return found
+
+
+def rounding_shapes(c: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a checkpoint keeps of a Rounding: steps of the rows and columns of all tensors, int16;
+    integers of the matrices, int16; Hessians, float32; nats aimed at, rounds and matrices without GPTQ."""
+    found = {"said": (3,)}
+    for name, (*rows, m) in param_shapes(c).items():
+        n = math.prod(rows)
+        found |= {f"rows.{name}": (n,), f"columns.{name}": (m,)}
+        found |= {} if is_vector(name) else {f"symbols.{name}": (n, m)}
+        found |= {f"hessians.{name}": (m, m)} if param_group(name) == "matrix" else {}
+    return found
+
+
+def rounding_tensors(rounding: Rounding | None) -> dict[str, np.ndarray]:
+    return rounding.tensors if rounding else {}
+
+
+def resume_rounding(run: Run, tensors: dict[str, np.ndarray]) -> None:
+    """Goes on with what a checkpoint keeps of a Rounding."""
+    if tensors:
+        run.rounding = Rounding(run.config, tensors)
+        run.engine.keep(run.rounding.kept(run.state.parts))
+
+
+def begin_rounding(run: Run) -> Rounding:
+    """Looks at the curvature and settles the steps, by an export of the weights as they are."""
+    c, state = run.config, run.state
+    passes = most_passes(c, loops_at(c, 1.0))
+    curvature = run.engine.curvature(run.stream, state.tokens, passes, c.calib_seconds or math.inf)
+    state.flops += train_flops_per_token(c, passes) * curvature.tokens
+    made = shared_export(run, curvature)
+    tensors = {"said": np.array([made.loss_aimed, made.rounds, made.plain_rounded], np.float32)}
+    for name, table in made.tables.items():
+        tensors |= {f"rows.{name}": table.rows, f"columns.{name}": table.columns}
+        tensors |= {} if is_vector(name) else {f"symbols.{name}": np.zeros_like(table.symbols)}
+    return Rounding(c, tensors | {f"hessians.{name}": value for name, value in curvature.hessians.items()})
+
+
+def round_more(run: Run, at: float) -> None:
+    """With ROUND_FROM: rounds the parts whose time has come. It is a part of training: clock and FLOPs count it."""
+    c, state, began = run.config, run.state, time.perf_counter()
+    part = (at - c.round_from) / (1 - c.round_from) * (ROUND_PARTS - 1)
+    due = min(1 + math.floor(part), ROUND_PARTS - 1) if c.round_from and part >= 0 else 0
+    if due <= state.parts:
+        return
+    run.read_launched()
+    run.rounding = run.rounding or begin_rounding(run)
+    round_parts(run, due)
+    seconds = time.perf_counter() - began
+    run.before += seconds  # which say nothing of a step
+    run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_PARTS} of the columns in {seconds:.1f}s")
+
+
+def round_parts(run: Run, due: int) -> None:
+    """Rounds the columns up to the part `due` and keeps them."""
+    weights = run.engine.weights()
+    while run.state.parts < due:
+        round_part(run, weights, run.state.parts)
+        run.state.parts += 1
+    run.engine.keep(run.rounding.kept(due))
+
+
+def round_part(run: Run, weights: dict[str, np.ndarray], part: int) -> None:
+    """Rounds the columns of one part, every process its share of the matrices."""
+    rounding = run.rounding
+    work = functools.partial(rounding.round, weights=weights, part=part)
+    for found in share_out(run.engine, work, {name: weights[name].size for name in rounding.order}):
+        for name, symbols in found.items():
+            rounding.tensors[f"symbols.{name}"][:, rounding.columns(name, part, part + 1)] = symbols
+
+
+def export_rounded(run: Run) -> Export:
+    """The artifact of what ROUND_FROM has rounded, with the last columns and the vectors. With TARGET_BYTES the last
+    columns have the finest steps that fit, up to an octave finer and four coarser."""
+    c, rounding, last = run.config, run.rounding, ROUND_PARTS - 1
+    round_parts(run, last)
+    weights, code = run.engine.weights(), code_bytes(run)
+    settled = {name: rounding.tensors[f"columns.{name}"].copy() for name in rounding.order}
+    vectors = {name: as_matrix(weight) for name, weight in weights.items() if is_vector(name)}
+    made = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
+    aimed, rounds, plain = rounding.tensors["said"].tolist()
+
+    def export(shift: int) -> Export:
+        for name, steps in settled.items():
+            columns = rounding.columns(name, last, ROUND_PARTS)
+            rounding.tensors[f"columns.{name}"][columns] = steps[columns] + shift
+        round_part(run, weights, last)
+        tables = {name: made.get(name) or rounding.table(name) for name in param_shapes(c)}
+        data, bits = assemble(c, run.state.loops, tables)
+        return Export(data, tables, len(data), bits_per_weight(tables, bits), aimed, int(rounds), int(plain))
+
+    finest, coarsest = (-4, 16) if c.target_bytes else (0, 0)
+    while finest < coarsest:
+        shift = (finest + coarsest) // 2
+        fits = code + export(shift).size <= c.target_bytes
+        finest, coarsest = (finest, shift) if fits else (shift + 1, coarsest)
+    return export(finest)
+
+
+def most_passes(c: Config, loops: int) -> int:
+    """Passes that the curvature is taken of, where `loops` are trained: one that nobody looked at would be rounded to
+    none."""
+    return max(loops, eval_passes(c, loops)[0])
+
+
+def calibrate(run: Run) -> Curvature | None:
     """The curvature on the tokens after those of training (for MODE=export on the first), in what is left of the wall
     clock; None where the quantizer needs none."""
     c, left = run.config, math.inf
@@ -2530,24 +2738,33 @@ def calibrate(run: Run, loops: int) -> Curvature | None:
         return None
     if c.mode == "train" and c.max_wallclock_seconds:
         left = 0.9 * (c.max_wallclock_seconds - run.state.seconds)  # a tenth for what comes after the last tokens
-    return run.engine.curvature(run.stream, run.state.tokens, loops, left)
+    return run.engine.curvature(run.stream, run.state.tokens, most_passes(c, run.state.loops), left)
 
 
-def write_export(run: Run, curvature: Curvature | None) -> Export:
-    """Every process rounds its share of the tensors; the first writes the artifact and the model."""
-    c, log, loops, weights = run.config, run.log, run.state.loops, run.engine.weights()
-    code = together(run.engine, lambda: code_size(c.count_code), first_only=True)
+def shared_export(run: Run, curvature: Curvature | None) -> Export:
+    """`export_model` of the weights as they are, every process its share of the tensors."""
+    c, loops, weights = run.config, run.state.loops, run.engine.weights()
+    code = code_bytes(run)
     share = functools.partial(share_out, run.engine)  # whose exchange within this one holds: all raise what one does
-    made = together(run.engine, lambda: export_model(c, weights, loops, curvature, code, share))
+    return together(run.engine, lambda: export_model(c, weights, loops, curvature, code, share))
+
+
+def code_bytes(run: Run) -> int:
+    """Bytes of code that count, as the first process sees them."""
+    return together(run.engine, lambda: code_size(run.config.count_code), first_only=True)
+
+
+def write_export(run: Run, made: Export) -> None:
+    """The first process writes the artifact and the model."""
+    c, log, weights = run.config, run.log, run.engine.weights()
 
     def write() -> None:
         log.write_file(log.artifact, made.data)
         named = {f"weights.{name}": value for name, value in weights.items()}
-        note = {"recurrent_gpt": json.dumps(about(c, loops))}
+        note = {"recurrent_gpt": json.dumps(about(c, run.state.loops))}
         log.write_file(log.folder / "model.safetensors", pack_tensors(named, metadata=note), needed=False)
 
     together(run.engine, write, first_only=True)
-    return made
 
 
 def score_from_disk(c: Config, engine: Engine, path: Path, score: Score, loops: int,
@@ -2567,13 +2784,22 @@ def finish(run: Run) -> int | None:
     if raw is None:
         return None
     write_score(run, raw, loops)
-    result = {"val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "bytes_code": code_size(c.count_code)}
+    result = {"val_loss_raw": raw, "val_bpb_raw": score.bpb(raw), "bytes_code": code_bytes(run)}
     try:
         must_be_finite(run, raw)
         began = time.perf_counter()
-        curvature = calibrate(run, max(loops, run.state.loops))  # a pass that nobody looked at would be rounded to none
+        made, curvature = (export_rounded(run), None) if run.rounding else (None, None)
+        if made and c.target_bytes and result["bytes_code"] + made.size > c.target_bytes:
+            over = result["bytes_code"] + made.size - c.target_bytes
+            run.log.line(
+                f"notice: the columns rounded in training are {over} bytes over TARGET_BYTES: all are rounded anew"
+            )
+            made = None
+        if not made:
+            curvature = calibrate(run)
         calibrated = time.perf_counter()
-        made = write_export(run, curvature)
+        made = made or shared_export(run, curvature)
+        write_export(run, made)
         exported = time.perf_counter()
         loss = score_from_disk(c, run.engine, run.log.artifact, score, loops, run.stop)
         if loss is None:
@@ -2901,7 +3127,7 @@ def report(run: Run, r: dict, made: Export, seconds: float) -> None:
     code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
     aimed = f", {made.loss_aimed:.5f} nats aimed at" if calibrates(c) else ""
     kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
-    calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if calibrates(c) else ""
+    calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if r["calib_time_ms"] else ""
     log.line(f"""---
 score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {r["eval_loops"]} passes)\
 {run.score.label}

@@ -205,7 +205,7 @@ class Model:
         sizes = {"bytes_artifact": len(made.data), "bytes_code": code, "params_stored": self.script.count_params(c)}
         model = {"layout": c.layout, "eval_loops": loops, "shuffle": c.shuffle, "weights_sha256": self.sha256}
         times = {"calib_seconds": seconds, "code_seconds": coding, "partial": self.score.partial}
-        more = {name: value for name, value in made._asdict().items() if name != "data"}
+        more = {name: value for name, value in made._asdict().items() if name not in ("data", "tables")}
         return model | scores | sizes | more | times | dataset
 
 
