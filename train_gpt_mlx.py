@@ -2219,7 +2219,6 @@ def round_to_trellis(values: np.ndarray, rows: np.ndarray, columns: np.ndarray, 
     With GPTQ's factors the columns are rounded one by one, and those to come make up for the error in the layer's
     output; 128 at a time are kept up to date."""
     left, widths = (values / powers(rows)[..., None]).astype(np.float32), powers(columns)
-    left *= (np.abs(left) >= ZERO_ROW * widths[:, None]).any(axis=2, keepdims=True)
     at_once, order = (1, np.stack([factor.order for factor in factors])) if factors else (64, None)
     if factors:
         upper = np.stack([factor.upper for factor in factors])
@@ -2248,6 +2247,12 @@ def as_matrix(weight: np.ndarray) -> np.ndarray:
     return weight.reshape(-1, weight.shape[-1]).astype(np.float32)
 
 
+def without_faint_rows(value: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """value [n, m] with zeros in rows that are small beside their steps."""
+    steps = powers(rows)[:, None] * powers(columns)
+    return value * (np.abs(value) >= ZERO_ROW * steps).any(axis=1, keepdims=True)
+
+
 def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors: dict[str, Factor | None],
                 squares: dict[str, np.ndarray]) -> dict[str, Table]:  # fmt: skip
     """Chooses the steps of every tensor and rounds it."""
@@ -2255,6 +2260,7 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
     for name, value in values.items():
         if calibrates(c):
             steps[name] = loss_steps(name, value, as_matrix(squares[name]), width, factors.get(name))
+            values[name] = without_faint_rows(value, *steps[name])
         else:
             steps[name] = spanning_steps(name, value)
     return round_all(values, steps, calibrates(c), factors)
@@ -2608,7 +2614,8 @@ class Rounding:
     def round(self, names: list[str], weights: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
         """Integers of the columns of a part of some matrices."""
         columns = {name: found for name in names if len(found := self.columns(name, part, part + 1))}
-        values = {name: np.ascontiguousarray(as_matrix(weights[name])[:, some]) for name, some in columns.items()}
+        whole = {name: without_faint_rows(as_matrix(weights[name]), *self.steps(name)) for name in columns}
+        values = {name: np.ascontiguousarray(whole[name][:, some]) for name, some in columns.items()}
         steps = {name: self.steps(name, some) for name, some in columns.items()}
         factors = {name: self.factor(name, some) for name, some in columns.items()}
         return {name: table.symbols for name, table in round_all(values, steps, True, factors).items()}
@@ -2704,6 +2711,7 @@ def export_rounded(run: Run) -> Export:
     weights, code = run.engine.weights(), code_bytes(run)
     settled = {name: rounding.tensors[f"columns.{name}"].copy() for name in rounding.order}
     vectors = {name: as_matrix(weight) for name, weight in weights.items() if is_vector(name)}
+    vectors = {name: without_faint_rows(value, *rounding.steps(name)) for name, value in vectors.items()}
     made = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
     aimed, rounds, plain = rounding.tensors["said"].tolist()
 
