@@ -132,7 +132,7 @@ def compare(module, tiny, tmp_path, several, processes, steps, *flags):
 # Every parameter that a number of passes may leave without a gradient, and a calibration over the ranks.
 EVERYTHING = (
     *("--lora_rank=2", "--loop_gate=gain", "--loop_gate_init=0"),
-    *("--quantizer=trellis", "--quant_loss=0.00001", "--calib_tokens=160"),
+    *("--quantizer=trellis", "--quant_loss=0.00001", "--calib_tokens=160", "--round_from=0.6"),
 )
 
 
