@@ -120,10 +120,8 @@ class Config:
     exit_weight: float = 0.0  # weight of the divergence of every earlier pass's prediction from the last pass's
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
-    round_from: float = (
-        0.0  # trellis: from this fraction of training on columns of the matrices are rounded and kept, a
-    )
-    # few at a time, while the others are trained on; 0 = all are rounded after training
+    round_from: float = 0.0  # trellis: from this part of training on columns are rounded, a few at a time, and the rest
+    # makes up for them; 0 = all are rounded after training
     matrix_lr: float = 0.04  # Muon, block matrices
     tied_embed_lr: float = 0.05  # Adam, embedding
     scalar_lr: float = 0.04  # Adam, vectors and scalars
