@@ -2767,7 +2767,8 @@ def begin_rounding(run: Run) -> Rounding:
     """Looks at the curvature and settles the steps, by an export of the weights as they are."""
     c, state = run.config, run.state
     passes = most_passes(c, loops_at(c, 1.0))
-    curvature = run.engine.curvature(run.stream, state.tokens, passes, c.calib_seconds or math.inf)
+    limit = c.calib_seconds if c.max_wallclock_seconds else math.inf
+    curvature = run.engine.curvature(run.stream, state.tokens, passes, limit)
     state.flops += train_flops_per_token(c, passes) * curvature.tokens
     made = shared_export(run, curvature)
     tensors = {"said": np.array([made.loss_aimed, made.rounds, made.plain_rounded], np.float32)}
@@ -2779,15 +2780,18 @@ def begin_rounding(run: Run) -> Rounding:
 
 def round_more(run: Run, at: float) -> None:
     """With ROUND_FROM: rounds the parts whose time has come. It is a part of training: clock and FLOPs count it."""
-    c, state, began = run.config, run.state, time.perf_counter()
+    c, state = run.config, run.state
     part = (at - c.round_from) / (1 - c.round_from) * (ROUND_PARTS - 1)
     due = min(1 + math.floor(part), ROUND_PARTS - 1) if c.round_from and part >= 0 else 0
     if due <= state.parts:
         return
     run.read_launched()
-    run.rounding = run.rounding or begin_rounding(run)
-    round_parts(run, due)
-    seconds = time.perf_counter() - began
+
+    def work() -> None:
+        run.rounding = run.rounding or begin_rounding(run)
+        round_parts(run, due)
+
+    seconds = seconds_of(run.engine, work)
     run.before += seconds  # which say nothing of a step
     run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_PARTS} of the columns in {seconds:.1f}s")
 
@@ -3040,7 +3044,8 @@ class RunLog:
     def claim(self, c: Config) -> None:
         try:
             home = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-            free, need = self.room = shutil.disk_usage(home).free, 16 * count_params(c) + (1 << 20)
+            kept = sum(map(math.prod, rounding_shapes(c).values())) * (c.round_from > 0)
+            free, need = self.room = shutil.disk_usage(home).free, 16 * count_params(c) + 4 * kept + (1 << 20)
             require(free > need, "LOG_DIR", f"{need} bytes free for checkpoints", f"{free}", "set another LOG_DIR")
             self.folder.mkdir(parents=True, exist_ok=c.resume)
             open(self.folder / "train.log", "a").close()  # it can be written
