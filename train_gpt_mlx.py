@@ -359,6 +359,8 @@ def config_sha256(c: Config) -> str:
     groups = ("data", "model", "training", *["artifact"] * (c.round_from > 0))
     kept = {name: getattr(c, name) for group in groups for name in GROUPS[group].split()}
     kept["max_wallclock_seconds"] = seconds_to_train(c)
+    if c.round_from:
+        kept["passes"] = most_passes(c, loops_at(c, 1.0))
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -909,7 +911,9 @@ def parse_loop_schedule(text: str, loops: int) -> list[tuple[float, int]]:
 
 def check_schedules(c: Config) -> None:
     loops = parse_layout(c.layout).loops
-    parse_loop_schedule(c.loop_schedule, loops)
+    last = parse_loop_schedule(c.loop_schedule, loops)[-1][0]
+    after = f"0, or after the last switch of LOOP_SCHEDULE, {last:g}"  # what no step has trained has no curvature
+    require(not c.round_from or c.round_from > last, "ROUND_FROM", after, c.round_from)
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
     for name in ("loop_sample", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
@@ -1706,8 +1710,7 @@ class Run:
                 whole = self.pause(loops, ends, switches)
             if ends:
                 return done
-            if whole:
-                round_more(self, at)
+            if whole and not round_more(self, at):  # which takes time and FLOPs
                 self.launch(at, loops, passes, flops)
 
     def is_done(self, at: float, seconds: float, flops: float) -> bool:
@@ -2670,13 +2673,16 @@ def begin_rounding(run: Run) -> Rounding:
     return Rounding(c, tensors | {f"hessians.{name}": value for name, value in curvature.hessians.items()})
 
 
-def round_more(run: Run, at: float) -> None:
-    """With ROUND_FROM: rounds the parts whose time has come. It is a part of training: clock and FLOPs count it."""
+def round_more(run: Run, at: float) -> bool:
+    """With ROUND_FROM: rounds the parts whose time has come; whether there were any. Clock and FLOPs of training count
+    it; where FLOPs do not suffice to look at the curvature all is rounded after training."""
     c, state = run.config, run.state
     part = (at - c.round_from) / (1 - c.round_from) * (ROUND_PARTS - 1)
     due = min(1 + math.floor(part), ROUND_PARTS - 1) if c.round_from and part >= 0 else 0
-    if due <= state.parts:
-        return
+    looks = train_flops_per_token(c, most_passes(c, loops_at(c, 1.0))) * calibration_tokens(c, run.engine.world)
+    dear = run.rounding is None and 0 < c.max_train_flops < state.flops + looks
+    if due <= state.parts or dear:
+        return False
     run.read_launched()
 
     def work() -> None:
@@ -2686,6 +2692,7 @@ def round_more(run: Run, at: float) -> None:
     seconds = seconds_of(run.engine, work)
     run.before += seconds  # which say nothing of a step
     run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_PARTS} of the columns in {seconds:.1f}s")
+    return True
 
 
 def round_parts(run: Run, due: int) -> None:
@@ -2714,6 +2721,9 @@ def export_rounded(run: Run) -> Export:
     weights, code = run.engine.weights(), code_bytes(run)
     settled = {name: rounding.tensors[f"columns.{name}"].copy() for name in rounding.order}
     vectors = {name: as_matrix(weight) for name, weight in weights.items() if is_vector(name)}
+    for name, value in vectors.items():  # they have grown since, some from 0
+        finest = np.ceil(4 * np.log2(np.maximum(2 * np.abs(value).max(axis=1) / (LARGEST_SYMBOL - 4), 1e-30)))
+        np.maximum(rounding.tensors[f"rows.{name}"], finest.astype(np.int16), out=rounding.tensors[f"rows.{name}"])
     vectors = {name: without_faint_rows(value, *rounding.steps(name)) for name, value in vectors.items()}
     made = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
     aimed, rounds, plain = rounding.tensors["said"].tolist()
@@ -2807,6 +2817,7 @@ def finish(run: Run) -> int | None:
             )
             made = None
         if not made:
+            began_calibration = time.perf_counter()
             curvature = calibrate(run)
         calibrated = time.perf_counter()
         made = made or shared_export(run, curvature)
@@ -2816,7 +2827,7 @@ def finish(run: Run) -> int | None:
         if loss is None:
             return None
         result |= {
-            "calib_time_ms": round(1000 * (calibrated - began)) if curvature else None,
+            "calib_time_ms": round(1000 * (calibrated - began_calibration)) if curvature else None,
             "eval_time_ms": round(1000 * (time.perf_counter() - exported)),
             "val_loss": loss,
             "val_bpb": score.bpb(loss),

@@ -10,7 +10,7 @@ from test_resume import assert_same_run, result_of, stopping
 
 ROUNDED = {
     "ITERATIONS": "24",
-    "ROUND_FROM": "0.5",
+    "ROUND_FROM": "0.6",
     "QUANTIZER": "trellis",
     "QUANT_LOSS": "0.02",
     "CALIB_TOKENS": "512",
@@ -210,12 +210,33 @@ def test_the_last_columns_make_up_for_bytes(any_script, tiny, tmp_path, monkeypa
 def test_what_is_refused_and_what_decides(any_script, config, tiny):
     m = any_script
     assert_refused(
-        run_in_process(m, "--round_from=0.5", "--quantizer=absmax", **tiny), "ROUND_FROM", "QUANTIZER=trellis"
+        run_in_process(m, "--round_from=0.6", "--quantizer=absmax", **tiny), "ROUND_FROM", "QUANTIZER=trellis"
     )
     assert_refused(run_in_process(m, "--round_from=1", "--quantizer=trellis", **tiny), "ROUND_FROM", "at most 0.99")
-    c = config(m, quantizer="trellis", calib_tokens=512)
+    early = run_in_process(m, "--round_from=0.5", "--quantizer=trellis", **tiny)  # where the second pass comes on
+    assert_refused(early, "ROUND_FROM", "after the last switch of LOOP_SCHEDULE, 0.5")
+    c = config(m, quantizer="trellis", calib_tokens=512, round_from=0.8)
+    assert m.config_sha256(c) != m.config_sha256(m.dataclasses.replace(c, eval_loops="3"))  # of the curvature
     for round_from, same in ((0.0, True), (0.8, False)):
         hashes = {
             m.config_sha256(m.dataclasses.replace(c, round_from=round_from, target_bytes=target)) for target in (0, 9)
         }
         assert (len(hashes) == 1) == same
+
+
+def test_a_vector_that_grows_from_zero_is_whole(any_script, tiny, tmp_path, monkeypatch):
+    """Steps settled for a gate of 0 would clip what it becomes."""
+    m, real = any_script, any_script.export_rounded
+
+    def grown(run):
+        weights = run.engine.weights()
+        weights["loop_gate"] = np.array([1, 0.25], np.float32)
+        run.engine.set_weights(weights)
+        run.rounding.tensors["rows.loop_gate"][:] = -143
+        return real(run)
+
+    monkeypatch.setattr(m, "export_rounded", grown)
+    env = tiny | ROUNDED | {"LOOP_GATE": "gain", "LOOP_GATE_INIT": "0"}
+    assert run_in_process(m, "--run_id=a", **env).code == 0
+    gate = m.read_artifact(tmp_path / "logs" / "a" / "model.int6.rgpt").weights["loop_gate"]
+    assert np.allclose(gate, [1, 0.25], rtol=1e-3)
