@@ -177,7 +177,7 @@ PRESETS = {
         quantizer=trellis quant_loss=0.001 calib_tokens=16384 calib_seconds=15""",
     # The scale model: 80,000 bytes of weights, 5e13 FLOPs (track_mini). Vocabulary, depth and batch by
     # records/ablations/mini_bits and mini_shape, at half the size, xsa by mini_trials; width and round_from by
-    # mini_wide and mini40_wider: a weight gets 3.7 bits.
+    # mini_wide and mini40_seeds: a weight gets 3.7 bits.
     "mini": """data_path=./data/datasets/mini_sp1024 tokenizer_path=./data/tokenizers/fineweb_1024_bpe.model
         layout=2 model_dim=68 num_heads=2 num_kv_heads=1 mlp_mult=4 train_seq_len=256 train_batch_tokens=4096
         iterations=0 max_wallclock_seconds=0 max_train_flops=5e13 warmdown_frac=0.67 lr_warmup_steps=20
@@ -1746,7 +1746,7 @@ class Run:
                 write_score(self, loss, state.loops)
         if ends or self.saves_now():
             state.loops = state.loops or loops  # none are in use before the first step
-            if save_checkpoint(c, self.engine, log, state, rounding_tensors(self.rounding)):
+            if save_checkpoint(c, self.engine, log, state, self.rounding.tensors if self.rounding else {}):
                 self.saved = state.step
         if switches and whole:
             line = f"step:{state.step}/{c.iterations} loops:{state.loops}->{loops} train_time:{1000 * seconds:.0f}ms"
@@ -2119,6 +2119,11 @@ def width_of(quant_loss: float, weights: int) -> float:
     return math.sqrt(24 * quant_loss / (TRELLIS_GAIN * max(weights, 1)))
 
 
+def finest_steps(largest: np.ndarray) -> np.ndarray:
+    """Exponents of rows [n] whose largest numbers, in steps of the columns, may double and still be integers."""
+    return np.ceil(4 * np.log2(np.maximum(2 * largest / (LARGEST_SYMBOL - 4), 1e-30)))
+
+
 def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float, factor: Factor | None) -> tuple:
     """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
     which spends every bit where it buys most (reverse water-filling). Curvature of a row: its mean Fisher information,
@@ -2131,10 +2136,9 @@ def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float,
         of_columns[factor.order] = np.diag(factor.upper).astype(np.float64) ** -2
     columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))  # 2 ** 40 either way
     largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
-    finest = np.ceil(4 * np.log2(np.maximum(2 * largest / (LARGEST_SYMBOL - 4), 1e-30)))
     squared = float(np.square(values, dtype=np.float64).mean())
     widest = 2 * math.log2(max(squared, 1e-24)) + 16  # 16 times the typical weight: all zeros from there on
-    rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest)
+    rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest_steps(largest))
     return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), columns.astype(np.int16)
 
 
@@ -2593,25 +2597,28 @@ class Rounding:
         sizes = self.tensors[f"columns.{name}"] if hessian is None else -np.diag(hessian).astype(np.float64)
         return np.argsort(sizes, kind="stable")
 
-    def columns(self, name: str, low: int, high: int) -> np.ndarray:
-        """Indices of the columns of the parts from `low` to below `high`."""
+    def places(self, name: str, low: int, high: int) -> slice:
+        """Where in the order the parts from `low` to below `high` stand."""
         bounds = [0, *(end for _, end in split_evenly(len(self.order[name]), ROUND_PARTS))]
-        return self.order[name][bounds[low] : bounds[high]]
+        return slice(bounds[low], bounds[high])
+
+    def columns(self, name: str, low: int, high: int) -> np.ndarray:
+        """Indices of the columns of these parts."""
+        return self.order[name][self.places(name, low, high)]
 
     def steps(self, name: str, columns: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         return self.tensors[f"rows.{name}"], self.tensors[f"columns.{name}"][columns]
 
-    def factor(self, name: str, columns: np.ndarray) -> Factor | None:
-        """GPTQ's factor among some columns that follow each other: those before have no error, those after are free."""
-        if f"hessians.{name}" not in self.tensors:
-            return None
+    def factor(self, name: str, part: int) -> Factor | None:
+        """GPTQ's factor among the columns of a part: those before have no error, those after are free."""
         if name not in self.factors:
-            self.factors[name] = gptq_factor(self.tensors[f"hessians.{name}"])
+            hessian = self.tensors.get(f"hessians.{name}")
+            self.factors[name] = None if hessian is None else gptq_factor(hessian)
         if self.factors[name] is None:
             return None
-        start = int(np.flatnonzero(self.order[name] == columns[0])[0])
-        part = slice(start, start + len(columns))
-        return Factor(np.arange(len(columns)), np.ascontiguousarray(self.factors[name].upper[part, part]))
+        there = self.places(name, part, part + 1)
+        upper = np.ascontiguousarray(self.factors[name].upper[there, there])
+        return Factor(np.arange(len(upper)), upper)
 
     def round(self, names: list[str], weights: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
         """Integers of the columns of a part of some matrices."""
@@ -2619,7 +2626,7 @@ class Rounding:
         whole = {name: without_faint_rows(as_matrix(weights[name]), *self.steps(name)) for name in columns}
         values = {name: np.ascontiguousarray(whole[name][:, some]) for name, some in columns.items()}
         steps = {name: self.steps(name, some) for name, some in columns.items()}
-        factors = {name: self.factor(name, some) for name, some in columns.items()}
+        factors = {name: self.factor(name, part) for name in columns}
         return {name: table.symbols for name, table in round_all(values, steps, True, factors).items()}
 
     def table(self, name: str) -> Table:
@@ -2645,10 +2652,6 @@ def rounding_shapes(c: Config) -> dict[str, tuple[int, ...]]:
         found |= {} if is_vector(name) else {f"symbols.{name}": (n, m)}
         found |= {f"hessians.{name}": (m, m)} if param_group(name) == "matrix" else {}
     return found
-
-
-def rounding_tensors(rounding: Rounding | None) -> dict[str, np.ndarray]:
-    return rounding.tensors if rounding else {}
 
 
 def resume_rounding(run: Run, tensors: dict[str, np.ndarray]) -> None:
@@ -2677,11 +2680,14 @@ def round_more(run: Run, at: float) -> bool:
     """With ROUND_FROM: rounds the parts whose time has come; whether there were any. Clock and FLOPs of training count
     it; where FLOPs do not suffice to look at the curvature all is rounded after training."""
     c, state = run.config, run.state
+    if not c.round_from or at < c.round_from:
+        return False
     part = (at - c.round_from) / (1 - c.round_from) * (ROUND_PARTS - 1)
-    due = min(1 + math.floor(part), ROUND_PARTS - 1) if c.round_from and part >= 0 else 0
+    due = min(1 + math.floor(part), ROUND_PARTS - 1)
+    if due <= state.parts:
+        return False
     looks = train_flops_per_token(c, most_passes(c, loops_at(c, 1.0))) * calibration_tokens(c, run.engine.world)
-    dear = run.rounding is None and 0 < c.max_train_flops < state.flops + looks
-    if due <= state.parts or dear:
+    if run.rounding is None and 0 < c.max_train_flops < state.flops + looks:
         return False
     run.read_launched()
 
@@ -2722,8 +2728,8 @@ def export_rounded(run: Run) -> Export:
     settled = {name: rounding.tensors[f"columns.{name}"].copy() for name in rounding.order}
     vectors = {name: as_matrix(weight) for name, weight in weights.items() if is_vector(name)}
     for name, value in vectors.items():  # they have grown since, some from 0
-        finest = np.ceil(4 * np.log2(np.maximum(2 * np.abs(value).max(axis=1) / (LARGEST_SYMBOL - 4), 1e-30)))
-        np.maximum(rounding.tensors[f"rows.{name}"], finest.astype(np.int16), out=rounding.tensors[f"rows.{name}"])
+        rows, finest = rounding.tensors[f"rows.{name}"], finest_steps(np.abs(value).max(axis=1))
+        np.maximum(rows, finest.astype(np.int16), out=rows)
     vectors = {name: without_faint_rows(value, *rounding.steps(name)) for name, value in vectors.items()}
     made = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
     aimed, rounds, plain = rounding.tensors["said"].tolist()
