@@ -914,6 +914,9 @@ def check_schedules(c: Config) -> None:
     last = parse_loop_schedule(c.loop_schedule, loops)[-1][0]
     after = f"0, or after the last switch of LOOP_SCHEDULE, {last:g}"  # what no step has trained has no curvature
     require(not c.round_from or c.round_from > last, "ROUND_FROM", after, c.round_from)
+    seconds, mend = c.max_wallclock_seconds, "give ITERATIONS or MAX_TRAIN_FLOPS as the budget, or set ROUND_FROM=0"
+    unknown = "0 with ROUND_FROM, whose seconds nothing bounds"
+    require(not (c.round_from and seconds), "MAX_WALLCLOCK_SECONDS", unknown, seconds, mend)
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
     for name in ("loop_sample", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
@@ -1912,8 +1915,8 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict, dict, dict, TrainState
         require(model[name] == getattr(c, name), path, f"{name.upper()}={getattr(c, name)}", model[name], mend)
     found, mine = note["state"] if isinstance(note.get("state"), dict) else {}, identity(c)
     fields = [field.name for field in dataclasses.fields(TrainState)]
-    whole = {*fields, *mine} <= found.keys()
-    require(whole, path, "a checkpoint with training state", "weights only", "use INIT_FROM")
+    whole, another = {*fields, *mine} <= found.keys(), "that of another version" if found else "weights only"
+    require(whole, path, "a checkpoint with training state", another, "use INIT_FROM")
     for name, value in mine.items():
         require(found[name] == value, path, f"the {name} that it was trained with", f"{found[name]}, not {value}", mend)
     kept = {name: value for name, value in tensors.items() if not name.startswith(("weights.", "rounding."))}
@@ -1921,7 +1924,7 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict, dict, dict, TrainState
     rounded = {name[len("rounding.") :]: value for name, value in tensors.items() if name.startswith("rounding.")}
     same = {name: value.shape for name, value in kept.items()} == optimizer_buffers(c)
     same &= {name: value.shape for name, value in rounded.items()} == (rounding_shapes(c) if state.parts else {})
-    require(same, path, "the optimizer state of its layout", "another", mend)
+    require(same, path, "the training state of its layout", "another", mend)
     return weights, kept, rounded, state
 
 
@@ -2665,8 +2668,7 @@ def begin_rounding(run: Run) -> Rounding:
     """Looks at the curvature and settles the steps, by an export of the weights as they are."""
     c, state = run.config, run.state
     passes = most_passes(c, loops_at(c, 1.0))
-    limit = c.calib_seconds if c.max_wallclock_seconds else math.inf
-    curvature = run.engine.curvature(run.stream, state.tokens, passes, limit)
+    curvature = run.engine.curvature(run.stream, state.tokens, passes, math.inf)
     state.flops += train_flops_per_token(c, passes) * curvature.tokens
     made = shared_export(run, curvature)
     tensors = {"said": np.array([made.loss_aimed, made.rounds, made.plain_rounded], np.float32)}
@@ -2677,7 +2679,7 @@ def begin_rounding(run: Run) -> Rounding:
 
 
 def round_more(run: Run, at: float) -> bool:
-    """With ROUND_FROM: rounds the parts whose time has come; whether there were any. Clock and FLOPs of training count
+    """With ROUND_FROM: rounds the parts whose time has come; whether there were any. Seconds and FLOPs of training count
     it; where FLOPs do not suffice to look at the curvature all is rounded after training."""
     c, state = run.config, run.state
     if not c.round_from or at < c.round_from:
@@ -2696,7 +2698,6 @@ def round_more(run: Run, at: float) -> bool:
         round_parts(run, due)
 
     seconds = seconds_of(run.engine, work)
-    run.before += seconds  # which say nothing of a step
     run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_PARTS} of the columns in {seconds:.1f}s")
     return True
 
@@ -2719,19 +2720,19 @@ def round_part(run: Run, weights: dict[str, np.ndarray], part: int) -> None:
             rounding.tensors[f"symbols.{name}"][:, rounding.columns(name, part, part + 1)] = symbols
 
 
-def export_rounded(run: Run) -> Export:
+def export_rounded(run: Run) -> Export | None:
     """The artifact of what ROUND_FROM has rounded, with the last columns and the vectors. With TARGET_BYTES the last
-    columns have the finest steps that fit, up to an octave finer and four coarser."""
+    columns have the finest steps that fit, up to an octave finer and four coarser; None where none of them does."""
     c, rounding, last = run.config, run.rounding, ROUND_PARTS - 1
     round_parts(run, last)
-    weights, code = run.engine.weights(), code_bytes(run)
+    weights, room = run.engine.weights(), (c.target_bytes or math.inf) - code_bytes(run)
     settled = {name: rounding.tensors[f"columns.{name}"].copy() for name in rounding.order}
     vectors = {name: as_matrix(weight) for name, weight in weights.items() if is_vector(name)}
     for name, value in vectors.items():  # they have grown since, some from 0
         rows, finest = rounding.tensors[f"rows.{name}"], finest_steps(np.abs(value).max(axis=1))
         np.maximum(rows, finest.astype(np.int16), out=rows)
     vectors = {name: without_faint_rows(value, *rounding.steps(name)) for name, value in vectors.items()}
-    made = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
+    vectors = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
     aimed, rounds, plain = rounding.tensors["said"].tolist()
 
     def export(shift: int) -> Export:
@@ -2739,16 +2740,24 @@ def export_rounded(run: Run) -> Export:
             columns = rounding.columns(name, last, ROUND_PARTS)
             rounding.tensors[f"columns.{name}"][columns] = steps[columns] + shift
         round_part(run, weights, last)
-        tables = {name: made.get(name) or rounding.table(name) for name in param_shapes(c)}
+        tables = {name: vectors.get(name) or rounding.table(name) for name in param_shapes(c)}
         data, bits = assemble(c, run.state.loops, tables)
         return Export(data, tables, len(data), bits_per_weight(tables, bits), aimed, int(rounds), int(plain))
 
-    finest, coarsest = (-4, 16) if c.target_bytes else (0, 0)
-    while finest < coarsest:
+    best, (finest, coarsest) = None, (-4, 16) if c.target_bytes else (0, 0)
+    while finest <= coarsest:
         shift = (finest + coarsest) // 2
-        fits = code + export(shift).size <= c.target_bytes
-        finest, coarsest = (finest, shift) if fits else (shift + 1, coarsest)
-    return export(finest)
+        made = export(shift)
+        if made.size <= room:
+            best, coarsest = made, shift - 1
+        else:
+            finest = shift + 1
+    if best is None:
+        over = made.size - room
+        run.log.line(
+            f"notice: the columns rounded in training are {over} bytes over TARGET_BYTES: all are rounded anew"
+        )
+    return best
 
 
 def most_passes(c: Config, loops: int) -> int:
@@ -2815,15 +2824,9 @@ def finish(run: Run) -> int | None:
     try:
         must_be_finite(run, raw)
         began = time.perf_counter()
-        made, curvature = (export_rounded(run), None) if run.rounding else (None, None)
-        if made and c.target_bytes and result["bytes_code"] + made.size > c.target_bytes:
-            over = result["bytes_code"] + made.size - c.target_bytes
-            run.log.line(
-                f"notice: the columns rounded in training are {over} bytes over TARGET_BYTES: all are rounded anew"
-            )
-            made = None
+        made, curvature = export_rounded(run) if run.rounding else None, None
+        began_calibration = time.perf_counter()
         if not made:
-            began_calibration = time.perf_counter()
             curvature = calibrate(run)
         calibrated = time.perf_counter()
         made = made or shared_export(run, curvature)
