@@ -1290,8 +1290,8 @@ def manifest_tokenizer(data_path: str) -> str:
     """SHA-256 of the tokenizer of a dataset as its manifest.json states it, or ""."""
     try:
         manifest = json.loads((Path(data_path) / "manifest.json").read_text(encoding="utf-8"))
-        return str(manifest["tokenizer"]["sha256"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return (manifest["tokenizer"]["sha256"] or "").lower()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
 
 
@@ -1932,7 +1932,7 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
         if optimizer_state:
             engine.optimizer.load_state(optimizer_state, state.step)
             resume_rounding(run, rounded)
-            run.log.forget_after(state.step)
+            run.log.forget_after(state)
             run.log.line(f"resume: from step:{state.step}; later steps above are of the interrupted run, done again")
         for loops in loop_counts(c):
             if not run.clock()[1]:
@@ -1943,7 +1943,10 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
                 return 128 + (stop.number or signal.SIGTERM)
             return preflight(run, warmed, time.perf_counter() - began)
         run.restart_clock(state.seconds)
-        if run.train() and (code := finish(run)) is not None:
+        done = run.train()
+        if done and not state.step:  # the same on every process
+            raise Agreed("MAX_TRAIN_FLOPS, MAX_WALLCLOCK_SECONDS: expected enough for a step, found less; raise it")
+        if done and (code := finish(run)) is not None:
             return code
         return stopped(run)
 
@@ -2249,6 +2252,8 @@ def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float,
     largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
     squared = float(np.square(values, dtype=np.float64).mean())
     widest = 2 * math.log2(max(squared, 1e-24)) + 16  # 16 times the typical weight: all zeros from there on
+    if is_vector(name) and not squares.any():  # of a pass that never ran: kept, as another number of passes may use it
+        widest -= 32
     rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest_steps(largest))
     return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), columns.astype(np.int16)
 
@@ -2787,8 +2792,8 @@ def begin_rounding(run: Run) -> Rounding:
 
 
 def round_more(run: Run, at: float) -> bool:
-    """With ROUND_FROM: rounds the parts whose time has come; whether there were any. Seconds and FLOPs of training count
-    it; where FLOPs do not suffice to look at the curvature all is rounded after training."""
+    """With ROUND_FROM: rounds the parts whose time has come; whether there were any. Seconds and FLOPs of training
+    count it; where FLOPs do not suffice to look at the curvature all is rounded after training."""
     c, state = run.config, run.state
     if not c.round_from or at < c.round_from:
         return False
@@ -3024,23 +3029,26 @@ def run_name(c: Config) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}_{c.preset or c.mode}_{FRAMEWORK}_s{c.seed}"
 
 
-def say(text: str) -> None:
-    """A line on the console, above any progress bar. A console that is gone or full is replaced by none."""
+def say(text: str) -> bool:
+    """A line on the console, above any progress bar. A console that is gone or full (False) is replaced by none."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
+        return True
     except (OSError, ValueError):
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at the end fails again
         sys.stdout = open(os.devnull, "w")
+        return False
 
 
-def step_of(row: bytes) -> float:
-    """The step of a row of metrics.jsonl; a killed run or a full disk leaves half a row, which is of none."""
+def is_before(row: bytes, state: TrainState) -> bool:
+    """Whether a row of metrics.jsonl is not made again from `state`; a killed run or a full disk leaves half a row."""
     try:
-        return int(json.loads(row)["step"])
+        values = json.loads(row)
+        return int(values["step"]) <= (state.scored if "val_bpb" in values else state.step)
     except (ValueError, LookupError, TypeError):
-        return math.inf
+        return False
 
 
 def finite_json(values: dict) -> str:
@@ -3072,6 +3080,8 @@ class RunLog:
             if self.dry and not c.resume:
                 shutil.rmtree(self.folder)
         except FileExistsError:
+            place = Path(c.log_dir)
+            require(not place.is_symlink() or place.exists(), "LOG_DIR", "a folder", f"{place}, a link to nothing")
             mend = "set another RUN_ID, or delete the folder" + ", or RESUME=1 to go on" * self.checkpoint.is_file()
             require(False, "RUN_ID", "a new name", self.folder, mend)
         except OSError as error:
@@ -3115,12 +3125,12 @@ class RunLog:
             require(not needed, path, "a file that can be written", error.strerror or error, mend)
             self.line(f"notice: {path}: {error.strerror or error}; going on without it")
 
-    def forget_after(self, step: int) -> None:
-        """Drops the metrics of steps that a resumed run will do again."""
+    def forget_after(self, state: TrainState) -> None:
+        """Drops the metrics of what a resumed run will do again."""
         path = self.folder / "metrics.jsonl"
         if self.rank == 0 and path.is_file() and not self.dry:
             rows = path.read_bytes().splitlines(keepends=True)
-            self.write_file(path, b"".join(row for row in rows if step_of(row) <= step), needed=False)
+            self.write_file(path, b"".join(row for row in rows if is_before(row, state)), needed=False)
 
     def progress(self, part: float, text: str) -> None:
         if self.rank == 0 and sys.stderr.isatty():
@@ -3355,9 +3365,7 @@ def use_file(c: Config, engine: Engine, notices: list[str], weights: dict[str, n
         return export_file(c, engine, notices, loops)
     warn(engine, [*notices, *engine.notices])
     text = sample(c, engine, eval_passes(c, loops)[0]) if c.mode == "sample" else score_file(c, engine, loops)
-    if engine.rank == 0:
-        say(text)
-    return 0
+    return 1 if engine.rank == 0 and not say(text) else 0
 
 
 def warn(engine: Engine, notices: list[str]) -> None:
@@ -3422,7 +3430,8 @@ def help_text() -> str:
     """What --help prints: the head of this script and its settings."""
     source = script_source()
     settings = source[source.index("class Config:\n") : source.index("\nPRESETS = ")]
-    return f"{__doc__}\nSettings (as --name=value or NAME=value):\n\n{settings}"
+    head = source.split('"""')[1]  # python -OO leaves no __doc__
+    return f"{head}\nSettings (as --name=value or NAME=value):\n\n{settings}"
 
 
 def run(argv: list[str], environ: dict[str, str]) -> int:
@@ -3439,6 +3448,7 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
     engine, code = Engine(c), 1
     try:
+        must_agree(c, engine)
         code = use_file(c, engine, notices, weights, loops) if weights else train(c, engine, notices)
     except Agreed as error:
         if engine.rank == 0:
@@ -3451,6 +3461,17 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
             os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
     engine.close(code)
     return code
+
+
+def must_agree(c: Config, engine: Engine) -> None:
+    """Raises Agreed where processes have other settings, which each host's environment gives, or another script."""
+    said = engine.exchange(json.dumps(dataclasses.asdict(c) | {"script": source_sha256()}))
+    first = json.loads(said[0])
+    for rank, text in enumerate(said):
+        for name, value in json.loads(text).items():
+            if value != first[name]:
+                expected = f"that of process 0, {first[name]}, on all"
+                raise Agreed(f"{name.upper()}: expected {expected}, found {value} on process {rank}; give it as a flag")
 
 
 def complain(text: str) -> None:
