@@ -833,8 +833,9 @@ def test_convert_quantizes_a_folder_with_and_without_a_lora(home, lora, tmp_path
         out, whole = tmp_path / folder.name, loaded(folder)
         options = ("--model", folder, "--mlx-path", out, "-q", "--q-bits", 8, "--q-group-size", 32)
         mlx_lm_command(monkeypatch, "convert", *options)
-        logits = loaded(out)(ids)
-        assert not mx.array_equal(logits, whole(ids))
+        quantized = loaded(out)
+        logits = quantized(ids)
+        assert quantized.loops == 2 and not mx.array_equal(logits, whole(ids))
         nn.quantize(whole, 32, 8)  # all but the LoRA and the gate
         assert mx.array_equal(logits, whole(ids)) and any_lora(whole) == (folder == lora)
 
