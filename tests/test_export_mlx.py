@@ -3,13 +3,9 @@ and mlx-lm's own commands take the folder."""
 
 import contextlib
 import dataclasses
-import http.server
-import importlib
 import io
 import json
 import sys
-import threading
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +16,10 @@ from conftest import (
     ROOT,
     TINY,
     Outcome,
+    answer_of_server,
     assert_refused,
     made_up_documents,
+    mlx_lm_command,
     random_weights,
     run_in_process,
     script_or_skip,
@@ -258,7 +256,7 @@ def test_the_fast_tokenizer_encodes_held_out_documents_as_sentencepiece(script, 
     documents = made_up_documents()
     path = train_tokenizer(tmp_path / "bpe.model", documents[1500:], **TOKENIZERS[kind])
     special = fast.convert(path, tmp_path, 64)
-    texts = documents[:100] + hard_texts(200)
+    texts = documents[:300] + hard_texts(200)
     assert fast.differing(path, tmp_path, texts) == []
     model = spm.SentencePieceProcessor(model_file=str(path))
     assert special["bos"] == model.bos_id() and special["unk"] == model.unk_id()
@@ -420,19 +418,10 @@ def test_an_export_that_differs_from_the_script_is_refused_and_leaves_nothing(ex
 # mlx-lm's commands ---------------------------------------------------------------------------------------------------
 
 
-def command(monkeypatch, module, *argv):
-    """`main()` of a command of mlx-lm in this process; returns what it prints."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, "--trust-remote-code", *(str(part) for part in argv)])
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        module.main()
-    return out.getvalue()
-
-
 def test_generate_writes_what_the_script_would_write(script, exported, monkeypatch):
-    generate = importlib.import_module("mlx_lm.generate")
-
-    out = command(monkeypatch, generate, "--model", exported.folder, "--prompt", TEXT, "--max-tokens", 6, "--temp", 0)
+    out = mlx_lm_command(
+        monkeypatch, "generate", "--model", exported.folder, "--prompt", TEXT, "--max-tokens", 6, "--temp", 0
+    )
     model = spm.SentencePieceProcessor(model_file=exported.tokenizer)
     ids = [model.bos_id(), *model.encode(TEXT)]
     for _ in range(6):
@@ -454,11 +443,9 @@ def test_batch_generate_gives_each_prompt_what_it_gets_alone(exported):
 
 
 def test_convert_quantizes_every_matrix_and_the_result_loads(exported, tmp_path, monkeypatch):
-    convert = importlib.import_module("mlx_lm.convert")
-
     out, ids = tmp_path / "q", mx.array(np.arange(3, 23)[None])
-    command(
-        monkeypatch, convert, "--model", exported.folder, "--mlx-path", out, "-q", "--q-bits", 8, "--q-group-size", 32
+    mlx_lm_command(
+        monkeypatch, "convert", "--model", exported.folder, "--mlx-path", out, "-q", "--q-bits", 8, "--q-group-size", 32
     )
     model, tokenizer = load(str(out), trust_remote_code=True)
     quantized = {name for name, _ in tree_flatten(model.parameters()) if name.endswith(".scales")}
@@ -470,16 +457,15 @@ def test_convert_quantizes_every_matrix_and_the_result_loads(exported, tmp_path,
 
 
 def test_lora_trains_every_stored_block_once_and_fuse_keeps_what_it_learned(script, exported, tmp_path, monkeypatch):
-    fuse, lora = (importlib.import_module(f"mlx_lm.{name}") for name in ("fuse", "lora"))
-
     for name, part in (("train", slice(0, 4)), ("valid", slice(4, 6))):
         lines = [json.dumps({"text": text[:90]}) for text in made_up_documents()[part]]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     adapter, fused = tmp_path / "adapter", tmp_path / "fused"
-    command(monkeypatch, lora, "--model", exported.folder, "--train", "--data", tmp_path, "--iters", 2, "--batch-size",
-            2, "--val-batches", 1, "--num-layers", -1, "--learning-rate", 0.01, "--adapter-path", adapter)  # fmt: skip
+    options = ("--iters", 2, "--batch-size", 2, "--val-batches", 1, "--num-layers", -1, "--learning-rate", 0.01)
+    train = ("--model", exported.folder, "--train", "--data", tmp_path, *options, "--adapter-path", adapter)
+    mlx_lm_command(monkeypatch, "lora", *train)
     assert len(mx.load(str(adapter / "adapters.safetensors"))) == 2 * 6 * len(exported.model.layers)
-    command(monkeypatch, fuse, "--model", exported.folder, "--adapter-path", adapter, "--save-path", fused)
+    mlx_lm_command(monkeypatch, "fuse", "--model", exported.folder, "--adapter-path", adapter, "--save-path", fused)
     ids = mx.array(np.arange(3, 23)[None])
     adapted, _ = load(str(exported.folder), adapter_path=str(adapter), trust_remote_code=True)
     found, _ = load_model(fused, trust_remote_code=True)
@@ -488,30 +474,7 @@ def test_lora_trains_every_stored_block_once_and_fuse_keeps_what_it_learned(scri
 
 
 def test_server_answers_a_request(exported, monkeypatch):
-    server = importlib.import_module("mlx_lm.server")
-
-    answers, serve = [], http.server.ThreadingHTTPServer.serve_forever
-
-    def ask(httpd):
-        try:
-            body = json.dumps({"prompt": TEXT, "max_tokens": 4, "temperature": 0}).encode()
-            url = f"http://127.0.0.1:{httpd.server_port}/v1/completions"
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                answers.append(json.load(answer))
-        finally:
-            httpd.shutdown()
-
-    def serve_one(httpd, *args):
-        thread = threading.Thread(target=ask, args=(httpd,))
-        thread.start()
-        serve(httpd, *args)
-        thread.join()
-        raise KeyboardInterrupt  # as from Ctrl-C, which ends the command
-
-    monkeypatch.setattr(http.server.ThreadingHTTPServer, "serve_forever", serve_one)
-    with pytest.warns(UserWarning, match="not recommended for production"):
-        command(monkeypatch, server, "--model", exported.folder, "--port", 0)
+    answer = answer_of_server(monkeypatch, exported.folder, TEXT)
     expected = exported.tokenizer_of_mlx_lm.encode(TEXT)
-    assert answers[0]["usage"]["prompt_tokens"] == len(expected)
-    assert answers[0]["usage"]["completion_tokens"] == 4
+    assert answer["usage"]["prompt_tokens"] == len(expected)
+    assert answer["usage"]["completion_tokens"] == 4

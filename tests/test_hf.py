@@ -24,9 +24,9 @@ import hf_text  # noqa: E402
 import hf_train  # noqa: E402
 import mlx_lm  # noqa: E402
 import recurrent  # noqa: E402
-from conftest import assert_refused, tree  # noqa: E402
+from conftest import answer_of_server, assert_refused, mlx_lm_command, tree  # noqa: E402
 from mlx import nn  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
@@ -179,6 +179,24 @@ def made(home, tmp_path):
 TRAIN = ("--steps", 6, "--batch", 2, "--length", 16, "--val-bytes", 60, "--save-every", 3, "--eval-passes", "1,2")
 
 
+@pytest.fixture(scope="module")
+def lora(home):
+    """The folder with a trained LoRA; tests copy what they change."""
+    folder = Path(shutil.copytree(home / "made", home / "lora"))
+    outcome = tool("train", folder, "--text", home / "text.txt", *TRAIN, "--steps", 3, "--lr", 0.01)
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+def loaded(folder, **model_config):
+    """A folder's model as mlx-lm loads it."""
+    return load_model(Path(folder), trust_remote_code=True, model_config=model_config)[0]
+
+
+def any_lora(model):
+    return any(hasattr(module, "lora_a") for _, module in model.named_modules())
+
+
 # The model ------------------------------------------------------------------------------------------------------------
 
 
@@ -214,21 +232,28 @@ def test_a_cache_of_another_number_of_passes_is_refused():
         model(random_ids((1, 4)), cache=cache)
 
 
-def test_three_passes_are_the_layers_listed_three_times_with_the_gate_between():
-    parent, config = random_parent("qwen3")
-    model = recurrent_of(parent, config)
-    ids = random_ids((1, 9))
-    h = parent.model.embed_tokens(ids)
-    for layer in parent.layers[:2]:
+def by_hand(model, ids, passes, stop=None):
+    """The state before the output layer of a qwen3 of layout 2+2xR+2, layer by layer; no gradient flows back from pass
+    `stop` to what came before it."""
+    h = model.model.embed_tokens(ids)
+    for layer in model.layers[:2]:
         h = layer(h, "causal")
     entry = h
-    for number in range(3):
-        h = 0.5 * h + 0.5 * entry if number else h
-        for layer in parent.layers[2:4]:
+    for number in range(passes):
+        if number == stop:
+            h, entry = mx.stop_gradient(h), mx.stop_gradient(entry)
+        h = model.inject.gate * h + (1 - model.inject.gate) * entry if number else h
+        for layer in model.layers[2:4]:
             h = layer(h, "causal")
-    for layer in parent.layers[4:]:
+    for layer in model.layers[4:]:
         h = layer(h, "causal")
-    assert mx.allclose(model.hidden(ids), parent.model.norm(h), atol=1e-5)
+    return model.model.norm(h)
+
+
+def test_three_passes_are_the_layers_listed_three_times_with_the_gate_between():
+    model = recurrent_of(*random_parent("qwen3"))
+    ids = random_ids((1, 9))
+    assert mx.allclose(model.hidden(ids), by_hand(model, ids, 3), atol=1e-5)
 
 
 def test_damping_moves_the_state_by_its_share_of_a_pass():
@@ -256,19 +281,6 @@ def test_the_teacher_of_the_distillation_is_one_pass(layout):
     assert mx.array_equal(first, model.hidden(ids, 1))
 
 
-def test_passes_before_the_last_ones_get_no_gradient():
-    model = recurrent_of(*random_parent("llama"))
-    tokens = random_ids((1, 8))
-
-    def prelude_gradient(bptt):
-        model.bptt = bptt
-        gradient = nn.value_and_grad(model, lambda m: m.hidden(tokens, 3).square().sum())(model)[1]
-        return mx.abs(gradient["model"]["layers"][0]["mlp"]["up_proj"]["weight"]).max().item()
-
-    assert prelude_gradient(1) == 0 and prelude_gradient(2) == 0
-    assert prelude_gradient(0) > 0 and prelude_gradient(3) > 0
-
-
 def test_dropped_layers_are_the_parent_without_them(home, tmp_path):
     outcome = tool("make", home / "parent", "--drop", "1,4", "--layout", "1+2x2+1", "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
@@ -294,6 +306,13 @@ def test_a_four_bit_parent_keeps_its_pass(tmp_path):
     assert outcome.code == 0, outcome.err
     trained, _ = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=True, model_config={"loops": 1})
     assert hf_train.is_quantized(trained) and not mx.array_equal(trained(ids), parent(ids))
+    outcome = tool("merge", tmp_path / "out")
+    assert outcome.code == 0 and "rounded" in outcome.out, outcome
+    merged = loaded(tmp_path / "out", loops=1)
+    assert hf_train.is_quantized(merged) and not any_lora(merged)
+    new = [(path, m.fuse()) for path, m in trained.named_modules() if hasattr(m, "lora_a")]
+    trained.update_modules(tree_unflatten(new))
+    assert mx.array_equal(merged(ids), trained(ids))
 
 
 def test_mlx_lm_loads_generates_and_takes_the_number_of_passes(home):
@@ -579,6 +598,34 @@ def test_the_curriculum_grows_in_whole_passes_to_the_mean():
         assert means[0] == (4 if kind == "const" else 1)
 
 
+# Training FLOPs of a curriculum over those of the constant mean R, by the formulas of Retrofitted Recurrence
+# (arXiv 2511.07384): layers 4 + 8 looped + 4, a gradient through the last 8 passes. R = 4 is what its authors logged.
+# A column is the share of the training in which the mean grows.
+GROWS = (0.25, 0.5, 0.75, 1.0)
+FLOPS = {
+    (4, "linear"): (0.925, 0.85, 0.775, 0.70),
+    (8, "linear"): (0.903, 0.805, 0.708, 0.611),
+    (32, "linear"): (0.915, 0.831, 0.746, 0.662),
+    (4, "1-sqrt"): (0.894, 0.787, 0.681, 0.575),
+    (8, "1-sqrt"): (0.866, 0.733, 0.599, 0.465),
+    (32, "1-sqrt"): (0.882, 0.764, 0.646, 0.528),
+}
+
+
+@pytest.mark.parametrize("mean, kind", FLOPS)
+def test_a_curriculum_costs_the_papers_share_of_the_flops(mean, kind):
+    def flops(s, step):
+        """Of the layers, for each token and parameter of a layer."""
+        passes = hf_train.mean_at(s, step)
+        taught = min(passes, s.bptt)
+        return 6 * (4 + 8 * taught + 4) + 2 * 8 * (passes - taught)
+
+    for share, expected in zip(GROWS, FLOPS[mean, kind]):
+        s = settings(mean=mean, curriculum=kind, curriculum_share=share, steps=2000)
+        spent = np.mean([flops(s, step) for step in range(s.steps)])
+        assert abs(spent / flops(settings(mean=mean, curriculum="const"), 0) - expected) < 0.002
+
+
 def test_passes_depend_on_the_step_alone():
     s = settings()
     assert [hf_train.passes_at(s, i) for i in range(20)] == [hf_train.passes_at(s, i) for i in range(20)]
@@ -586,33 +633,56 @@ def test_passes_depend_on_the_step_alone():
     assert {hf_train.passes_at(settings(passes=3), i) for i in range(9)} == {3}
 
 
-def test_one_trace_for_each_number_of_passes():
-    """As mlx-lm's trainer compiles it: a Python integer is a constant of the trace."""
-    traced = []
+def test_training_traces_the_model_once_for_each_number_of_passes(home, made, monkeypatch, only_traced):
+    """`train` as mlx-lm's trainer compiles it: a Python integer is a constant of the trace. The first step's trace
+    knows no moments of AdamW, which it makes, so that its number of passes is traced once more."""
+    passes, traced, make_loss = (1, 2, 1, 3, 2, 1), [], hf_train.make_loss
 
-    def step(x, passes):
-        traced.append(passes)
-        for _ in range(passes):
-            x = x @ x
-        return x
+    def noted(s):
+        loss = make_loss(s)
+        return lambda model, tokens, passes: traced.append(passes) or loss(model, tokens, passes)
 
-    mx.enable_compile()
-    try:
-        compiled = mx.compile(step)
-        for passes in (1, 2, 1, 3, 2, 1):
-            mx.eval(compiled(mx.eye(2), passes))
-    except RuntimeError as error:
-        pytest.skip(f"mx.compile is not possible here ({error})")
-    finally:
-        if hf_backend.ON_CPU and sys.platform == "linux":
-            mx.disable_compile()
-    assert traced == [1, 2, 3]
+    def ends(run, step):
+        if step == len(passes):  # before the trainer reads a loss, which nobody has computed
+            raise hf_train.Stopped("traced")
+
+    monkeypatch.setattr(hf_train, "make_loss", noted)
+    monkeypatch.setattr(hf_train, "passes_at", lambda s, micro: passes[micro])
+    monkeypatch.setattr(hf_train.Run, "between", ends)
+    monkeypatch.setattr(hf_train.Run, "validate", lambda run, step: None)
+    outcome = tool("train", made, "--text", home / "text.txt", *TRAIN, "--steps", 7)
+    assert outcome.code == 0 and "traced" in outcome.out, outcome
+    assert traced == [1, 2, 1, 3]
 
 
 def loss_and_gradient(model, s, tokens, passes):
     (value, count), gradient = nn.value_and_grad(model, hf_train.make_loss(s))(model, tokens, passes)
     assert count.item() == tokens[:, 1:].size
     return value, dict(tree_flatten(gradient))
+
+
+@pytest.mark.parametrize("bptt", [0, 1, 2, 3, 4, 9])
+def test_truncated_gradients_are_those_of_hand_placed_stops(bptt):
+    """Of the last `bptt` of four passes: 4, more than 4 and 0 are all of them, to the last bit."""
+    model = recurrent_of(*random_parent("qwen3"))
+    model.inject.gate = mx.linspace(0.2, 0.5, DIM)
+    tokens = random_ids((2, 13))
+    stop = 4 - bptt if 0 < bptt < 4 else None
+
+    def expected(model):
+        h = by_hand(model, tokens[:, :-1], 4, stop)
+        return nn.losses.cross_entropy(model.head(h), tokens[:, 1:]).mean()
+
+    _, gradient = loss_and_gradient(model, settings(bptt=bptt, distill=0.0), tokens, 4)
+    theirs = dict(tree_flatten(nn.value_and_grad(model, expected)(model)[1]))
+    assert gradient.keys() == theirs.keys()
+    for k in gradient:
+        assert mx.linalg.norm(gradient[k] - theirs[k]) <= 1e-4 * mx.linalg.norm(theirs[k]), k
+    prelude = mx.abs(gradient["model.layers.0.mlp.up_proj.weight"]).max().item()
+    assert (prelude == 0) == (stop is not None)
+    if stop is None:
+        _, whole = loss_and_gradient(model, settings(bptt=0, distill=0.0), tokens, 4)
+        assert all(mx.array_equal(gradient[k], whole[k]) for k in whole)
 
 
 def test_a_distillation_of_weight_zero_changes_no_bit():
@@ -752,3 +822,44 @@ def test_eval_scores_every_byte_once_beside_the_parent(home, made, tmp_path):
 def test_no_code_of_a_folder_runs_in_our_tools(home, made):
     (made / "recurrent.py").write_text("raise SystemExit(9)")
     assert tool("eval", made, "--text", home / "text.txt", "--passes", "1", "--max-bytes", 50).code == 0
+
+
+# mlx-lm's commands ----------------------------------------------------------------------------------------------------
+
+
+def test_convert_quantizes_a_folder_with_and_without_a_lora(home, lora, tmp_path, monkeypatch):
+    ids = random_ids((1, 9))
+    for folder in (home / "made", lora):
+        out, whole = tmp_path / folder.name, loaded(folder)
+        options = ("--model", folder, "--mlx-path", out, "-q", "--q-bits", 8, "--q-group-size", 32)
+        mlx_lm_command(monkeypatch, "convert", *options)
+        quantized = loaded(out)
+        logits = quantized(ids)
+        assert quantized.loops == 2 and not mx.array_equal(logits, whole(ids))
+        nn.quantize(whole, 32, 8)  # all but the LoRA and the gate
+        assert mx.array_equal(logits, whole(ids)) and any_lora(whole) == (folder == lora)
+
+
+def test_the_server_answers_from_a_folder_with_a_lora(lora, monkeypatch):
+    answer = answer_of_server(monkeypatch, lora, "The cat")
+    model, tokenizer = mlx_lm.load(str(lora), trust_remote_code=True)
+    assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode("The cat"))
+    assert answer["choices"][0]["text"] == mlx_lm.generate(model, tokenizer, "The cat", max_tokens=4)
+
+
+def test_a_merged_lora_is_the_same_model_and_takes_mlx_lms_own(home, lora, tmp_path, monkeypatch):
+    merged, ids = Path(shutil.copytree(lora, tmp_path / "merged")), random_ids((1, 9))
+    outcome = tool("merge", merged)
+    assert outcome.code == 0, outcome.err
+    for loops in (1, 3):
+        expected = loaded(lora, loops=loops)(ids)
+        assert mx.abs(loaded(merged, loops=loops)(ids) - expected).max() < 1e-4 * mx.abs(expected).max()
+    assert mx.array_equal(loaded(merged, loops=1, parent_only=True)(ids), loaded(home / "parent")(ids))
+    assert_refused(tool("merge", merged), "a trained LoRA, found none")
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": TEXT[:60]}) + "\n") * 4)
+    options = ("--train", "--data", tmp_path, "--iters", 2, "--batch-size", 2, "--val-batches", 1, "--num-layers", -1)
+    adapter = tmp_path / "adapter"
+    mlx_lm_command(monkeypatch, "lora", "--model", merged, *options, "--adapter-path", adapter)
+    found = mx.load(str(adapter / "adapters.safetensors"))
+    assert {int(name.split(".")[2]) for name in found} == set(range(6))

@@ -17,6 +17,7 @@ from test_parity import (
     logits_of,
     numbers,
     perturbed,
+    same,
     tiny,
     torch_script,
 )
@@ -91,6 +92,25 @@ def test_exits_are_one_in_both_scripts():
     assert_close(ends["mlx"][1], ends["torch"][1], 2e-3, base=weights)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_exits_of_weight_zero_change_no_bit_of_a_step(script, monkeypatch):
+    """Against steps on the loss of the text alone; nor is an exit computed."""
+    c = tiny("1+2x3+1")
+    weights = perturbed(c)
+
+    def steps(c, objective):
+        engine, stream = engine_of(script, c, weights), Fixed(c)
+        owner = engine if script == "torch" else engine.model
+        owner.objective = getattr(engine.model, objective)
+        losses = [engine.read(engine.step(stream, 64 * step, 3, 1.0, 0.9)) for step in range(2)]
+        return {"losses": losses} | engine.weights()
+
+    plain = steps(c, "token_losses")
+    assert not same(steps(dataclasses.replace(c, exit_weight=0.1), "objective"), plain)
+    monkeypatch.setattr(SCRIPTS[script], "divergence", None)
+    assert same(steps(c, "objective"), plain)
+
+
 def plain_loss(engine, script, ids, targets):
     logits = logits_of(script, engine, ids, 3)
     return -np.log(np.take_along_axis(distributions(logits), targets[..., None], axis=-1)).mean()
@@ -129,6 +149,18 @@ def test_drawn_passes_have_the_mean_that_is_scheduled(mean, cap):
     assert torch_script.draw_loops(c, 1, 7) == 1  # before the switch there is nothing to draw
     assert {torch_script.draw_loops(dataclasses.replace(c, loop_sample=0), mean, step) for step in range(9)} == {mean}
     assert torch_script.loop_counts(c) == list(range(1, cap + 1))
+
+
+def test_mlx_traces_a_step_once_for_each_number_of_passes(only_traced):
+    """Compiled as on a GPU; learning rate and momentum change from step to step, and are no constants of a trace."""
+    c = tiny("1+2x3+1", loop_sample=4)
+    engine, stream, traced = engine_of("mlx", c, perturbed(c)), Fixed(c), []
+    objective = engine.model.objective
+    engine.model.objective = lambda ids, targets, loops: traced.append(loops) or objective(ids, targets, loops)
+    engine.compiled = True
+    for step, loops in enumerate((1, 2, 1, 3, 2, 1)):
+        engine.step(stream, 64 * step, loops, 1 - step / 10, 0.9 + step / 100)
+    assert traced == [1, 2, 3]
 
 
 def test_flops_are_those_of_the_formula():
