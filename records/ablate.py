@@ -58,6 +58,7 @@ from common import (
     number,
     p_text,
     read_json,
+    read_result,
     read_toml,
     run_tool,
     short,
@@ -144,7 +145,7 @@ class Run:
         settled, path = self.home / "diverged.json", self.home / "result.json"
         if not path.is_file():
             return read_json(settled, "the reason of a run that diverged") if settled.is_file() else None
-        result = read_json(path, "the result of a finished run")
+        result = read_result(path, "the result of a finished run")
         missing = [key for key in NEEDED if key not in result]
         need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", self.mend)
         reason = why_diverged(result)
@@ -177,14 +178,9 @@ def sha256(text: str) -> str:
 
 
 def why_diverged(result: dict) -> str | None:
-    """Why a finished result is none, in words: a score that is null or not finite. Raises InputError for a text."""
-    for key in ("val_bpb_raw", "val_bpb"):
-        value = result.get(key)
-        text = isinstance(value, (str, list, dict, bool))
-        need(not text, f"result.json: {key}", "a number or null", repr(value), "delete the run's folder")
-        if not is_number(value):
-            return f"expected a finite {key}, found {value}"
-    return None
+    """Why a finished result is none, in words: a score that is null or not finite."""
+    odd = [key for key in ("val_bpb_raw", "val_bpb") if not is_number(result.get(key))]
+    return f"expected a finite {odd[0]}, found {result.get(odd[0])}" if odd else None
 
 
 # The matrix ----------------------------------------------------------------------------------------------------------
@@ -493,7 +489,7 @@ class Queue:
     def result_in_hand(self, run: Run) -> dict | None:
         """The result of a run that came to its end, with a score or without; None if it did not."""
         path = run.work / "result.json"
-        result = read_json(path, "the result of a run") if path.is_file() else {}
+        result = read_result(path) if path.is_file() else {}
         ended = result.get("val_bpb") is not None or result.get("bytes_artifact") is not None
         return result if ended else None
 

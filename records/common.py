@@ -75,9 +75,26 @@ def read_toml(path: Path, what: str) -> dict:
 # Statistics ----------------------------------------------------------------------------------------------------------
 
 
+LARGEST = 1e100  # what is larger is no measurement, and overflows where it is drawn or squared
+# Keys of result.json whose values are numbers, or null where there is none.
+MEASURED = """steps tokens train_flops train_time_ms eval_time_ms calib_time_ms val_loss val_bpb val_loss_raw
+    val_bpb_raw bytes_artifact bytes_code bytes_total val_tokens params_stored loops""".split()
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite int or float; True and False are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def read_result(path: Path, what: str = "the result of a run") -> dict:
+    """The object in a result.json. Raises InputError where a number is none; it may be null, NaN or infinite."""
+    result = read_json(path, what)
+    by_loops = result.get("val_bpb_by_loops") or {}
+    need(isinstance(by_loops, dict), f"{short(path)}: val_bpb_by_loops", "an object", repr(by_loops)[:40])
+    for key, value in {**{key: result.get(key) for key in MEASURED}, **by_loops}.items():
+        fine = value is None or is_number(value) or (isinstance(value, float) and not math.isfinite(value))
+        need(fine, f"{short(path)}: {key}", "a number or null", repr(value)[:40])
+    return result
 
 
 def mean_std(values: list[float]) -> tuple[float, float | None]:

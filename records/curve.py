@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from common import Parser, is_number, need, read_json, run_tool
+from common import Parser, is_number, need, read_result, run_tool
 from draw import COLORS, canvas, draw_line, finite, save_picture, tidy, zoom
 from logs import read_metrics
 
@@ -45,17 +45,18 @@ def read_curve(folder: Path, axis: str, label: str) -> Curve:
     """The curve of one run folder. Raises InputError."""
     path, (key, unit, _) = folder / "metrics.jsonl", X_AXES[axis]
     rows = read_metrics(path)
-    missing = next((row["step"] for row in rows if key not in row), None)
+    missing = next((row["step"] for row in rows if not is_number(row.get(key))), None)
     need(missing is None, f"{path}: step {missing}", key, "none", "choose another --x")
     trained, scored = ([row for row in rows if name in row] for name in ("train_loss", "val_bpb"))
     train = finite([(row[key] / unit, row["train_loss"]) for row in trained])
     good = [row for row in scored if is_number(row["val_bpb"]) and is_number(row.get("val_loss"))]
+    good = [row for row in good if min(row["val_bpb"], row["val_loss"]) > 0]
     need(train or good, path, "a finite loss", f"none among {len(rows)} lines", "let the run go on")
     kinds = (("validations", scored, good), ("losses", trained, train))
     remarks = [f"{len(a) - len(b)} of {len(a)} {what} are not finite" for what, a, b in kinds if len(a) > len(b)]
     remarks += [] if scored else ["no validation yet"]
     result = folder / "result.json"
-    final = read_json(result, "the result of a run").get("val_bpb") if result.is_file() else None
+    final = read_result(result).get("val_bpb") if result.is_file() else None
     if result.is_file() and not is_number(final):
         remarks.append(f"the artifact's score is {final}")
     places = [row["step"] for row in rows], [row[key] for row in rows]
@@ -75,7 +76,10 @@ def read_switches(folder: Path, rows: list[dict]) -> list[tuple[int, int, int]]:
     """(step, passes before, passes after) of every change, from train.log, else from the metrics (less exact)."""
     log = folder / "train.log"
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    said = {int(step): (int(a), int(b)) for step, a, b in re.findall(r"^step:(\d+)/\d+ loops:(\d+)->(\d+)", text, re.M)}
+    said = {
+        int(step): (int(a), int(b))
+        for step, a, b in re.findall(r"^step:(\d{1,15})/\d+ loops:(\d{1,4})->(\d{1,4})", text, re.M)
+    }
     if not said:  # a resumed run may say a change twice, hence the dictionary
         with_loops = [row for row in rows if "loops" in row]
         pairs = [(a, b) for a, b in zip(with_loops, with_loops[1:]) if a["loops"] != b["loops"]]

@@ -68,6 +68,14 @@ def file_seed(name: str) -> int | None:
 # The folder ----------------------------------------------------------------------------------------------------------
 
 
+def leads_into(link: Path, home: Path) -> bool:
+    """Whether a link ends under `home`; one that leads to itself ends nowhere."""
+    try:
+        return link.resolve().is_relative_to(home)
+    except (OSError, RuntimeError):
+        return False
+
+
 @dataclass
 class Submission:
     """A folder as the rules see it. `problems`, of reading it, are findings too: severity, where, expected, found."""
@@ -95,7 +103,7 @@ class Submission:
         found, home = {}, self.folder.resolve()
         for path in sorted(self.folder.rglob("*"))[:5000]:
             name = path.relative_to(self.folder).as_posix()
-            if path.is_symlink() and not path.resolve().is_relative_to(home):
+            if path.is_symlink() and not leads_into(path, home):
                 self.problems.append(("error", name, "files inside the folder", "a link that leads out of it"))
             elif path.is_file() and path.resolve().is_relative_to(home):
                 found[name] = path

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import InputError, need
+from common import InputError, is_number, need
 
 SOURCE_END = "=" * 120  # stands in our logs between the script's source and what the run says
 TOKENIZERS = {  # name: how a log names it
@@ -300,7 +300,7 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, each with a step; numbers may be NaN, infinite or None.
+    """The rows of a metrics.jsonl, each with a step; other values may be anything.
 
     A last line without an end is left out where it is cut: the run is writing it, or died. Raises InputError."""
     lines, rows = plain_text(read_bytes(path, "the metrics of a run")).split("\n"), []
@@ -312,4 +312,5 @@ def read_metrics(path: Path) -> list[dict]:
             if number == len(lines):  # empty where the file ends as it should
                 break
             need(False, f"{path}: line {number}", "a JSON object with a step", repr(line[:40]))
+        need(is_number(row["step"]), f"{path}: line {number}", "a step, a number", repr(row["step"])[:40])
     return rows

@@ -42,7 +42,7 @@ from common import (
     is_number,
     markdown_table,
     need,
-    read_json,
+    read_result,
     run_tool,
     short,
     write_json,
@@ -101,7 +101,7 @@ def read_run(folder: Path) -> Run:
     path, log_path = folder / "result.json", folder / "train.log"
     mend = "the run was not finished: go on with RUN_ID and RESUME=1"
     need(path.is_file(), short(folder), "the result.json of a finished run", "none", mend)
-    result = read_json(path, "the result of a run")
+    result = read_result(path)
     for name in ("train.log", "metrics.jsonl"):
         need((folder / name).is_file(), short(folder), name, "none")
     missing = [key for key in NEEDED if key not in result]

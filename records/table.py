@@ -215,7 +215,9 @@ def track_section(home: Path, track: str) -> list[str]:
     parts, groups = [f"## track_{track}: {TRACKS[track].title}\n"], by_dataset(read_records(home, track))
     for dataset, records in groups.items():
         if len(groups) > 1 or not TRACKS[track].fineweb:
-            tokens = {row["val_tokens"] for record in records for row in record.results if row.get("val_tokens")}
+            tokens = {
+                row["val_tokens"] for record in records for row in record.results if is_number(row.get("val_tokens"))
+            }
             size = ", ".join(f"{count:,}" for count in sorted(tokens))
             parts.append(f"`{dataset}`" + (f", {size} validation tokens:\n" if size else ":\n"))
         parts.append(track_table(records, home))

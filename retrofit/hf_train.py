@@ -264,6 +264,7 @@ class Run(TrainingCallback):
         self.folder, self.model, self.s, self.rows, self.windows = folder, model, s, rows, windows
         self.place = folder / FOLDER
         self.optimizer = make_optimizer(s)
+        self.optimizer.init(model.trainable_parameters())  # or the first step compiled would be compiled again
         self.eval_passes = args.eval_passes
         self.eval_every = args.eval_every or max(1, s.steps // 4)
         self.save_every = args.save_every or max(1, s.steps // 10)
@@ -341,7 +342,6 @@ class Run(TrainingCallback):
         weights = [(k.removeprefix("weights."), w) for k, w in tensors.items() if k.startswith("weights.")]
         state = [(k.removeprefix("optimizer."), w) for k, w in tensors.items() if k.startswith("optimizer.")]
         self.model.load_weights(weights, strict=False)
-        self.optimizer.init(self.model.trainable_parameters())
         self.optimizer.state = tree_unflatten(state)
 
     # Steps

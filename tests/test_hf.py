@@ -634,8 +634,7 @@ def test_passes_depend_on_the_step_alone():
 
 
 def test_training_traces_the_model_once_for_each_number_of_passes(home, made, monkeypatch, only_traced):
-    """`train` as mlx-lm's trainer compiles it: a Python integer is a constant of the trace. The first step's trace
-    knows no moments of AdamW, which it makes, so that its number of passes is traced once more."""
+    """`train` as mlx-lm's trainer compiles it: a Python integer is a constant of the trace."""
     passes, traced, make_loss = (1, 2, 1, 3, 2, 1), [], hf_train.make_loss
 
     def noted(s):
@@ -652,7 +651,7 @@ def test_training_traces_the_model_once_for_each_number_of_passes(home, made, mo
     monkeypatch.setattr(hf_train.Run, "validate", lambda run, step: None)
     outcome = tool("train", made, "--text", home / "text.txt", *TRAIN, "--steps", 7)
     assert outcome.code == 0 and "traced" in outcome.out, outcome
-    assert traced == [1, 2, 1, 3]
+    assert traced == [1, 2, 3]
 
 
 def loss_and_gradient(model, s, tokens, passes):
