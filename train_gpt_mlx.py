@@ -216,6 +216,7 @@ CHOICES = {
     "device": ("", "cuda", "mps", "gpu", "cpu"),
     "dtype": ("", "bfloat16", "float32"),
 }
+PLACES = "data_path tokenizer_path log_dir init_from artifact checkpoint".split()  # each host has its own
 TRAINS = ("train", "preflight")  # modes that start a model; the others use a file
 # The first setting of each group; a group ends where the next begins.
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
@@ -1593,6 +1594,15 @@ def together(engine: Engine, work: Callable[[], object], first_only: bool = Fals
     return json.loads(said[0])[0] if first_only else result
 
 
+def must_agree(engine: Engine, facts: dict) -> None:
+    """Raises Agreed where a process has another fact than the first: its host's environment may give it settings."""
+    said = [json.loads(text) for text in engine.exchange(json.dumps(facts))]
+    for rank, theirs in enumerate(said):
+        for name, value in theirs.items():
+            if value != said[0][name]:
+                raise Agreed(f"{name.upper()}: expected {said[0][name]}, as process 0 has, found {value} on {rank}")
+
+
 def share_out(engine: Engine, work: Callable[[list[str]], object], sizes: dict[str, int]) -> list[object]:
     """`work(names)` on every process for its part of the names, the large ones dealt out first; all get all results."""
     names, found, refusal = sorted(sizes, key=sizes.get, reverse=True), None, ""
@@ -1815,6 +1825,7 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     notices = notices + together(engine, lambda: prepare(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
+    must_agree(engine, {"data_path": dataset_sha256(c)})
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, rounded, state = together(engine, lambda: starting_point(c))
@@ -3340,7 +3351,8 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
     engine, code = Engine(c), 1
     try:
-        must_agree(c, engine)
+        settings = {name: value for name, value in dataclasses.asdict(c).items() if name not in PLACES}
+        must_agree(engine, settings | {"script": source_sha256()})
         code = use_file(c, engine, notices, weights, loops) if weights else train(c, engine, notices)
     except Agreed as error:
         if engine.rank == 0:
@@ -3353,17 +3365,6 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
             os._exit(1)  # at once, so that the launcher ends the others, which would wait for this one
     engine.close(code)
     return code
-
-
-def must_agree(c: Config, engine: Engine) -> None:
-    """Raises Agreed where processes have other settings, which each host's environment gives, or another script."""
-    said = engine.exchange(json.dumps(dataclasses.asdict(c) | {"script": source_sha256()}))
-    first = json.loads(said[0])
-    for rank, text in enumerate(said):
-        for name, value in json.loads(text).items():
-            if value != first[name]:
-                expected = f"that of process 0, {first[name]}, on all"
-                raise Agreed(f"{name.upper()}: expected {expected}, found {value} on process {rank}; give it as a flag")
 
 
 def complain(text: str) -> None:

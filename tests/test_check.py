@@ -329,6 +329,7 @@ FAULTS = {
     "json is a list": (lambda f: (f / "submission.json").write_text("[1]"), "readable", "error"),
     "binary log": (lambda f: (f / "train_seed2.log").write_bytes(b"\0\xff" * 1000), "readable", "error"),
     "link out": (lambda f: os.symlink("/etc/hostname", f / "notes.md"), "readable", "error"),
+    "links in a ring": (lambda f: [os.symlink(b, f / a) for a, b in ("ab", "ba")], "readable", "error"),
     "a huge file": (lambda f: os.truncate(f / "train_seed1.log", 1 << 30), "readable", "error"),
 }  # fmt: skip
 

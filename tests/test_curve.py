@@ -1,6 +1,8 @@
 """records/curve.py: draws what a run wrote, and refuses what it cannot draw in one line."""
 
+import contextlib
 import json
+import math
 import struct
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
+import common
 import curve
 
 
@@ -132,3 +135,19 @@ def test_one_line_errors(tmp_path, capsys):
         printed = capsys.readouterr().err
         assert printed.startswith("error: ") and expected in printed and printed.count("\n") == 1, printed
     assert not (tmp_path / "good" / "curve.png").exists()
+
+
+@pytest.mark.parametrize("key", ["step", "train_loss", "val_loss", "val_bpb", "loops", "flops"])
+def test_odd_values_are_drawn_or_refused(tmp_path, key):
+    """In one row, or in all of them: an InputError, or a curve that can be drawn."""
+    run = write_run(tmp_path / "run", steps=40)
+    (run / "train.log").write_text(f"step:{'9' * 5000}/40 loops:1->2\n")
+    good, drawn = (run / "metrics.jsonl").read_text().splitlines(), []
+    for value in (None, True, [], {}, "5", 10**400, -1, 0, math.inf, math.nan, 1e308):
+        for odd in (good, good[-1:], good[:1]):
+            rows = [json.loads(line) | ({key: value} if line in odd and key in line else {}) for line in good]
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with contextlib.suppress(common.InputError):
+                drawn.append(curve.read_curve(run, "flops", "a"))
+    curve.draw(drawn[-3:], "flops", tmp_path / "a.png")
+    assert is_png(tmp_path / "a.png")

@@ -540,9 +540,13 @@ def test_the_tokenizer_of_another_dataset_is_refused(script, tiny, data, tmp_pat
 
 
 def test_a_manifest_that_states_nothing_is_passed_over(any_script, data, tmp_path):
-    for text in ("", "[]", "{}", "null", "1", '{"tokenizer": []}', '{"tokenizer": {"path": "x"}}', "\xff\xfe{"):
+    odd = ("", "[]", "{}", "null", "1", '{"tokenizer": []}', '{"tokenizer": {"path": "x"}}', "\xff\xfe{", "[" * 99999)
+    for text in (*odd, '{"tokenizer": {"sha256": null}}', '{"tokenizer": {"sha256": 7}}'):
         (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
         any_script.load_tokenizer(str(data.tokenizer), 320, str(tmp_path))
+    right = hashlib.sha256(data.tokenizer.read_bytes()).hexdigest().upper()
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokenizer": {"sha256": right}}))
+    any_script.load_tokenizer(str(data.tokenizer), 320, str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,19 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_refused, clean_environment, run_in_process, script_or_skip, start_process
+from conftest import (
+    ROOT,
+    assert_refused,
+    clean_environment,
+    run_in_process,
+    script_or_skip,
+    start_process,
+    write_dataset,
+)
 
 # Makes a process that of its own rank: a second later than the rank before, with a clock that is a second ahead, and,
 # in ranks above 0, with other settings or a fault.
@@ -188,6 +197,31 @@ def test_a_refusal_on_one_rank_ends_both(tiny, tmp_path):
     ranks = start_ranks(module, 2, **tiny, OF_LATER_RANKS=f"DATA_PATH={tmp_path}/missing")
     assert_one_line_each(ranks, f"error: {tmp_path}/missing: expected fineweb_")
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("setting", ("SEED=5", "QUANTIZER=trellis"))
+def test_a_setting_of_one_rank_alone_ends_both(tiny, tmp_path, setting):
+    """It would train another model, or wait for ever."""
+    name, value = setting.split("=")
+    ranks = start_ranks(script_or_skip("train_gpt"), 2, **tiny, OF_LATER_RANKS=setting)
+    first = tiny | {"SEED": "1337", "QUANTIZER": "absmax"}
+    assert_one_line_each(ranks, f"error: {name}: expected {first[name]}, as process 0 has, found {value} on 1")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_other_data_on_one_rank_ends_both(tiny, data, tmp_path):
+    other = write_dataset(tmp_path / "other", [data.train[::-1]], [data.val])
+    ranks = start_ranks(script_or_skip("train_gpt"), 2, **tiny, OF_LATER_RANKS=f"DATA_PATH={other}")
+    assert_one_line_each(ranks, "error: DATA_PATH: expected ")
+
+
+def test_what_every_process_must_share(any_script):
+    def engine(*said):
+        return types.SimpleNamespace(exchange=lambda text: [text, *said])
+
+    any_script.must_agree(engine('{"a": 1}', '{"a": 1}'), {"a": 1})
+    with pytest.raises(any_script.Agreed, match="A: expected 1, as process 0 has, found 2 on 2"):
+        any_script.must_agree(engine('{"a": 1}', '{"a": 2}'), {"a": 1})
 
 
 def test_a_fault_on_one_rank_ends_both(tiny, tmp_path):

@@ -349,6 +349,32 @@ def test_only_the_answer_stands_on_standard_output(script, config, env, tmp_path
         assert outcome.out == wanted + "\n"
 
 
+def test_an_answer_that_is_lost_is_no_success(script, config, env, tmp_path, monkeypatch):
+    c, path = config(script), tmp_path / "model.safetensors"
+    weights = {f"weights.{name}": value for name, value in random_weights(script, c).items()}
+    script.save_tensors(path, weights, script.about(c, 2))
+    monkeypatch.setattr(os, "dup2", lambda *files: None)  # this process keeps its own console
+
+    def full(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script.tqdm, "write", full)
+    outcome = run_in_process(script, "--mode=sample", f"--checkpoint={path}", "--sample_tokens=1", **env)
+    assert outcome.code == 1 and outcome.out == ""
+
+
+def test_a_budget_below_one_step(any_script, env, folder):
+    """Nothing was trained: no artifact of start values that says PASS."""
+    outcome = run_in_process(any_script, "--max_train_flops=1", **env)
+    assert outcome.code == 1 and "MAX_TRAIN_FLOPS, MAX_WALLCLOCK_SECONDS: expected enough for a step" in outcome.err
+    assert not (folder / "model.int6.rgpt").exists()
+
+
+def test_a_log_folder_that_is_a_link_to_nothing(any_script, env, tmp_path):
+    (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
+    assert_refused(run_in_process(any_script, **env | {"LOG_DIR": tmp_path / "gone"}), "LOG_DIR", "a link to nothing")
+
+
 @pytest.mark.parametrize(
     ("variables", "named"),
     [

@@ -202,7 +202,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3485, "mlx": 3377}
+LINES = {"torch": 3507, "mlx": 3399}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

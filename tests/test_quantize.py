@@ -507,6 +507,14 @@ def test_weights_far_below_their_steps_stay_small(any_script, gptq):
         assert away.max() < 4 and back.any(axis=1).sum() >= 20, (width, away.max())
 
 
+def test_a_vector_that_no_pass_used_stays_whole(any_script):
+    """Its gradient is 0, and yet it may be used with more passes: a gate must not be rounded to 0."""
+    gates = np.float32([[1.0, 0.5]])
+    for name in ("loop_gate", "blocks.1.attn_scale"):
+        back = any_script.values_of(table_of(any_script, name, gates, 0 * gates, 0.01, None), True)
+        assert np.allclose(back, gates, rtol=0.1), (name, back)
+
+
 def test_matrices_of_one_shape_are_rounded_as_if_alone(any_script):
     """A stack is for speed only; float32 may tip a rounding."""
     parts = [layer(columns=140, seed=seed) for seed in range(3)]
