@@ -1,5 +1,6 @@
 """The one way to draw: every picture of records/ has its colours, its axes and its way to the disk from here."""
 
+import io
 from pathlib import Path
 
 from common import InputError, atomic, is_number
@@ -31,9 +32,20 @@ def canvas(width: float, height: float, dpi: int = 130, **more):
 
 def save_picture(figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    with atomic(path, "wb") as file:  # no date or version inside, so that the same numbers give the same bytes
-        figure.savefig(file, format="png", metadata={"Software": None})
+    drawn = io.BytesIO()  # no date or version inside, so that the same numbers give the same bytes
+    figure.savefig(drawn, format="png", metadata={"Software": None})
     plotting().close(figure)
+    with atomic(path, "wb") as file:
+        file.write(with_few_colors(drawn.getvalue()))
+
+
+def with_few_colors(png: bytes) -> bytes:
+    """A PNG of 64 colours, which looks alike and has a quarter of the bytes."""
+    from PIL import Image
+
+    drawn, small = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    drawn.quantize(64, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def finite(points: list[tuple]) -> list[tuple[float, float]]:
