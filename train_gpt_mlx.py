@@ -2597,6 +2597,11 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
     return Artifact(model, loops, c.quantizer, weights, bits)
 
 
+# ======================================================================================================================
+# ROUNDING AND FINISH [shared]
+# What a run does with EXPORT: with ROUND_FROM in training, else after it; then the files, the score of what is on disk,
+# the closing block.
+# ======================================================================================================================
 ROUND_PARTS = 17  # of the columns; the last is rounded after training
 
 

@@ -154,7 +154,7 @@ def same(a: dict, b: dict) -> bool:
 
 SECTIONS = [
     *("CONFIG", "MODEL THE PLAN", "MODEL THE FORWARD PASS", "SCHEDULES", "OPTIMIZER", "DATA AND BYTES", "ENGINE"),
-    *("TRAIN", "EXPORT", "RUN LOG", "MAIN"),
+    *("TRAIN", "EXPORT", "ROUNDING AND FINISH", "RUN LOG", "MAIN"),
 ]
 OF_A_FRAMEWORK = ("MODEL, THE FORWARD PASS", "OPTIMIZER", "ENGINE")
 
@@ -202,7 +202,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3507, "mlx": 3399}
+LINES = {"torch": 3512, "mlx": 3404}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
