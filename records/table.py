@@ -57,6 +57,7 @@ made to loop, [SmolLM2](retrofit/smollm2/README.md) and [ours](retrofit/own/READ
 [side_by_side/](side_by_side/README.md): the challenge's script, a published record's and ours, at one shape.
 [coders/](coders/README.md): the artifact's coder beside general compressors. [rare_rows/](rare_rows/README.md): what
 rounding costs where a calibration is short. [rounding_trials/](rounding_trials/README.md): how `ROUND_FROM` was found.
+[what_a_weight_costs.md](what_a_weight_costs.md): bits against loss, rounded after and while training.
 models/: the artifacts of track_mini's entries, to start from (`INIT_FROM=`) or to convert (`retrofit/convert.py`).
 
 To compare ideas, declare a matrix (settings, arms, seeds, a budget; `--help` shows one) and run it. Ctrl-C at will: the
