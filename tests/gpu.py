@@ -47,10 +47,10 @@ STAGES = {
     "data": 5,  # it is there; or it is made, in about 50, and a later stage waits for the next call
     "machine": 15,  # start
     "exact": 120,  # start, 20 of goldens and eager gradients, two compilations
-    "step": 65,  # start, two compilations seen, 22 steps of 0.6 s and 22 of 0.9 s
-    "kernels": 25,  # start, a compilation seen, two steps, the profiler's tables
+    "step": 65,  # start, two compilations seen, 17 steps of 0.8 s and 17 of 1.2 s (tests/time_model.py)
+    "kernels": 28,  # start, a compilation seen, two steps, the profiler's tables
     "attention": 15,  # start
-    "baseline": 45,  # start, a compilation of 30, 22 steps of 0.25 s
+    "baseline": 45,  # start, a compilation of 30, 15 steps of 0.3 s
     "run": 290,  # 2 x 30 of start and compilations seen, 30 of training, 8 of calibration, 144 of one round of the
     # export (4e-6 a weight, as MODE=preflight says), 10 of its scores, 35 of those of two devices
     "choices": 0,  # 60 for each of five parts, in what is left and in the next call
@@ -546,7 +546,7 @@ def main() -> int:
     parser.add_argument("--settings", default="", help="of train_gpt.py, beside the preset: '--compile=1 ...'")
     parser.add_argument("--out", type=Path, default=ROOT / "logs" / "gpu")
     parser.add_argument("--seconds", type=float, default=30.0, help="of training in the stage `run`")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    parser.add_argument("--steps", type=int, default=6, help="that are timed")
     parser.add_argument("--budget", type=float, default=590.0, help="seconds of one call")
     parser.add_argument("--stage", choices=STAGES, help="this one only, in this process")
     args = parser.parse_args()
