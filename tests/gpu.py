@@ -3,23 +3,27 @@
 wheels/ at the repository's root, which is unpacked beside the results).
 
     data       the text to train on, made here where there is none
-    machine    what is there: versions, speed of copies and of products, which attention kernel torch takes
+    machine    what is there: versions, speed of copies and of products
     exact      the controls against the published code's numbers; compiled bfloat16 gradients against eager float32
-    step       `record`: compilation, milliseconds of a step by number of passes and microbatch, share of the peak
+    step       `record`: compilation, a step by number of passes, whole and in parts, memory, share of the peak
     kernels    where one step's time goes, kernel by kernel
-    attention  the attention of one block, forward and backward, by each of torch's kernels
+    attention  which of its kernels torch takes, and the attention of one block by each, forward and backward
     baseline   a step of the challenge's model
     run        `record` for a minute across its switch, stopped and resumed, exported, scored; and again on the CPU
+    choices    a step with another attention kernel, with mix-order reductions, with a larger microbatch
 
-Each stage is a process of its own; its findings go to --out/<stage>.json, what it says to <stage>.log. None stops the
-others, and a second call does what is missing or failed, with the time of what need not be done again. Data is
-DATA_PATH with TOKENIZER_PATH where they have as many pieces as the preset, else the preset's own, else the corpus of
-data/offline.py with as many. To try it elsewhere:
+Each stage is a process of its own. What it finds goes part by part to --out/gpu.json, what it says to --out/gpu.log;
+both are copied to the folder $OUT where that is set. None stops the others, and a second call with the same --out (of
+an earlier machine its gpu.json is enough) does the parts that are missing or failed, in the time that the others leave.
+Data is DATA_PATH with TOKENIZER_PATH where they have as many pieces as the preset, else the preset's own, else the
+corpus of data/offline.py with as many. To try it elsewhere:
 
-    python tests/gpu.py --device=cpu --out=/tmp/gpu --preset=smoke --seconds=6
+    python tests/gpu.py --device=cpu --out=logs/gpu_on_a_cpu --preset=smoke --seconds=6
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import re
@@ -29,29 +33,72 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
-# Seconds that are kept for each stage, the sum of which is one call; what one leaves, the next may use.
+# Seconds that are kept for each stage, together one call; what one leaves, the next may use. All are estimates for 16
+# cores, from traces of the compiler on two: a process starts in 10, torch.compile takes 45 for a number of passes that
+# it has not seen and 10 for one that it has.
 STAGES = {
-    "data": 50,
-    "machine": 30,
-    "exact": 100,
-    "step": 160,
-    "kernels": 35,
-    "attention": 35,
-    "baseline": 40,
-    "run": 140,
+    "data": 5,  # it is there; or it is made, in about 50, and a later stage waits for the next call
+    "machine": 15,  # start
+    "exact": 120,  # start, 20 of goldens and eager gradients, two compilations
+    "step": 65,  # start, two compilations seen, 17 steps of 0.8 s and 17 of 1.2 s (tests/time_model.py)
+    "kernels": 28,  # start, a compilation seen, two steps, the profiler's tables
+    "attention": 15,  # start
+    "baseline": 45,  # start, a compilation of 30, 15 steps of 0.3 s
+    "run": 290,  # 2 x 30 of start and compilations seen, 30 of training, 8 of calibration, 144 of one round of the
+    # export (4e-6 a weight, as MODE=preflight says), 10 of its scores, 35 of those of two devices
+    "choices": 0,  # 60 for each of five parts, in what is left and in the next call
 }
+SEQUENCES_AT_ONCE = 8  # sequences of a microbatch that float32 without compilation takes at a time, for its memory
+ATTENTION = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of torch
+AGREEMENT = 0.002  # bits per byte between the score of an artifact on the GPU and in float32 on the CPU
+
+
+class Findings:
+    """What one stage found, part by part, in a file that all stages share; a part that is there is not done again."""
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage, self.failed = path, stage, False
+
+    def all(self) -> dict:
+        return json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def get(self, name: str) -> dict | None:
+        return self.all().get(self.stage, {}).get(name)
+
+    def part(self, name: str, work: Callable[..., dict], *arguments: object, may_fail: bool = False) -> None:
+        """Adds what `work(*arguments)` returns. An error is told and does not stop the parts after it; where the work
+        may fail, the error is what was found."""
+        if self.get(name) is not None:
+            return
+        began = time.perf_counter()
+        try:
+            found = work(*arguments)
+        except Exception as error:
+            traceback.print_exc()
+            if not may_fail:
+                self.failed = True
+                return
+            found = {"error": (str(error) or type(error).__name__).splitlines()[0][:200]}
+        everything = self.all()
+        everything.setdefault(self.stage, {})[name] = found | {"took_s": round(time.perf_counter() - began, 1)}
+        written = self.path.with_suffix(".tmp")
+        written.write_text(json.dumps(everything, indent=1) + "\n")
+        os.replace(written, self.path)  # so that a stage that is ended leaves a whole file
 
 
 def engine_of(args, *flags: str):
     """(trainer, Config, Engine with initial weights, TokenStream) of a preset with more settings."""
     import train_gpt as t
 
-    c, _ = t.load_config([f"--device={args.device}", *data_flags(args.preset), *flags], {}, args.preset)
+    settings = [f"--device={args.device}", *data_flags(args.preset), *args.settings.split(), *flags]
+    c, _ = t.load_config(settings, {}, args.preset)
     engine = t.Engine(c)
     engine.build(t.initial_weights(c))
     return t, c, engine, t.TokenStream(t.find_shards(c.data_path, "train", c.vocab_size), c)
@@ -103,70 +150,93 @@ def synchronizer(device: str):
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-# The stages: each takes the command line and returns its findings ----------------------------------------------------
+def passes_of(args) -> list[int]:
+    """1, and the most passes of the preset."""
+    import train_gpt as t
+
+    c, _ = t.load_config(args.settings.split(), {}, args.preset)
+    return sorted({1, t.parse_layout(c.layout).loops})
 
 
-def data(args) -> dict:
-    return {preset: data_flags(preset) for preset in (args.preset, "baseline")}
+def titled(loops: int) -> str:
+    return f"{loops} pass" + "es" * (loops > 1)
 
 
-def machine(args) -> dict:
+# The stages: each takes the command line and adds to its findings ---------------------------------------------------
+
+
+def data(args, found: Findings) -> None:
+    for preset in (args.preset, "baseline" if args.device == "cuda" else "smoke"):
+        found.part(preset, lambda preset=preset: {"flags": data_flags(preset)})
+
+
+def machine(args, found: Findings) -> None:
+    found.part("versions", versions, args)
+    found.part("copies", copies, args)
+    for m, k, n in [(8192, 8192, 8192), (65536, 512, 2048)] if args.device == "cuda" else [(256, 256, 256)]:
+        found.part(f"product {m}x{k}x{n}", product, args, m, k, n)
+
+
+def versions(args) -> dict:
     import torch
 
     import train_gpt as t
 
-    sync, cuda = synchronizer(args.device), args.device == "cuda"
-    found = {"versions": t.versions(), "device": torch.cuda.get_device_name() if cuda else t.cpu_name()}
-    if cuda:
-        facts = torch.cuda.get_device_properties(0)
-        found |= {"memory_bytes": facts.total_memory, "multiprocessors": facts.multi_processor_count}
-    size = 1 << (28 if cuda else 22)
-    a, b = (torch.empty(size, device=args.device) for _ in range(2))
-    found["copy_bytes_per_second"] = 8 * size / seconds_of(lambda: b.copy_(a), sync)
-    for m, k, n in [(8192, 8192, 8192), (65536, 512, 2048)] if cuda else [(256, 256, 256)]:
-        x, w = (torch.randn(*shape, device=args.device, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
-        rate = 2e-12 * m * k * n / seconds_of(lambda x=x, w=w: x @ w, sync)
-        found[f"product_{m}x{k}x{n}_tflops"] = rate
-    return found
+    if args.device != "cuda":
+        return {"versions": t.versions(), "device": t.cpu_name()}
+    facts = torch.cuda.get_device_properties(0)
+    memory = {"memory_bytes": facts.total_memory, "multiprocessors": facts.multi_processor_count}
+    return {"versions": t.versions(), "device": torch.cuda.get_device_name(), "cores": os.cpu_count()} | memory
 
 
-def exact(args) -> dict:
+def copies(args) -> dict:
     import torch
 
-    check_goldens(args.device)
-    found = {"goldens": "both controls"}
-    for on in (False, True):
-        options = torch._inductor.config.triton
-        has_option = hasattr(options, "mix_order_reduction")
-        if on and not has_option:
-            continue
-        gradients = {}
-        for kind, flags in (("eager", ("--dtype=float32", "--compile=0")), ("compiled", ("--dtype=bfloat16",))):
-            t, c, engine, stream = engine_of(args, *flags)
-            torch._dynamo.reset()
-            if has_option:
-                options.mix_order_reduction = on
-            count = 8 * c.train_seq_len
-            for loops in sorted({1, t.parse_layout(c.layout).loops}):
-                engine.optimizer.grads.zero_()
-                for ids, targets in stream.microbatches(0, count, 0, 1, count):
-                    engine.losses(engine.tensor(ids), engine.tensor(targets), loops).mean().backward()
-                named = engine.model.named_parameters()
-                gradients[kind, loops] = {name: p.grad.float().cpu().clone() for name, p in named}
-        for loops in {loops for _, loops in gradients}:
-            errors = {
-                name: float((gradients["compiled", loops][name] - g).norm() / g.norm().clamp(min=1e-12))
-                for name, g in gradients["eager", loops].items()
-                if g.norm() > 0
-            }
-            worst = max(errors, key=errors.get)
-            key = f"gradient_error_{loops}_passes" + "_mix_order" * on
-            found[key] = {"median": statistics.median(errors.values()), "worst": errors[worst], "of": worst}
-    return found
+    size = 1 << (28 if args.device == "cuda" else 22)
+    a, b = (torch.empty(size, device=args.device) for _ in range(2))
+    return {"bytes_per_second": 8 * size / seconds_of(lambda: b.copy_(a), synchronizer(args.device))}
 
 
-def check_goldens(device: str) -> None:
-    """Raises AssertionError where a control on this device is not the published model."""
+def product(args, m: int, k: int, n: int) -> dict:
+    import torch
+
+    x, w = (torch.randn(*shape, device=args.device, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
+    return {"tflops": 2e-12 * m * k * n / seconds_of(lambda: x @ w, synchronizer(args.device))}
+
+
+def exact(args, found: Findings) -> None:
+    found.part("goldens", check_goldens, args.device)
+    for loops in passes_of(args):
+        found.part(f"gradients, {titled(loops)}", lambda loops=loops: gradient_errors(args, engine_of(args), loops))
+
+
+def gradient_errors(args, compiled: tuple, loops: int) -> dict:
+    """Of a microbatch of training: how far the gradients of the engine `compiled` are from those of eager float32, by
+    parameter, over their norm. Not at the initial weights, whose zeros would hide most of the backward pass."""
+    import numpy as np
+
+    _, c, engine, stream = engine_of(args, "--dtype=float32", "--compile=0")
+    ids, targets = next(stream.microbatches(0, c.train_batch_tokens, 0, 1, engine.largest))
+    rng, weights = np.random.RandomState(0), engine.weights()
+    weights = {name: (w + 0.02 * rng.standard_normal(w.shape)).astype(np.float32) for name, w in weights.items()}
+    right = gradients(engine, weights, ids, targets, loops, SEQUENCES_AT_ONCE)
+    mine = gradients(compiled[2], weights, ids, targets, loops, len(ids))
+    errors = {name: float((mine[name] - g).norm() / g.norm()) for name, g in right.items() if g.norm() > 0}
+    worst = sorted(errors, key=errors.get)[-5:]  # of a few numbers, such as gates, terms may cancel each other
+    return {"median": statistics.median(errors.values()), "worst": {name: errors[name] for name in worst}}
+
+
+def gradients(engine, weights: dict, ids, targets, loops: int, at_once: int) -> dict:
+    """By parameter, float32 on the CPU, of the mean loss of ids [n, t], so many sequences at a time."""
+    engine.set_weights(weights)
+    for a in range(0, len(ids), at_once):
+        some = (engine.tensor(part[a : a + at_once]) for part in (ids, targets))
+        (engine.losses(*some, loops).sum() / ids.size).backward()
+    return {name: p.grad.float().cpu().clone() for name, p in engine.model.named_parameters()}
+
+
+def check_goldens(device: str) -> dict:
+    """The largest errors of both controls; raises AssertionError where one is not the published model."""
     import numpy as np
     import rebuild
     import torch
@@ -174,6 +244,7 @@ def check_goldens(device: str) -> None:
     import train_gpt as t
 
     sizes = "--vocab_size=64 --model_dim=64 --num_heads=4 --num_kv_heads=2 --train_seq_len=32 --train_batch_tokens=64"
+    found = {}
     for case in ("baseline", "pr319"):
         flags = [f"--preset={case}", *sizes.split(), "--compile=0", f"--device={device}"]
         golden = rebuild.golden_numbers(str(ROOT / "tests" / "golden" / "controls.npz"), case)
@@ -188,129 +259,248 @@ def check_goldens(device: str) -> None:
                 logits[dtype] = engine.model(engine.tensor(ids), t.parse_layout(c.layout).loops).cpu().numpy()
         errors = {dtype: float(np.abs(found - golden["logits"]).max()) for dtype, found in logits.items()}
         print(f"golden {case} on {engine.device_name}: largest errors {errors}")
+        found[case] = errors
         assert errors["float32"] < 1e-3 and errors["bfloat16"] < 1.0, "this device does not compute the published model"
-
-
-def step_times(args, *flags: str) -> dict:
-    """By number of passes: milliseconds of a step, one by one and as in training; FLOP/s; and the peak of memory."""
-    t, c, engine, stream = engine_of(args, *flags)
-    found = {"largest_microbatch": engine.largest, "compiled": engine.compiled}
-    for loops in sorted({1, t.parse_layout(c.layout).loops}):
-        began = time.perf_counter()
-        engine.warm_up(stream, loops)
-        compiled = time.perf_counter() - began
-        apart = seconds_of(lambda loops=loops: engine.step(stream, 0, loops, 0.0, 0.9), engine.sync, args.steps)
-        began = time.perf_counter()
-        for _ in range(args.steps):
-            engine.step(stream, 0, loops, 0.0, 0.9)
-        engine.sync()
-        together = (time.perf_counter() - began) / args.steps
-        flops = 3 * t.flops_per_token(c, loops) * c.train_batch_tokens / together
-        found[f"{loops}_passes"] = {
-            "warm_up_s": compiled,
-            "step_ms_apart": 1000 * apart,
-            "step_ms_as_in_training": 1000 * together,
-            "tokens_per_second": c.train_batch_tokens / together,
-            "tflops": flops / 1e12,
-            "share_of_peak": flops / engine.peak_flops if engine.peak_flops else None,
-        }
-    return found | {"peak_memory_bytes": engine.peak_memory()}
-
-
-def step(args) -> dict:
-    import torch
-
-    import train_gpt as t
-
-    found = {"default": step_times(args)}
-    if args.device == "cuda":
-        c, most = t.load_config([], {}, args.preset)[0], found["default"]["largest_microbatch"]
-        memory = torch.cuda.get_device_properties(0).total_memory
-        while t.memory_needed(c, 2 * most) < 0.8 * memory and 2 * most <= c.train_batch_tokens:
-            most *= 2
-        if most > found["default"]["largest_microbatch"]:
-            found[f"microbatch {most}"] = step_times(args, f"--microbatch_tokens={most}")
     return found
 
 
-def kernels(args) -> dict:
+def step(args, found: Findings) -> None:
+    ready = functools.cache(lambda: engine_of(args))
+    for loops in passes_of(args):
+        found.part(titled(loops), lambda loops=loops: step_times(args, ready(), loops))
+        found.part(f"{titled(loops)}, parts", lambda loops=loops: step_parts(args, ready(), loops))
+
+
+def step_times(args, ready: tuple, loops: int) -> dict:
+    """Milliseconds of a step, one by one and as in training; FLOP/s; and the peak of memory."""
+    t, c, engine, stream = ready
+    began = time.perf_counter()
+    engine.warm_up(stream, loops)
+    compiled = time.perf_counter() - began
+    if args.device == "cuda":
+        t.torch.cuda.reset_peak_memory_stats()
+    apart = seconds_of(lambda: engine.step(stream, 0, loops, 0.0, 0.9), engine.sync, args.steps)
+    began = time.perf_counter()
+    for _ in range(args.steps):
+        engine.step(stream, 0, loops, 0.0, 0.9)
+    engine.sync()
+    together = (time.perf_counter() - began) / args.steps
+    flops = 3 * t.flops_per_token(c, loops) * c.train_batch_tokens / together
+    return {
+        "microbatch": engine.largest,
+        "compiled": engine.compiled,
+        "warm_up_s": compiled,
+        "step_ms_apart": 1000 * apart,
+        "step_ms_as_in_training": 1000 * together,
+        "tokens_per_second": c.train_batch_tokens / together,
+        "tflops": flops / 1e12,
+        "share_of_peak": flops / engine.peak_flops if engine.peak_flops else None,
+        "peak_memory_bytes": engine.peak_memory(),
+    }
+
+
+def step_parts(args, ready: tuple, loops: int) -> dict:
+    """Milliseconds of one step's forward passes, backward passes and update, between events on the device."""
+    t, c, engine, stream = ready
+    engine.warm_up(stream, loops)
+    mark, between = stopwatch(args.device)
+    sums = dict.fromkeys(("forward_ms", "backward_ms", "update_ms"), 0.0)
+    marks = [mark()]
+    for ids, targets in stream.microbatches(0, c.train_batch_tokens, 0, 1, engine.largest):
+        loss = engine.objective(engine.tensor(ids), engine.tensor(targets), loops).sum() / c.train_batch_tokens
+        marks.append(mark())
+        loss.backward()
+        marks.append(mark())
+    engine.optimizer.update(0.0, 0.9, engine.dtype)
+    marks.append(mark())
+    engine.sync()
+    for number, (a, b) in enumerate(zip(marks, marks[1:])):
+        last = number == len(marks) - 2
+        sums["update_ms" if last else ("forward_ms", "backward_ms")[number % 2]] += between(a, b)
+    return sums
+
+
+def stopwatch(device: str) -> tuple[Callable, Callable]:
+    """`mark()`, a moment in the device's queue, and `between(a, b)`, milliseconds."""
+    import torch
+
+    def mark():
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    if device == "cuda":
+        return mark, lambda a, b: a.elapsed_time(b)
+    return time.perf_counter, lambda a, b: 1000 * (b - a)
+
+
+def kernels(args, found: Findings) -> None:
+    found.part("one step", profile, args)
+
+
+def profile(args) -> dict:
+    """Milliseconds and calls of the 40 kernels that take longest in a step with all passes."""
     import torch
 
     t, c, engine, stream = engine_of(args)
     loops, kinds = t.parse_layout(c.layout).loops, torch.profiler.ProfilerActivity
     engine.warm_up(stream, loops)
     activities = [kinds.CUDA, kinds.CPU] if args.device == "cuda" else [kinds.CPU]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities) as seen:
         engine.step(stream, 0, loops, 0.0, 0.9)
         engine.sync()
     key = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
-    rows = sorted(profile.key_averages(), key=lambda row: -getattr(row, key))[:40]
+    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))[:40]
     return {row.key[:100]: {"ms": getattr(row, key) / 1000, "calls": row.count} for row in rows}
 
 
-def attention(args) -> dict:
+def attention(args, found: Findings) -> None:
+    found.part("torch's choice", attend_ms, args, "")
+    for name in ATTENTION:
+        found.part(name, attend_ms, args, name, may_fail=True)
+
+
+def attend_ms(args, kernel: str) -> dict:
+    """Milliseconds of one block's causal attention, forward and both ways, by a kernel or by the one torch takes."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    import train_gpt as t
-
-    c, _ = t.load_config([], {}, args.preset)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    n, width = (65536 if args.device == "cuda" else 256) // c.train_seq_len, c.model_dim // c.num_heads
+    _, c, engine, _ = engine_of(args)
+    n, width = max(1, engine.largest // c.train_seq_len), c.model_dim // c.num_heads
     q, k, v = (
-        torch.randn(n, heads, c.train_seq_len, width, device=args.device, dtype=dtype, requires_grad=True)
+        torch.randn(n, c.train_seq_len, heads, width, device=args.device, dtype=engine.dtype).transpose(1, 2)
         for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
     )
-    sync, found = synchronizer(args.device), {}
+    grad, options = torch.randn_like(q), {"is_causal": True, "enable_gqa": c.num_heads != c.num_kv_heads}
+    inputs = [x.requires_grad_() for x in (q, k, v)]
 
-    def both_ways():
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        y.backward(y)
+    def forward():
+        return torch.nn.functional.scaled_dot_product_attention(*inputs, **options)
 
-    found["torch's choice"] = 1000 * seconds_of(both_ways, sync)
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        try:
-            with sdpa_kernel(getattr(SDPBackend, name)):
-                found[name] = 1000 * seconds_of(both_ways, sync)
-        except RuntimeError as error:
-            found[name] = str(error).splitlines()[0][:120]
-    return {"milliseconds forward and backward": found}
+    with sdpa_kernel(getattr(SDPBackend, kernel)) if kernel else contextlib.nullcontext():
+        chosen = SDPBackend(torch._fused_sdp_choice(*inputs, **options)).name
+        there = 1000 * seconds_of(forward, engine.sync)
+        both = 1000 * seconds_of(lambda: torch.autograd.grad(forward(), inputs, grad), engine.sync)
+    return {"kernel": chosen, "forward_ms": there, "forward_and_backward_ms": both}
 
 
-def baseline(args) -> dict:
-    return step_times(argparse.Namespace(**vars(args) | {"preset": "baseline" if args.device == "cuda" else "smoke"}))
+def baseline(args, found: Findings) -> None:
+    of = argparse.Namespace(**vars(args) | {"preset": "baseline" if args.device == "cuda" else "smoke"})
+    found.part("1 pass", lambda: step_times(of, engine_of(of), 1))
 
 
-def run(args) -> dict:
-    """Trains, is stopped by a signal, goes on, exports; then the same artifact in float32 on the CPU."""
+def run(args, found: Findings) -> None:
+    """Each part needs the one before."""
+    found.part("trained", train, args)
+    if found.get("trained"):
+        found.part("scores", scores, args)
+    if found.get("scores"):
+        found.part("scores agree", agreement, found.get("scores"))
+
+
+def train(args) -> dict:
+    """Trains, is stopped by a signal, goes on, exports in one round."""
     import train_gpt as t
 
-    c, _ = t.load_config([f"--preset={args.preset}"], {}, args.preset)
-    kept = c.calib_seconds if t.calibrates(c) else 0.0
-    common = [sys.executable, str(ROOT / "train_gpt.py"), f"--preset={args.preset}", f"--device={args.device}"]
-    common += [*data_flags(args.preset), f"--val_max_tokens={64 * c.train_seq_len}"]
-    train = [*common, f"--log_dir={args.out}", "--run_id=run", "--iterations=0", "--train_log_every=10"]
-    train += [f"--max_wallclock_seconds={args.seconds + kept}", f"--lr_warmup_steps={min(c.lr_warmup_steps, 20)}"]
+    c, _ = t.load_config(args.settings.split(), {}, args.preset)
+    kept = t.export_seconds(c)
+    command = [*trainer(args), *args.settings.split(), f"--val_max_tokens={64 * c.train_seq_len}"]
+    command += [f"--log_dir={args.out}", "--run_id=run", "--iterations=0", "--train_log_every=10"]
+    command += [f"--max_wallclock_seconds={args.seconds + kept}", f"--lr_warmup_steps={min(c.lr_warmup_steps, 20)}"]
+    command += ["--target_bytes=0", "--bytes_cap=99000000"]  # TARGET_BYTES takes four rounds
     folder = args.out / "run"
     if not (folder / "checkpoint.safetensors").is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        process = subprocess.Popen(train)
+        process = subprocess.Popen(command)
         log = folder / "train.log"
         while process.poll() is None and not (log.is_file() and b"\nstep:10/" in log.read_bytes()):
             time.sleep(0.2)
         time.sleep(args.seconds / 3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(100) == 128 + signal.SIGTERM, "the stopped run did not say so"
-    subprocess.run([*train, "--resume=1"], check=True)
+    subprocess.run([*command, "--resume=1"], check=True)
     result = json.loads((folder / "result.json").read_text())
-    scores = {}
-    for device, dtype in ((args.device, c.dtype or "bfloat16"), ("cpu", "float32")):
-        ask = [*common[:3], "--mode=eval", f"--artifact={folder / 'model.int6.rgpt'}", f"--device={device}"]
-        ask += [*data_flags(args.preset), f"--dtype={dtype}", f"--val_max_tokens={8 * c.train_seq_len}", "--compile=0"]
-        said = subprocess.run(ask, check=True, capture_output=True, text=True).stdout
-        scores[f"{device} {dtype}"] = float(said.split("val_bpb:")[1].split()[0])
     kept_keys = "steps tokens loops train_time_ms tok_s val_bpb_raw val_bpb bytes_total calib_time_ms peak_mem_bytes"
-    return {key: result[key] for key in kept_keys.split()} | {"bpb_by_device": scores}
+    return {key: result[key] for key in kept_keys.split()}
+
+
+def trainer(args, device: str = "") -> list[str]:
+    """The start of a command line of train_gpt.py."""
+    start = [sys.executable, str(ROOT / "train_gpt.py"), f"--preset={args.preset}", f"--device={device or args.device}"]
+    return [*start, *data_flags(args.preset)]
+
+
+def scores(args) -> dict:
+    """Bits per byte of the artifact on this device as it is, and on the CPU in float32. Without overlap: at the
+    preset's stride of 64 these 16,384 tokens would be 460,800."""
+    import train_gpt as t
+
+    c, _ = t.load_config(args.settings.split(), {}, args.preset)
+    found = {}
+    for device, dtype in ((args.device, c.dtype or "bfloat16"), ("cpu", "float32")):
+        ask = [*trainer(args, device), "--mode=eval", f"--artifact={args.out / 'run' / 'model.int6.rgpt'}"]
+        ask += [f"--dtype={dtype}", f"--val_max_tokens={8 * c.train_seq_len}", "--eval_stride=0", "--compile=0"]
+        said = subprocess.run(ask, check=True, capture_output=True, text=True).stdout
+        found[f"{device} {dtype}"] = float(said.split("val_bpb:")[1].split()[0])
+    return found
+
+
+def agreement(found: dict) -> dict:
+    one, other = (found[name] for name in found if name != "took_s")
+    assert abs(one - other) < AGREEMENT, f"expected two scores within {AGREEMENT}, found {found}"
+    return {"difference": one - other}
+
+
+def choices(args, found: Findings) -> None:
+    """The most passes first; `step` has the times to compare with."""
+    import torch
+
+    import train_gpt as t
+
+    taken = (Findings(found.path, "attention").get("torch's choice") or {}).get("kernel")
+    for name in ATTENTION[:3]:
+        if name != taken:
+            part = f"{name}, {titled(passes_of(args)[-1])}"
+            found.part(part, with_kernel, args, name, passes_of(args)[-1], may_fail=True)
+    for loops in passes_of(args) if hasattr(torch._inductor.config.triton, "mix_order_reduction") else ():
+        found.part(f"mix-order reductions, {titled(loops)}", with_mix_order, args, loops, may_fail=True)
+    _, c, engine, _ = engine_of(args)
+    most, memory = engine.largest, torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else 0
+    while 2 * most <= c.train_batch_tokens and t.memory_needed(c, 2 * most) < 0.8 * memory:
+        most *= 2
+    larger = functools.cache(lambda: engine_of(args, f"--microbatch_tokens={most}"))
+    for loops in passes_of(args)[::-1] if most > engine.largest else ():
+        found.part(f"microbatch {most}, {titled(loops)}", lambda loops=loops: step_times(args, larger(), loops))
+
+
+def with_kernel(args, name: str, loops: int) -> dict:
+    """Step times where torch may take this attention kernel alone. Compilation has a cache of its own, since torch's
+    keys do not tell which kernels are allowed."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    before, torch_caches = dict(os.environ), args.out / f"inductor_{name.lower()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(torch_caches)
+    torch._dynamo.reset()
+    try:
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            return step_times(args, engine_of(args), loops)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        torch._dynamo.reset()
+
+
+def with_mix_order(args, loops: int) -> dict:
+    """Gradients' errors and step times with the reductions that `Engine` switches off."""
+    import torch
+
+    ready = engine_of(args)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch("triton.mix_order_reduction", True):
+        errors = gradient_errors(args, ready, loops)
+        torch._inductor.config.triton.mix_order_reduction = True  # gradient_errors made another Engine
+        return {"gradient_errors": errors} | step_times(args, ready, loops)
 
 
 # The plan ------------------------------------------------------------------------------------------------------------
@@ -327,7 +517,8 @@ def unpack_wheels(out: Path) -> dict[str, str]:
 def run_stage(name: str, args, env: dict[str, str], limit: float) -> str:
     """Runs one stage in a process of its own; returns how it ended."""
     command = [sys.executable, __file__, *args.given, f"--stage={name}"]
-    with open(args.out / f"{name}.log", "w") as log:
+    with open(args.out / "gpu.log", "a") as log:
+        print(f"== {name}", file=log, flush=True)
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit)
@@ -340,39 +531,56 @@ def run_stage(name: str, args, env: dict[str, str], limit: float) -> str:
                 process.wait()
 
 
+def hand_out(out: Path) -> None:
+    """Copies what says how it went to the folder $OUT."""
+    folder = os.environ.get("OUT")
+    for path in [out / "gpu.json", out / "gpu.log", *sorted((out / "run").glob("*.json*")), out / "run" / "train.log"]:
+        if folder and path.is_file():
+            shutil.copy(path, folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", default="record", help="whose model is looked at")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "logs" / "gpu")))
-    parser.add_argument("--seconds", type=float, default=70.0, help="of training in the stage `run`")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    parser.add_argument("--settings", default="", help="of train_gpt.py, beside the preset: '--compile=1 ...'")
+    parser.add_argument("--out", type=Path, default=ROOT / "logs" / "gpu")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of training in the stage `run`")
+    parser.add_argument("--steps", type=int, default=6, help="that are timed")
     parser.add_argument("--budget", type=float, default=590.0, help="seconds of one call")
     parser.add_argument("--stage", choices=STAGES, help="this one only, in this process")
     args = parser.parse_args()
     args.given, args.out = [flag for flag in sys.argv[1:] if not flag.startswith("--stage")], args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.stage:
-        found = globals()[args.stage](args)
-        (args.out / f"{args.stage}.json").write_text(json.dumps(found, indent=1) + "\n")
-        return 0
+    return do_stage(args.stage, args) if args.stage else do_all(args, parser)
+
+
+def do_stage(name: str, args) -> int:
+    """Does what is missing of a stage; "done" stands in its findings where nothing is missing any more."""
+    found = Findings(args.out / "gpu.json", name)
+    globals()[name](args, found)
+    if not found.failed:
+        found.part("done", dict)
+    return int(found.failed)
+
+
+def do_all(args, parser) -> int:
     places = [bool(os.environ.get(name)) for name in ("DATA_PATH", "TOKENIZER_PATH")]
     if sum(places) == 1:
         parser.error("expected DATA_PATH and TOKENIZER_PATH, or neither, found one of them")
     began, env, failed = time.monotonic(), unpack_wheels(args.out), 0
-    todo = {name: limit for name, limit in STAGES.items() if not (args.out / f"{name}.json").is_file()}
-    for name in STAGES:
-        path, left = args.out / f"{name}.json", args.budget - (time.monotonic() - began)
-        kept = todo.pop(name, 0)
-        if path.is_file():
-            how = "done before"
-        else:
-            limit = min(left, max(kept, left - sum(todo.values())))
+    findings = {name: Findings(args.out / "gpu.json", name) for name in STAGES}
+    todo = {name: limit for name, limit in STAGES.items() if not findings[name].get("done")}
+    for name, found in findings.items():
+        kept, left = todo.pop(name, 0), args.budget - (time.monotonic() - began)
+        how = "done before"
+        if not found.get("done"):
+            limit = left if name == "data" else min(left, max(kept, left - sum(todo.values())))
             how = run_stage(name, args, env, limit) if left > 5 else "left for the next call"
-        failed += not path.is_file()
+        failed += not found.get("done")
         print(f"== {name}: {how}, {time.monotonic() - began:.0f} s", flush=True)
-        shown = path if path.is_file() else args.out / f"{name}.log"
-        print(shown.read_text()[-3000:] if shown.is_file() else "", flush=True)
+        print(json.dumps(found.all().get(name, {}), indent=1)[-3000:], flush=True)
+        hand_out(args.out)
     return 1 if failed else 0
 
 
