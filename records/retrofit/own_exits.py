@@ -1,0 +1,189 @@
+"""Who could leave a retrofit of ours early, and what depth-wise batching would make of it.
+
+    python records/retrofit/own_exits.py             the models of RUNS: own_exits/exits.log, then the page
+    python records/retrofit/own_exits.py --report    only the page and its picture, from exits.log
+
+The models are trained by own.toml and band.toml, and lie in logs/ after that. exits.log has what
+retrofit/exits.py says of each, and the milliseconds of a pass, measured here; the page puts both through
+retrofit/depth_batching.py.
+"""
+
+import contextlib
+import io
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[1:1] = [str(ROOT / "records"), str(ROOT / "retrofit")]
+
+import depth_batching as batching  # noqa: E402
+import exits  # noqa: E402
+from common import Parser, markdown_table, need, number, run_tool, short, write_text  # noqa: E402
+from draw import canvas, draw_line, save_picture, tidy  # noqa: E402
+
+HOME = Path(__file__).with_suffix("")
+DATA = ["--preset=mini", "--data_path=data/datasets/wiki_books_mini_sp512", "--vocab_size=512",
+        "--tokenizer_path=data/tokenizers/wiki_books_mini_sp512_bpe.model", "--val_max_tokens=131072"]  # fmt: skip
+RUNS = {  # name on the page: runs in logs/, a seed each
+    "step": "own/step",
+    "step, exit loss": "own/step_exit01",
+    "average, LoRA 16": "own/average_svd16",
+    "average, LoRA 16, exit loss": "own/average_svd16_exit01",
+    "band of three passes": "band/fixed",
+    "band of three passes, exit loss": "band/exit01",
+}
+PARENT = ROOT / "logs" / "retrofit" / "parent" / "model.safetensors"
+SLOTS, REPEATS = 32, 15
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+def milliseconds(script, path: Path) -> list[float]:
+    """The least time of a step of SLOTS tokens with 1, 2, ... passes: windows of a whole context, uncompiled, over
+    their length."""
+    weights, model, _ = script.load_model_file(str(path))
+    config = script.model_config(
+        script.load_config(["--mode=eval", "--compile=0", "--dtype=float32"], {}, "")[0], model
+    )
+    engine = script.Engine(config)
+    engine.build(weights, training=False)
+    ids = engine.tensor(np.ones((SLOTS, config.train_seq_len), np.int64))
+    counts = range(1, script.parse_layout(config.layout).loops + 1)
+    found = [[] for _ in counts]
+    for _ in range(REPEATS):
+        for passes, times in zip(counts, found):
+            start = time.perf_counter()
+            engine.model(ids, passes)
+            times.append(1000 * (time.perf_counter() - start) / config.train_seq_len)
+    return [min(times) for times in found]
+
+
+def measure() -> str:
+    """What exits.py says of every model that is here, and the milliseconds of its passes and of the parent's."""
+    script, said = exits.load_script(exits.SCRIPTS[0]), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        print(f"parent: milliseconds a step: {milliseconds(script, PARENT)[0]:.5f}")
+        for name, place in RUNS.items():
+            paths = sorted((ROOT / "logs").glob(f"{place}_seed[0-9]/model.int6.rgpt"))
+            need(paths, f"logs/{place}_seed*", "trained models", "none", "run the matrices first (--help)")
+            for path in paths:
+                print(f"\n$ python retrofit/exits.py {short(path)} {' '.join(DATA)}")
+                exits.main([str(path), *DATA])
+            times = " ".join(f"{value:.5f}" for value in milliseconds(script, paths[0]))
+            print(f"\n{name}: milliseconds a step: {times}")
+    return said.getvalue()
+
+
+# What is made of it --------------------------------------------------------------------------------------------------
+
+
+def read_log(text: str) -> tuple[dict[str, list[dict[str, list[float]]]], dict[str, list[float]]]:
+    """({name: a table for each seed, {rule: [mean passes, nats, bits per byte, share, share, ...]}}, {name:
+    milliseconds})."""
+    tables = {name: [] for name in RUNS}
+    for part in text.split("\n$ ")[1:]:
+        place = re.search(r"logs/(\S+)_seed\d/", part)[1]
+        rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.,]+) \|$", part, re.M)
+        table = {row[0]: [*map(float, row[1:4]), *map(float, row[4].split(","))] for row in rows}
+        tables[next(name for name in RUNS if RUNS[name] == place)].append(table)
+    times = re.findall(r"^(.+): milliseconds a step: (.+)$", text, re.M)
+    return tables, {name: [float(value) for value in values.split()] for name, values in times}
+
+
+def machine_flags(times: list[float], parent: float) -> list[str]:
+    """Flags of the simulator from milliseconds with 1, 2, ... passes and those of the parent: what is no pass runs once
+    a token, in the parent as well."""
+    block = (times[-1] - times[0]) / (len(times) - 1)
+    once = max(times[0] - block, 0.0)
+    return [f"--block-ms={block:.6f}", f"--once-ms={once:.6f}", f"--full-ms={max(parent - once, 1e-6):.6f}"]
+
+
+def gain(shares: list[float], flags: list[str]) -> float:
+    """Tokens per second with exits over the best without: of the looped model and, where its time is given, the full
+    one."""
+    args = batching.parse([f"--exits={','.join(f'{share:.6f}' for share in shares)}", f"--slots={SLOTS}", *flags])
+    machine = batching.Machine(args.slots, len(shares), args.block_ms, args.once_ms)
+    rows, _ = batching.simulate(args, machine, batching.parse_shares(args.exits))
+    return rows[-1][2] / max(rate for name, _, rate in rows if name.endswith("sequence-wise"))
+
+
+def arm_rows(name: str, seeds: list[dict], times: dict[str, list[float]]) -> list[list]:
+    """[model, rule, mean passes, bits per byte, its standard deviation, gain with the paper's times, with ours]."""
+    found, passes = [], len(seeds[0]["oracle"]) - 3
+    for rule in seeds[0]:
+        if rule.startswith("change") and passes < 3:  # nobody can leave: it needs the pass before
+            continue
+        mean = [statistics.fmean(column) for column in zip(*(seed[rule] for seed in seeds))]
+        spread = statistics.stdev(seed[rule][2] for seed in seeds) if len(seeds) > 1 else None
+        shares = [share / sum(mean[3:]) for share in mean[3:]]
+        papers = gain(shares, []) if passes == 2 else None
+        ours = gain(shares, machine_flags(times[name], times["parent"][0]))
+        found.append([name, rule, mean[0], mean[2], spread, papers, ours])
+    return found
+
+
+def draw(rows: list[list], path: Path) -> None:
+    """Bits per byte against tokens per second for every rule, a colour a model; lines join the thresholds of a rule."""
+    figure, axes = canvas(9, 4.6)
+    for i, name in enumerate(RUNS):
+        mine = [row for row in rows if row[0] == name]
+        for kind, style in (("all", "-"), ("confidence", "--"), ("change", ":")):
+            points = sorted((row[6], row[3]) for row in mine if row[1].startswith(kind))
+            label = name if kind == "all" else None
+            draw_line(axes, points, i, label, linestyle=style, marker="o", markersize=3)
+        for row in mine:
+            if row[1] == "oracle":
+                draw_line(axes, [(row[6], row[3])], i, None, marker="*", markersize=12)
+    axes.set_xlabel("tokens per second, over the best sequence-wise batching (our times)")
+    axes.set_ylabel("bits per byte")
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes)
+    save_picture(figure, path)
+
+
+def report(text: str) -> None:
+    """Writes the page and its picture from exits.log."""
+    tables, times = read_log(text)
+    rows = [row for name in RUNS for row in arm_rows(name, tables[name], times)]
+    cells = [[*row[:2], f"{row[2]:.3f}", *map(number, row[3:5]), *(number(x, ".2f") for x in row[5:])] for row in rows]
+    head = ["model", "who leaves", "mean passes", "bits per byte", "std", "tok/s, paper's times", "tok/s, our times"]
+    ours = [[name, " ".join(machine_flags(times[name], times["parent"][0]))] for name in RUNS]
+    counts = ", ".join(f"{name}: {len(tables[name])}" for name in RUNS)
+    draw(rows, HOME / "exits.png")
+    write_text(HOME / "numbers.md", NUMBERS.format(
+        table=markdown_table(head, cells), times=markdown_table(["model", "the simulator's"], ours), counts=counts
+    ))  # fmt: skip
+
+
+NUMBERS = """<!-- written by records/retrofit/own_exits.py from exits.log; README.md says what it means -->
+# Exits of models of ours, all numbers
+
+Seeds: {counts}.
+
+{table}
+Our times, for batches of 32 tokens:
+
+{times}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(__doc__)
+    parser.add_argument("--report", action="store_true", help="make the page from exits.log, and measure nothing")
+    log = HOME / "exits.log"
+    if not parser.parse_args(argv).report:
+        text = measure()
+        HOME.mkdir(exist_ok=True)
+        write_text(log, text)
+    report(log.read_text(encoding="utf-8"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
