@@ -112,9 +112,8 @@ the held-out text; the parent has {parent:.4f}. One parent, 32 wide (full rank i
 ![error against rank](ranks.png)
 
 Log: [convert.log](convert.log). Again: `python records/retrofit/parent.py`, then `python records/retrofit/ranks.py`.
-The
-parent was made with the script of commit 4205a9a, as that of [own](../own/README.md), in float32 on an AMD EPYC with
-AVX-512 bf16 (two cores, shared).
+The parent was made with the script of commit 4205a9a, as that of [own](../own/README.md), in float32 on an AMD EPYC
+with AVX-512 bf16 (two cores, shared).
 """
 
 
