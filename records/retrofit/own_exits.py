@@ -23,7 +23,7 @@ sys.path[1:1] = [str(ROOT / "records"), str(ROOT / "retrofit")]
 
 import depth_batching as batching  # noqa: E402
 import exits  # noqa: E402
-from common import Parser, markdown_table, need, number, run_tool, short, write_text  # noqa: E402
+from common import Parser, markdown_table, need, number, read_json, run_tool, short, write_text  # noqa: E402
 from draw import canvas, draw_line, save_picture, tidy  # noqa: E402
 
 HOME = Path(__file__).with_suffix("")
@@ -74,6 +74,9 @@ def measure() -> str:
             need(paths, f"logs/{place}_seed*", "trained models", "none", "run the matrices first (--help)")
             for path in paths:
                 print(f"\n$ python retrofit/exits.py {short(path)} {' '.join(DATA)}")
+                print(
+                    f"its score when trained: {read_json(path.with_name('result.json'))['val_bpb']:.4f} bits per byte"
+                )
                 exits.main([str(path), *DATA])
             times = " ".join(f"{value:.5f}" for value in milliseconds(script, paths[0]))
             print(f"\n{name}: milliseconds a step: {times}")
