@@ -53,7 +53,8 @@ TOOLS = """## Tools
 | `python records/contents.py logs/RUN/model.int6.rgpt` | what an artifact holds, and where its bytes are |
 
 [does_recurrence_pay/](does_recurrence_pay/README.md): what is known so far, on one page. retrofit/: trained models
-made to loop, [SmolLM2](retrofit/smollm2/README.md) and [ours](retrofit/own/README.md).
+made to loop, [SmolLM2](retrofit/smollm2/README.md) and [ours](retrofit/own/README.md), with what
+[retrofit/](../retrofit/README.md) lists.
 [side_by_side/](side_by_side/README.md): the challenge's script, a published record's and ours, at one shape.
 [coders/](coders/README.md): the artifact's coder beside general compressors. [rare_rows/](rare_rows/README.md): what
 rounding costs where a calibration is short. [rounding_trials/](rounding_trials/README.md): how `ROUND_FROM` was found.
