@@ -217,7 +217,7 @@ def propose(count: int) -> str:
     (records/retrofit/smollm2/), although the state's scale jumps in it. One model: `hf.py scan` measures others.
     """
     core = max(1, round(count / 5))
-    start = min(round(count / 3), count - core)
+    start = round(count / 3)
     return f"{start}+{core}x2+{count - core - start}"
 
 
