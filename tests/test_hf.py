@@ -328,13 +328,20 @@ def test_mlx_lm_loads_generates_and_takes_the_number_of_passes(home):
 # Measuring the parent -------------------------------------------------------------------------------------------------
 
 
-def test_a_band_is_proposed_after_the_layer_where_the_scale_jumps():
+@pytest.mark.parametrize(
+    "count, layout", [(30, "10+6x2+14"), (12, "4+2x2+6"), (6, "2+1x2+3"), (2, "1+1x2+0"), (1, "0+1x2+0")]
+)
+def test_the_proposed_band_is_the_fifth_that_begins_at_a_third(count, layout):
+    assert hf_parent.propose(count) == layout
+    assert hf_parent.check_layout(layout, count)
+
+
+def test_a_jump_of_the_scale_is_named_only_where_it_lies_inside_the_band():
     rms = np.full(31, 5.0)
-    assert hf_parent.propose(rms, 30) == ("10+6x2+14", None)
     rms[12:] = 60.0
-    assert hf_parent.propose(rms, 30) == ("12+6x2+12", 11)
-    rms[:12], rms[12:] = 60.0, 5.0
-    assert hf_parent.propose(rms, 30)[0] == "12+6x2+12"
+    assert any("at layer 11 (5 to 60)" in line for line in hf_parent.explain(rms, "10+6x2+14", "gate", 0.5))
+    for layout in ("12+6x2+12", "5+6x2+19"):
+        assert not any("jumps" in line for line in hf_parent.explain(rms, layout, "gate", 0.5))
 
 
 def test_make_without_a_layout_measures_and_says_why(home, tmp_path):
@@ -816,6 +823,38 @@ def test_eval_scores_every_byte_once_beside_the_parent(home, made, tmp_path):
     assert abs(log["untrained_one_pass"]["loss"] - total / size) < 1e-5
     assert abs(log["untrained_one_pass"]["bits_per_byte"] - total / size / np.log(2)) < 1e-5
     assert table[0]["loss"] != log["untrained_one_pass"]["loss"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_scan_gives_the_loss_of_every_band_run_twice_and_left_out(tmp_path, name):
+    parent = write_parent(tmp_path / "parent", name)
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = ("scan", tmp_path / "parent", "--text", tmp_path / "text.txt", "--max-bytes", 40, "--length", 100)
+    outcome = tool(*command, "--width", 2, "--every", 2, "--gate", 0.25, "--out", tmp_path / "bands.jsonl")
+    assert outcome.code == 0, outcome.err
+    log, *bands = map(json.loads, (tmp_path / "bands.jsonl").read_text().splitlines())
+    assert [band["layout"] for band in bands] == ["0+2x2+4", "2+2x2+2", "4+2x2+0"]
+    tokenizer = hf_parent.read_tokenizer(tmp_path / "parent", {"vocab_size": VOCAB})
+    ids = mx.array([hf_text.Encoder(tokenizer)(TEXT[:40])])
+
+    def loss(model):
+        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:]).mean().item()
+
+    config = config_of(name)
+    assert abs(log["parent_loss"] - loss(parent)) < 1e-5
+    for start, band in zip((0, 2, 4), bands):
+        others = [i for i in range(6) if i not in (start, start + 1)]
+        twice = recurrent_of(parent, config, band["layout"], gate=0.25)
+        assert abs(band["two_passes"] - loss(twice)) < 1e-5
+        without = recurrent_of(random_parent(name)[0], config, "0+4x1+0", layers=others)
+        assert abs(band["left_out"] - loss(without)) < 1e-5
+    best = min(bands, key=lambda band: band["two_passes"])["layout"]
+    assert f"--layout {best}" in outcome.out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args", [("--width", 6), ("--width", -1), ("--every", 0), ("--gate", 0), ("--max-bytes", -1)])
+def test_a_scan_out_of_range_is_refused(home, args):
+    assert_refused(tool("scan", home / "parent", "--text", home / "text.txt", *args), f"{args[0]}: .*found {args[1]}")
 
 
 def test_no_code_of_a_folder_runs_in_our_tools(home, made):
