@@ -177,7 +177,7 @@ PRESETS = {
         quantizer=trellis quant_loss=0.001 calib_tokens=16384 calib_seconds=15""",
     # The scale model: 80,000 bytes of weights, 5e13 FLOPs (track_mini). Vocabulary, depth and batch by
     # records/ablations/mini_bits and mini_shape, at half the size, xsa by mini_trials and, with the rates' rise and the
-    # shortcut, by mini_leave_three; width and round_from by mini_wide and mini40_seeds: a weight gets 3.7 bits.
+    # shortcut, by mini_leave_three; width and round_from by mini_wide and mini_wide_after: a weight gets 3.7 bits.
     "mini": """data_path=./data/datasets/mini_sp1024 tokenizer_path=./data/tokenizers/fineweb_1024_bpe.model
         layout=2 model_dim=68 num_heads=2 num_kv_heads=1 mlp_mult=4 train_seq_len=256 train_batch_tokens=4096
         iterations=0 max_wallclock_seconds=0 max_train_flops=5e13 warmdown_frac=0.67 lr_warmup_steps=20
