@@ -55,7 +55,7 @@ STAGES = {
     # export (4e-6 a weight, as MODE=preflight says), 10 of its scores, 35 of those of two devices
     "choices": 0,  # 60 for each of five parts, in what is left and in the next call
 }
-SEQUENCES_AT_ONCE = 8  # sequences of a microbatch that float32 without compilation takes at a time, for its memory
+SEQUENCES_AT_ONCE = 2  # that eager float32 takes: its attention keeps all scores, 3 GB a visit of `record` for eight
 ATTENTION = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of torch
 AGREEMENT = 0.002  # bits per byte between the score of an artifact on the GPU and in float32 on the CPU
 
