@@ -533,9 +533,12 @@ def run_stage(name: str, args, env: dict[str, str], limit: float) -> str:
 
 def hand_out(out: Path) -> None:
     """Copies what says how it went to the folder $OUT."""
-    folder = os.environ.get("OUT")
+    if not os.environ.get("OUT"):
+        return
+    folder = Path(os.environ["OUT"])
+    folder.mkdir(parents=True, exist_ok=True)
     for path in [out / "gpu.json", out / "gpu.log", *sorted((out / "run").glob("*.json*")), out / "run" / "train.log"]:
-        if folder and path.is_file():
+        if path.is_file():
             shutil.copy(path, folder)
 
 
