@@ -108,10 +108,10 @@ def data_flags(preset: str) -> list[str]:
     """The dataset to train on, as flags; made where there is none."""
     import train_gpt as t
 
-    if preset == "smoke":
-        t.make_smoke_data(t.load_config(["--preset=smoke"], {}, "smoke")[0])
-        return []
     c, _ = t.load_config([], {}, preset)
+    if preset == "smoke":
+        t.make_smoke_data(c)
+        return [f"--data_path={c.data_path}", f"--tokenizer_path={c.tokenizer_path}"]
     asked = os.environ.get("DATA_PATH"), os.environ.get("TOKENIZER_PATH")
     own = (c.data_path, c.tokenizer_path)
     fits = all(asked) and vocabulary(ROOT / asked[0]) == c.vocab_size  # `record` and `baseline` differ in theirs
