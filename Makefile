@@ -38,7 +38,7 @@ help:
 	@echo 'make test        all tests: both scripts are one model, artifacts, resume, everyday events, data, bad input'
 	@echo 'make lint        ruff: mistakes, and the one format'
 	@echo 'make bench       time a training step of both scripts, and of both attentions, on this machine'
-	@echo 'make gpu         on one CUDA GPU, ten minutes: exactness, times of everything, a run stopped, resumed and exported'
+	@echo 'make gpu         on one CUDA GPU, at most ten minutes a call: exactness, times of everything, a run stopped, resumed and exported'
 	@echo 'make mac         on Apple silicon, some minutes: exactness on Metal, compilation, speed, a run stopped and resumed'
 	@echo 'make setup       only install requirements.txt into $(VENV)'
 	@echo 'make clean       remove $(VENV), the offline corpus and caches; runs in $(LOG_DIR)/ and downloaded data stay'

@@ -6,7 +6,8 @@
    given is the median over the rounds of each process's median. Warm-up is what the `warm_up:` lines say: cold in the
    first round (an empty compiler cache of its own), warm later.
 2. Passes: 1+2x4+1 at 1 to 4 passes in one process, each step timed by itself: cost against work, and the first step
-   after a switch against the steps after it.
+   after a switch against the steps after it. Then the same by parts: forward passes alone, forward and backward ones,
+   and what is left of a step for the update; with the process's peak of memory.
 
 Another program that prints the challenge's step lines is timed in the same rounds, at the same shape:
 
@@ -211,7 +212,7 @@ def worker(script: str, settings: dict, steps: int, passes: int) -> None:
     engine = module.Engine(c)
     engine.build(module.initial_weights(c))
     stream = module.TokenStream(module.find_shards(c.data_path, "train", c.vocab_size), c)
-    out: dict[str, list] = {"warm_up": [], "steps": []}
+    out: dict[str, list] = {"warm_up": [], "steps": [], "parts": [], "peak": 0.0}
     for loops in range(1, passes + 1):
         began = time.perf_counter()
         engine.warm_up(stream, loops)
@@ -221,11 +222,40 @@ def worker(script: str, settings: dict, steps: int, passes: int) -> None:
         engine.read(engine.step(stream, number * BATCH, number // steps + 1, 1.0, 0.9))
         engine.sync()
         out["steps"].append(1000 * (time.perf_counter() - began))
+    for loops in range(1, passes + 1):
+        out["parts"].append(time_parts(module, engine, stream, loops, steps))
+    out["peak"] = engine.peak_memory() / 2**20
     print("BENCH " + json.dumps(out))
 
 
-def bench_passes(args, script: str, data: dict[str, str], folder: Path) -> list[list[str]]:
-    """Part 2 for one script: rows of the table."""
+def time_parts(module, engine, stream, loops: int, times: int) -> list[float]:
+    """Median milliseconds of a step's forward passes, and of those with its backward passes."""
+
+    def forward(ids, targets) -> None:
+        engine.token_losses(ids, targets, loops)  # waits: it gives numbers
+
+    def both_ways(ids, targets) -> None:
+        ids, targets = engine.tensor(ids), engine.tensor(targets)
+        if module.FRAMEWORK == "torch":
+            engine.objective(ids, targets, loops).mean().backward()
+            engine.sync()
+        else:
+            module.mx.eval(engine.function("gradients", loops)(engine.params, ids, targets))
+
+    found = []
+    for work in (forward, both_ways):
+        took = []
+        for _ in range(times + 1):  # the first may compile
+            began = time.perf_counter()
+            for batch in stream.microbatches(0, BATCH, 0, 1, engine.largest):
+                work(*batch)
+            took.append(1000 * (time.perf_counter() - began))
+        found.append(statistics.median(took[1:]))
+    return found
+
+
+def bench_passes(args, script: str, data: dict[str, str], folder: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """Part 2 for one script: rows of both tables."""
     schedule = ",".join(f"{i / args.passes:.3f}:{i + 1}" for i in range(args.passes))
     shape = {"layout": f"1+2x{args.passes}+1", "loop_schedule": schedule, "model_dim": args.widths[-1]}
     call = f"bench.worker({script!r}, {SHAPE | data | shape!r}, {args.steps}, {args.passes})"
@@ -240,7 +270,7 @@ def bench_passes(args, script: str, data: dict[str, str], folder: Path) -> list[
         if done.returncode:
             raise InputError(f"{script}: stopped: {(done.stderr.strip().splitlines() or ['without a word'])[-1][:200]}")
         runs.append(json.loads(done.stdout.rsplit("BENCH ", 1)[1]))
-    rows, one, less = [], 0.0, training_flops(shape, 1)
+    rows, by_part, one, less = [], [], 0.0, training_flops(shape, 1)
     for i in range(args.passes):
         parts = [run["steps"][i * args.steps : (i + 1) * args.steps] for run in runs]
         after = [statistics.median(part[1:]) for part in parts]
@@ -250,7 +280,10 @@ def bench_passes(args, script: str, data: dict[str, str], folder: Path) -> list[
         rows.append([script, str(i + 1), f"{ms:.0f}", f"{1000 * BATCH / ms:,.0f}", f"{work / ms / 1e6:.0f}",
                      f"{ms / one:.2f}", f"{work / less:.2f}", f"{work / less / (ms / one):.2f}", f"{first:.2f}",
                      seconds(runs[0]["warm_up"][i])])  # fmt: skip
-    return rows
+        forward, both = (statistics.median(found) for found in zip(*(run["parts"][i] for run in runs)))
+        peak = f"{statistics.median(run['peak'] for run in runs):.0f}" if i + 1 == args.passes else "-"
+        by_part.append([script, str(i + 1), *(f"{x:.0f}" for x in (forward, both - forward, ms - both)), peak])
+    return rows, by_part
 
 
 # --- Report -------------------------------------------------------------------------------------------------------
@@ -319,10 +352,12 @@ def main(argv: list[str] | None = None) -> int:
             bench_programs(args, programs, peers, data, folder, width)
         if args.passes:
             scripts = dict.fromkeys(name.partition(":")[0] for name in programs)
-            rows = [row for script in scripts for row in bench_passes(args, script, data, folder)]
+            rows, by_part = (sum(parts, []) for parts in zip(*(bench_passes(args, s, data, folder) for s in scripts)))
             head = "program, passes, ms/step, tokens/s, GFLOP/s, cost, work, work/cost, first step, cold warm-up"
             table("Passes; cost and work relative to one pass, the first step after a switch to those after it",
                   head.split(", "), rows)  # fmt: skip
+            head = "program, passes, forward ms, backward ms, update ms, peak MiB"
+            table("Parts of a step; the peak is that of the whole process", head.split(", "), by_part)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

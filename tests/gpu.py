@@ -55,7 +55,7 @@ STAGES = {
     # export (4e-6 a weight, as MODE=preflight says), 10 of its scores, 35 of those of two devices
     "choices": 0,  # 60 for each of five parts, in what is left and in the next call
 }
-SEQUENCES_AT_ONCE = 8  # sequences of a microbatch that float32 without compilation takes at a time, for its memory
+SEQUENCES_AT_ONCE = 2  # that eager float32 takes: its attention keeps all scores, 3 GB a visit of `record` for eight
 ATTENTION = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # of torch
 AGREEMENT = 0.002  # bits per byte between the score of an artifact on the GPU and in float32 on the CPU
 
@@ -108,10 +108,10 @@ def data_flags(preset: str) -> list[str]:
     """The dataset to train on, as flags; made where there is none."""
     import train_gpt as t
 
-    if preset == "smoke":
-        t.make_smoke_data(t.load_config(["--preset=smoke"], {}, "smoke")[0])
-        return []
     c, _ = t.load_config([], {}, preset)
+    if preset == "smoke":
+        t.make_smoke_data(c)
+        return [f"--data_path={c.data_path}", f"--tokenizer_path={c.tokenizer_path}"]
     asked = os.environ.get("DATA_PATH"), os.environ.get("TOKENIZER_PATH")
     own = (c.data_path, c.tokenizer_path)
     fits = all(asked) and vocabulary(ROOT / asked[0]) == c.vocab_size  # `record` and `baseline` differ in theirs
@@ -533,9 +533,12 @@ def run_stage(name: str, args, env: dict[str, str], limit: float) -> str:
 
 def hand_out(out: Path) -> None:
     """Copies what says how it went to the folder $OUT."""
-    folder = os.environ.get("OUT")
+    if not os.environ.get("OUT"):
+        return
+    folder = Path(os.environ["OUT"])
+    folder.mkdir(parents=True, exist_ok=True)
     for path in [out / "gpu.json", out / "gpu.log", *sorted((out / "run").glob("*.json*")), out / "run" / "train.log"]:
-        if folder and path.is_file():
+        if path.is_file():
             shutil.copy(path, folder)
 
 

@@ -86,7 +86,6 @@ def test_a_later_call_does_what_is_missing_or_failed(args, monkeypatch):
 
 def test_stages_get_what_the_others_leave_and_findings_are_handed_out(args, monkeypatch, tmp_path, capsys):
     limits, given = {}, tmp_path / "given"
-    given.mkdir()
     monkeypatch.setenv("OUT", str(given))
     gpu.Findings(args.out / "gpu.json", "exact").part("done", dict)
 

@@ -6,8 +6,10 @@
 Time is products + attention + what the fused kernels move + gaps between launches + the update with the links between
 GPUs, one after the other. Rates are guesses for an H100 in bfloat16 at 512 wide. Bytes are fitted to what torch 2.14.1
 made of `baseline` and an older `record`: so many a token and visited block, and for the output layer; a block's were 76
-times the width before its scales were taken into the projections (see `Linear`). Launches are counted in records/cuda.
-None of it was measured by us on a GPU; what was measured by others, with other scripts, is printed beside the shape.
+times the width before its scales were taken into the projections (see `Linear`). Launches are counted in records/cuda,
+where torch 2.11.0 moves more for today's `record` at 1024 pieces, 1024 long: 54.0 and 83.5 GB a microbatch with one and
+three passes instead of 42.9 and 65.5, which would be 4 and 7 ms more on eight GPUs. None of it was measured by us on a
+GPU; what others measured with other scripts is printed beside the shape.
 """
 
 import sys
