@@ -212,7 +212,8 @@ CHOICES = {
     "device": ("", "cuda", "mps", "gpu", "cpu"),
     "dtype": ("", "bfloat16", "float32"),
 }
-PLACES = "data_path tokenizer_path log_dir init_from artifact checkpoint".split()  # each host has its own
+# What each host may have its own of: places, memory, and what only the first process uses.
+OF_A_HOST = "preset run_id artifact checkpoint log_dir data_path tokenizer_path init_from microbatch_tokens".split()
 TRAINS = ("train", "preflight")  # modes that start a model; the others use a file
 # The first setting of each group; a group ends where the next begins.
 GROUP_STARTS = dict(run="mode", data="vocab_size", model="layout", training="iterations", score="eval_loops",
@@ -919,7 +920,8 @@ def check_schedules(c: Config) -> None:
     require(not c.round_from or c.round_from > last, "ROUND_FROM", after, c.round_from)
     seconds, mend = c.max_wallclock_seconds, "give ITERATIONS or MAX_TRAIN_FLOPS as the budget, or set ROUND_FROM=0"
     unknown = "0 with ROUND_FROM, whose seconds nothing bounds"
-    require(not (c.round_from and seconds), "MAX_WALLCLOCK_SECONDS", unknown, seconds, mend)
+    bounded = not (c.round_from and seconds and c.mode in TRAINS)
+    require(bounded, "MAX_WALLCLOCK_SECONDS", unknown, seconds, mend)
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
     for name in ("loop_sample", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
@@ -1933,10 +1935,11 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
     notices = notices + together(engine, lambda: prepare(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
-    must_agree(engine, {"data_path": dataset_sha256(c)})
+    must_agree(engine, {"data": dataset_sha256(c)})
     sequences, needed = c.train_batch_tokens // c.train_seq_len, f"a sequence for each of {engine.world} processes"
     together(engine, lambda: require(sequences >= engine.world, "TRAIN_BATCH_TOKENS", needed, sequences))
     weights, optimizer_state, rounded, state = together(engine, lambda: starting_point(c))
+    must_agree(engine, {"start": weights_sha256(weights), "step": state.step})
     run = Run(c, engine, score, stream, state, stop, notices)
     with run.log.noting_crashes():
         engine.build(weights)
@@ -1956,7 +1959,8 @@ def train(c: Config, engine: Engine, notices: list[str]) -> int:
         run.restart_clock(state.seconds)
         done = run.train()
         if done and not state.step:  # the same on every process
-            raise Agreed("MAX_TRAIN_FLOPS, MAX_WALLCLOCK_SECONDS: expected enough for a step, found less; raise it")
+            budgets, mend = "MAX_TRAIN_FLOPS, MAX_WALLCLOCK_SECONDS", "raise it, and set another RUN_ID"
+            raise Agreed(f"{budgets}: expected enough for a step, found less; {mend}")
         if done and (code := finish(run)) is not None:
             return code
         return stopped(run)
@@ -1997,6 +2001,13 @@ def write_score(run: Run, loss: float, loops: int) -> None:
                  f"step_avg:{ms / max(step, 1):.2f}ms loops:{loops}{score.label}")  # fmt: skip
     run.log.metrics(step=step, val_loss=loss, val_bpb=bpb, loops=loops, train_time_ms=ms, tokens=state.tokens,
                     flops=state.flops, partial=score.partial)  # fmt: skip
+
+
+def weights_sha256(weights: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
 
 
 def about(c: Config, loops: int) -> dict:
@@ -2263,8 +2274,8 @@ def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float,
     largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
     squared = float(np.square(values, dtype=np.float64).mean())
     widest = 2 * math.log2(max(squared, 1e-24)) + 16  # 16 times the typical weight: all zeros from there on
-    if is_vector(name) and not squares.any():  # of a pass that never ran: kept, as another number of passes may use it
-        widest -= 32
+    if is_vector(name):  # a row of a pass that never ran is kept: another number of passes may use it
+        widest = np.where(squares.any(axis=1), widest, widest - 32)
     rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest_steps(largest))
     return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), columns.astype(np.int16)
 
@@ -2762,8 +2773,9 @@ class Rounding:
         return {name: table.symbols for name, table in round_all(values, steps, True, factors).items()}
 
     def table(self, name: str) -> Table:
-        symbols = self.tensors[f"symbols.{name}"]
-        return Table(*self.steps(name), np.zeros(len(symbols), np.int16), symbols)
+        rows, columns = self.steps(name)
+        symbols = self.tensors[f"symbols.{name}"].copy()  # which may be rounded anew
+        return Table(rows, columns.copy(), np.zeros(len(symbols), np.int16), symbols)
 
     def kept(self, parts: int) -> dict[str, np.ndarray]:
         """float32 [n, m] of the matrices with so many parts rounded; NaN in the other columns."""
@@ -3063,7 +3075,7 @@ def is_before(row: bytes, state: TrainState) -> bool:
     try:
         values = json.loads(row)
         return int(values["step"]) <= (state.scored if "val_bpb" in values else state.step)
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, OverflowError):
         return False
 
 
@@ -3353,6 +3365,7 @@ def sample(c: Config, engine: Engine, loops: int) -> str:
 def score_file(c: Config, engine: Engine, loops: int) -> str:
     """MODE=eval: for every number of passes the line that says the score."""
     score = together(engine, lambda: Score(c))
+    must_agree(engine, {"val_tokens": zlib.crc32(np.ascontiguousarray(score.tokens)), "val_bytes": score.bytes})
     warn(engine, score.notices())
     count, lines = len(score.tokens) - 1, []
     for passes in eval_passes(c, loops):
@@ -3369,6 +3382,7 @@ def export_file(c: Config, engine: Engine, notices: list[str], loops: int) -> in
     notices = notices + together(engine, lambda: check_before_start(c), first_only=True)
     score = together(engine, lambda: Score(c))
     stream = together(engine, lambda: TokenStream(find_shards(c.data_path, "train", c.vocab_size), c))
+    must_agree(engine, {"data": dataset_sha256(c)})
     run = Run(c, engine, score, stream, TrainState(loops=loops), None, notices)
     with run.log.noting_crashes():
         return finish(run)
@@ -3376,6 +3390,7 @@ def export_file(c: Config, engine: Engine, notices: list[str], loops: int) -> in
 
 def use_file(c: Config, engine: Engine, notices: list[str], weights: dict[str, np.ndarray], loops: int) -> int:
     """The modes that need trained weights: eval, sample and export. Returns the exit code."""
+    must_agree(engine, {"weights": weights_sha256(weights), "loops": loops})
     engine.build(weights, training=False)
     if c.mode == "export":
         return export_file(c, engine, notices, loops)
@@ -3464,7 +3479,7 @@ def run(argv: list[str], environ: dict[str, str]) -> int:
         c = model_config(dataclasses.replace(c, compile=c.compile and c.mode != "sample"), model)
     engine, code = Engine(c), 1
     try:
-        settings = {name: value for name, value in dataclasses.asdict(c).items() if name not in PLACES}
+        settings = {name: value for name, value in dataclasses.asdict(c).items() if name not in OF_A_HOST}
         must_agree(engine, settings | {"script": source_sha256()})
         code = use_file(c, engine, notices, weights, loops) if weights else train(c, engine, notices)
     except Agreed as error:

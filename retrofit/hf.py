@@ -109,6 +109,7 @@ def scan(args) -> int:
     need(args.every >= 1, "--every", "at least 1", args.every)
     need(args.max_bytes >= 0, "--max-bytes", "0 or more", args.max_bytes)
     need(0 < args.gate <= 1, "--gate", "a number above 0 and at most 1", args.gate)
+    need(not args.out or args.out.parent.is_dir(), "--out", "a file in a folder that is there", args.out)
     with found_parent(args.parent, args.revision) as folder:
         model, config = unlooped(folder, args.gate)
         count = len(model.layers)
@@ -126,7 +127,8 @@ def scan(args) -> int:
             looped, dropped = (bands[-1][key] - parent for key in ("two_passes", "left_out"))
             print(f"{bands[-1]['layout']:>12} {looped:+12.4f} {dropped:+12.4f}", flush=True)
     best = min(bands, key=lambda band: band["two_passes"])["layout"]
-    print(f"least at two passes: python retrofit/hf.py make {args.parent} --layout {best} --out FOLDER")
+    more = f" --revision {args.revision}" * bool(args.revision) + f" --gate {args.gate}" * (args.gate != 0.5)
+    print(f"least at two passes: python retrofit/hf.py make {args.parent} --layout {best}{more} --out FOLDER")
     if args.out:
         log = {"command": hf_backend.command_line(), "text_sha256": sha256_of(args.text), "bytes": windows.bytes}
         log |= {"tokens": windows.tokens, "length": length, "gate": args.gate, "parent_loss": round(parent, 6)}

@@ -16,6 +16,7 @@ from conftest import (
     ROOT,
     assert_refused,
     clean_environment,
+    random_weights,
     run_in_process,
     script_or_skip,
     start_process,
@@ -212,7 +213,20 @@ def test_a_setting_of_one_rank_alone_ends_both(tiny, tmp_path, setting):
 def test_other_data_on_one_rank_ends_both(tiny, data, tmp_path):
     other = write_dataset(tmp_path / "other", [data.train[::-1]], [data.val])
     ranks = start_ranks(script_or_skip("train_gpt"), 2, **tiny, OF_LATER_RANKS=f"DATA_PATH={other}")
-    assert_one_line_each(ranks, "error: DATA_PATH: expected ")
+    assert_one_line_each(ranks, "error: DATA: expected ")
+
+
+def test_other_weights_on_one_rank_end_both(tiny, config, tmp_path):
+    m = script_or_skip("train_gpt")
+    for seed in (0, 1):
+        weights = {f"weights.{name}": value for name, value in random_weights(m, config(m), seed).items()}
+        m.save_tensors(tmp_path / f"{seed}.safetensors", weights, m.about(config(m), 2))
+    flags = ("--mode=eval", f"--checkpoint={tmp_path / '0.safetensors'}")
+    ranks = start_ranks(m, 2, *flags, **tiny, OF_LATER_RANKS=f"CHECKPOINT={tmp_path / '1.safetensors'}")
+    assert [code for code, _, _ in ranks] == [0, 0], ranks  # a flag wins on both
+    env = tiny | {"MODE": "eval", "CHECKPOINT": tmp_path / "0.safetensors", "MICROBATCH_TOKENS": "0"}
+    ranks = start_ranks(m, 2, **env, OF_LATER_RANKS=f"CHECKPOINT={tmp_path / '1.safetensors'} MICROBATCH_TOKENS=64")
+    assert_one_line_each(ranks, "error: WEIGHTS: expected ")
 
 
 def test_what_every_process_must_share(any_script):

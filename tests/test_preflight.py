@@ -153,7 +153,7 @@ def test_drawn_passes_are_expected_at_their_mean(any_script, config):
 
 
 def test_the_export_is_paid_for_and_named(any_script, tiny):
-    flags = ("--quantizer=trellis", "--target_bytes=200000", "--max_wallclock_seconds=90", "--iterations=0")
+    flags = ("--quantizer=trellis", "--target_bytes=400000", "--max_wallclock_seconds=90", "--iterations=0")
     said = block(preflight(any_script, *flags, "--calib_seconds=30", **tiny))
     assert 0.5 < float(said["export"]) < 0.6 and float(said["training"]) == pytest.approx(1, abs=0.02)
     assert int(said["steps"]) > 100 and said["fits"] == "likely fits"

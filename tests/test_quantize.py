@@ -513,6 +513,9 @@ def test_a_vector_that_no_pass_used_stays_whole(any_script):
     for name in ("loop_gate", "blocks.1.attn_scale"):
         back = any_script.values_of(table_of(any_script, name, gates, 0 * gates, 0.01, None), True)
         assert np.allclose(back, gates, rtol=0.1), (name, back)
+    rows, squares = np.float32([[1, 1, 1, 1], [0.9, 1, 1.1, 1]]), np.float32([[1] * 4, [0] * 4])
+    back = any_script.values_of(table_of(any_script, "blocks.1.attn_scale", rows, squares, 0.2, None), True)
+    assert np.allclose(back[1], rows[1], rtol=0.1), back  # of the pass that did not run
 
 
 def test_matrices_of_one_shape_are_rounded_as_if_alone(any_script):

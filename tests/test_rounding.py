@@ -216,7 +216,7 @@ def test_the_last_columns_make_up_for_bytes(any_script, tiny, tmp_path, monkeypa
     assert low * settled <= result_of(tmp_path / "logs" / "a")["bytes_total"] <= high * settled
 
 
-def test_what_is_refused_and_what_decides(any_script, config, tiny):
+def test_what_is_refused_and_what_decides(any_script, config, tiny, tmp_path):
     m = any_script
     assert_refused(
         run_in_process(m, "--round_from=0.6", "--quantizer=absmax", **tiny), "ROUND_FROM", "QUANTIZER=trellis"
@@ -226,6 +226,11 @@ def test_what_is_refused_and_what_decides(any_script, config, tiny):
     assert_refused(early, "ROUND_FROM", "after the last switch of LOOP_SCHEDULE, 0.5")
     clocked = run_in_process(m, "--round_from=0.6", "--quantizer=trellis", "--max_wallclock_seconds=9", **tiny)
     assert_refused(clocked, "MAX_WALLCLOCK_SECONDS", "0 with ROUND_FROM", "MAX_TRAIN_FLOPS")
+    path = tmp_path / "model.safetensors"
+    weights = {f"weights.{name}": value for name, value in random_weights(m, config(m)).items()}
+    m.save_tensors(path, weights, m.about(config(m), 2))
+    left = tiny | {"ROUND_FROM": "0.6", "QUANTIZER": "trellis", "MAX_WALLCLOCK_SECONDS": "600"}
+    assert run_in_process(m, "--mode=eval", f"--checkpoint={path}", **left).code == 0  # nothing is rounded there
     c = config(m, quantizer="trellis", calib_tokens=512, round_from=0.8)
     assert m.config_sha256(c) != m.config_sha256(m.dataclasses.replace(c, eval_loops="3"))  # of the curvature
     for round_from, same in ((0.0, True), (0.8, False)):

@@ -193,7 +193,7 @@ nobody out.
   after two passes.
 - **A LoRA makes leaving worse**, as the paper says: the oracle lets 14 % go, with the exit loss 40 %; one pass has 5.33
   and 2.90. The better model of two passes (2.336) is the worse one to leave.
-- **Nothing that can be followed gains much.** The oracle would run 1.38 and 1.58 times as fast with the paper's times,
+- **Nothing that can be followed gains.** The oracle would run 1.38 and 1.58 times as fast with the paper's times,
   and knows the last pass's answer. Confidence of 1/2 lets 7 % out where there is an exit loss (1.00 times as fast);
   where there is none it lets those out who should stay (2.550 instead of 2.497 with `step`, 4.13 instead of 2.34 with
   LoRA).
