@@ -81,7 +81,7 @@ def read_switches(folder: Path, rows: list[dict]) -> list[tuple[int, int, int]]:
         for step, a, b in re.findall(r"^step:(\d{1,15})/\d+ loops:(\d{1,4})->(\d{1,4})", text, re.M)
     }
     if not said:  # a resumed run may say a change twice, hence the dictionary
-        with_loops = [row for row in rows if "loops" in row]
+        with_loops = [row for row in rows if is_number(row.get("loops"))]
         pairs = [(a, b) for a, b in zip(with_loops, with_loops[1:]) if a["loops"] != b["loops"]]
         said = {b["step"]: (a["loops"], b["loops"]) for a, b in pairs}
     return [(step, *passes) for step, passes in sorted(said.items())]
