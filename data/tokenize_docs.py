@@ -23,12 +23,13 @@ from pathlib import Path
 
 import layout
 import numpy as np
-from tool import InputError, Parser, need, run_tool, write_json
+from tool import InputError, Parser, atomic, need, run_tool
 
+SHARD_TOKENS = 100_000_000
 BATCH_BYTES = 4 << 20  # text encoded at once; memory grows with it
 MAX_DOCUMENT = 16_000_000  # bytes; SentencePiece takes 45 times as much memory for a document
-JSON_ENDS = (".jsonl", ".ndjson")
 TEXT_ENDS = (".txt", ".md")
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 SPACE = "\u2581"  # what a space is within a piece
 
 
@@ -42,10 +43,10 @@ class Source:
         self.path = Path(path)
         self.doc_bytes = doc_bytes
         self.separator = separator.encode() if separator else None
-        kind = (self.path.with_suffix("") if self.path.suffix in (".xz", ".gz") else self.path).suffix
-        what, known = f"input {layout.show(path)}", ", ".join(JSON_ENDS + TEXT_ENDS)
-        need(kind in JSON_ENDS + TEXT_ENDS, what, f"{known}, each also .xz or .gz", f"the ending {kind!r}")
-        self.json = kind in JSON_ENDS
+        kind = (self.path.with_suffix("") if self.path.suffix in OPENERS else self.path).suffix
+        self.json = kind == ".jsonl"
+        what, known = f"input {layout.show(path)}", ".jsonl, .txt or .md, each also .xz or .gz"
+        need(self.json or kind in TEXT_ENDS, what, known, f"the ending {kind!r}")
         need(self.path.is_file(), what, "a file", "no such file")
         self.bytes = self.path.stat().st_size
         need(self.bytes, what, "documents", "an empty file")
@@ -55,7 +56,7 @@ class Source:
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Yields (number, bytes) of the lines, without a byte order mark."""
-        opener = {".xz": lzma.open, ".gz": gzip.open}.get(self.path.suffix)
+        opener = OPENERS.get(self.path.suffix)
         number = 0
         with open(self.path, "rb") as raw, layout.progress(self.bytes, self.path.name) as bar:
             file = io.BufferedReader(opener(raw), 1 << 20) if opener else raw
@@ -189,24 +190,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
-def write_split(folder: Path, split: str, texts: Iterable[str], model, shard_tokens: int, threads: int) -> dict:
+def write_split(folder: Path, split: str, texts: Iterable[str], model, threads: int) -> dict:
     """Writes the shards of one split, BOS and the ids of each text in turn; returns its part of the manifest."""
-    bos = np.array([model.bos_id()] if model.bos_id() >= 0 else [], dtype=np.int32)
-    writer, documents, text_bytes = layout.ShardWriter(folder, split, shard_tokens), 0, 0
-    for batch, length in batches(texts):
-        encoded = model.encode(batch, num_threads=threads, return_type="numpy")
-        writer.add(np.concatenate([part for ids in encoded for part in (bos, ids)]))
-        documents += len(batch)
-        text_bytes += length
-    files = writer.close()
-    if not writer.tokens:
-        kind = {"train": "training", "val": "validation"}[split]
-        raise InputError(f"expected {kind} text, found no document; give more, or a smaller --val-docs")
-    return {"documents": documents, "text_bytes": text_bytes, "tokens": writer.tokens, "files": files}
+    counts = {"documents": 0, "text_bytes": 0, "tokens": 0}
+
+    def encoded() -> Iterator[np.ndarray]:
+        for batch, length in batches(texts):
+            bos = model.bos_id() >= 0
+            tokens = np.concatenate(model.encode(batch, add_bos=bos, num_threads=threads, return_type="numpy"))
+            for key, more in zip(counts, (len(batch), length, tokens.size)):
+                counts[key] += more
+            yield tokens
+
+    files = layout.write_shards(folder, split, encoded(), SHARD_TOKENS)
+    text = {"train": "training text", "val": "validation text"}[split]
+    if not files:
+        raise InputError(f"expected {text}, found no document; give more, or a smaller --val-docs")
+    return counts | {"files": files}
 
 
-def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, facts: dict, shard_tokens: int, threads: int):
-    """Writes a whole dataset and then its tokenizer, replacing what is there.
+def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, threads: int, facts: dict) -> None:
+    """Writes a whole dataset and then its tokenizer, replacing what is there; the trainers' reader judges both.
 
     folder: the dataset's; kept: the tokenizer's file; model: its bytes; texts: {split: texts}; facts: for the manifest.
     """
@@ -214,19 +218,20 @@ def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, facts: di
 
     processor, started = sentencepiece.SentencePieceProcessor(model_proto=model), time.time()
     with layout.building(folder, replace=True) as new:
-        splits = {"val": write_split(new, "val", texts["val"], processor, shard_tokens, threads)}
+        val = write_split(new, "val", texts["val"], processor, threads)
         layout.check_text(new, processor)
-        splits["train"] = write_split(new, "train", texts["train"], processor, shard_tokens, threads)
+        splits = {"val": val, "train": write_split(new, "train", texts["train"], processor, threads)}
         entry = layout.tokenizer_entry(kept, processor, hashlib.sha256(model).hexdigest())
-        write_json(new / "manifest.json", {"name": folder.name, "tokenizer": entry, "splits": splits} | facts)
-    layout.place_tokenizer(kept, model)
-    seconds = time.time() - started + 1e-9
+        layout.write_manifest(new, folder.name, entry, splits, **facts)
+    with atomic(kept, "wb") as file:
+        file.write(model)
+    seconds = time.time() - started
     text_bytes, tokens = (sum(part[key] for part in splits.values()) for key in ("text_bytes", "tokens"))
-    held_out = splits["val"]["text_bytes"] / text_bytes
     print(
-        f"{layout.show(folder)}: {layout.size(text_bytes)} of text, {held_out:.1%} of it held out, "
-        f"{tokens:,} tokens ({text_bytes / tokens:.2f} bytes a token), {seconds:.1f} s"
+        f"{layout.show(folder)}: {layout.size(text_bytes)} of text, {val['text_bytes'] / text_bytes:.1%} of it held "
+        f"out, {tokens:,} tokens ({text_bytes / tokens:.2f} bytes a token), {seconds:.1f} s"
     )
+    layout.check_dataset(folder, kept)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -262,7 +267,7 @@ def tokenize(args) -> tuple[Path, Path]:
         "val_docs": args.val_docs,
         "versions": {"sentencepiece": importlib.metadata.version("sentencepiece")},
     }
-    write_dataset(folder, kept, model, {"val": val, "train": train}, facts, args.shard_tokens, args.workers)
+    write_dataset(folder, kept, model, {"val": val, "train": train}, args.workers, facts)
     return folder, kept
 
 
@@ -272,29 +277,24 @@ def parse(argv: list[str] | None = None):
     add("inputs", nargs="+", help="training documents: .jsonl, .txt or .md, each also .xz or .gz")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to use")
-    tokenizer.add_argument("--vocab-size", help="or: train a BPE tokenizer of this many pieces", **number)
+    trained = "or: train a BPE tokenizer of this many pieces"
+    tokenizer.add_argument("--vocab-size", type=layout.vocabulary, metavar="N", help=trained)
     validation = parser.add_mutually_exclusive_group(required=True)
     validation.add_argument("--val", nargs="+", default=[], metavar="FILE", help="files of validation documents")
     validation.add_argument("--val-docs", help="or: hold out the first N documents of the inputs", **number)
-    add("--name", help="of the dataset folder (default docs_sp<vocabulary size>)")
+    add("--name", type=layout.folder_name, help="of the dataset folder (default docs_sp<vocabulary size>)")
     add("--out", default=str(layout.DATA_ROOT), help="root of datasets/ and tokenizers/ (default: data/)")
-    add("--shard-tokens", default=100_000_000, help="tokens in a shard (default 100,000,000)", **number)
     add("--workers", default=os.cpu_count() or 1, help="threads (default: all cores)", **number)
     add("--tokenizer-mb", default=20, help="MB of text to train a tokenizer on (default 20)", **number)
     add("--doc-bytes", default=20_000, help="cut plain text at a blank line after N bytes (default 20,000)", **number)
     add("--separator", metavar="LINE", help="plain text: a line that ends a document, instead of --doc-bytes")
     add("--force", action="store_true", help="replace an existing dataset of this name")
-    args = parser.parse_args(argv)
-    if args.vocab_size:
-        layout.check_vocabulary(args.vocab_size)
-    plain = not args.name or Path(args.name).name == args.name and not args.name.startswith(".")
-    need(plain, "--name", "a plain folder name", repr(args.name))
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    folder, kept = tokenize(parse(argv))
-    layout.finish(folder, kept, layout.check_dataset(folder, kept))
+    folder, _ = tokenize(parse(argv))
+    layout.finish(folder)
     return 0
 
 
