@@ -155,7 +155,7 @@ def download(args) -> Path:
     return folder
 
 
-def parse(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--variant", default="sp1024", help="tokenizer variant (default sp1024)")
@@ -172,11 +172,7 @@ def parse(argv: list[str] | None = None):
     address = not args.endpoint or re.match("https?://", args.endpoint)
     need(address, "--endpoint", "an address of http:// or https://", repr(args.endpoint))
     need(re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo), "--repo", "owner/name", repr(args.repo))
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    layout.finish(download(parse(argv)))
+    layout.finish(download(args))
     return 0
 
 

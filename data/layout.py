@@ -174,23 +174,21 @@ def write_manifest(folder: Path, name: str, tokenizer: dict, splits: dict, **fac
 # ---- the trainers' reader --------------------------------------------------------------------------------------------
 
 
-def trainer_names() -> list[str]:
-    """The training scripts, the one to use on this machine first."""
+def trainer_name() -> str:
+    """The training script to use on this machine."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64" and importlib.util.find_spec("mlx")
-    return ["train_gpt_mlx", "train_gpt"] if apple else ["train_gpt", "train_gpt_mlx"]
+    return "train_gpt_mlx" if apple else "train_gpt"
 
 
 def load_trainer():
-    """The module of a training script, whose reader judges data and tokenizers."""
+    """The module of that script, whose reader judges data and tokenizers."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    problems = []
-    for name in trainer_names():
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            problems.append(f"{name}.py: {error}")
-    raise InputError(f"the trainers' reader cannot load ({'; '.join(problems)}); run: pip install -r requirements.txt")
+    try:
+        return importlib.import_module(trainer_name())
+    except ImportError as error:
+        mend = "run: pip install -r requirements.txt"
+        raise InputError(f"the trainers' reader cannot load ({trainer_name()}.py: {error}); {mend}") from None
 
 
 @contextmanager
@@ -203,10 +201,12 @@ def judged_by_trainer():
         raise InputError(str(error)) from None
 
 
-def check_tokenizer(path: Path) -> None:
-    """Raises InputError for a tokenizer that the trainers would refuse whatever the text."""
+def check_tokenizer(path: Path, data_path: Path | str = "") -> int:
+    """The pieces of a tokenizer. Raises InputError for one that the trainers would refuse, alone or with the data."""
+    pieces = load_sentencepiece(path).vocab_size()
     with judged_by_trainer() as trainer:
-        trainer.load_tokenizer(str(path), load_sentencepiece(path).vocab_size())
+        trainer.load_tokenizer(str(path), pieces, str(data_path))
+    return pieces
 
 
 def check_text(folder: Path, model) -> None:
@@ -222,9 +222,8 @@ def check_dataset(data_path: Path, tokenizer_path: Path) -> tuple[int, int, int]
 
     Raises InputError, in their words, if anything is missing or damaged or does not belong together.
     """
-    pieces = load_sentencepiece(tokenizer_path).vocab_size()
+    pieces = check_tokenizer(tokenizer_path, data_path)
     with judged_by_trainer() as trainer:
-        trainer.load_tokenizer(str(tokenizer_path), pieces, str(data_path))
         train, val = (trainer.find_shards(str(data_path), split, pieces) for split in ("train", "val"))
     return pieces, sum(map(len, train)), sum(map(len, val))
 
@@ -241,7 +240,7 @@ def finish(folder: Path) -> None:
     train, val = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
     vocabulary = "" if pieces == 1024 else f"VOCAB_SIZE={pieces} "
     print(f"checked: {train:,} training and {val:,} validation tokens, vocabulary {pieces}")
-    print(f"train on it: DATA_PATH={paths[0]} TOKENIZER_PATH={paths[1]} {vocabulary}python {trainer_names()[0]}.py")
+    print(f"train on it: DATA_PATH={paths[0]} TOKENIZER_PATH={paths[1]} {vocabulary}python {trainer_name()}.py")
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------

@@ -3,11 +3,8 @@
     python data/offline.py                        data/datasets/offline_sp1024, what `make demo` trains on
     python data/offline.py --vocab-size=8192      data/datasets/offline_sp8192
 
-Sources: Python's reference topics (what `help("LAMBDA")` shows), the docstrings of the standard library and of
-installed packages, and the packages' descriptions and other text files. Docstrings are read from the source files;
-nothing is imported. Repeated paragraphs are kept once, documents are shuffled by a hash, and some are held out for
-validation. The result has a tokenizer of its own, and is the same for the same versions.
-See data/README.md.
+Docstrings are read from the source files; nothing is imported. The result has a tokenizer of its own, and is the same
+for the same versions. data/README.md says what is in it.
 """
 
 import ast
@@ -254,11 +251,10 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", default=str(layout.DATA_ROOT), help="root of datasets/ and tokenizers/ (default: data/)")
     add("--force", action="store_true", help="build again even if the same versions are already built")
-    cores = min(4, os.cpu_count() or 1)
-    add("--workers", type=layout.positive, default=cores, metavar="N", help="processes (default: up to 4)")
     add("--vocab-size", type=layout.vocabulary, default=VOCAB_SIZE, metavar="N", help=f"pieces ({VOCAB_SIZE})")
     args = parser.parse_args(argv)
-    layout.finish(build(args.out, args.force, args.workers, vocab_size=args.vocab_size))
+    processes = min(4, os.cpu_count() or 1)
+    layout.finish(build(args.out, args.force, processes, vocab_size=args.vocab_size))
     return 0
 
 

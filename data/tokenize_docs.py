@@ -69,11 +69,8 @@ class Source:
                 mend = "copy or download the file again"
                 raise InputError(f"{self.where(number)}: damaged or truncated after it ({error}); {mend}") from None
 
-    def pieces(self) -> Iterator[tuple[int, bytes]]:
-        """Yields (number of the first line, bytes) of the documents: JSON lines, or stretches of plain text."""
-        if self.json:
-            yield from self.lines()
-            return
+    def stretches(self) -> Iterator[tuple[int, bytes]]:
+        """Yields (number of the first line, bytes) of the documents that plain text is cut into."""
         first, held, length = 1, [], 0
         for number, line in self.lines():
             marker = self.separator is not None and line.strip() == self.separator
@@ -88,25 +85,23 @@ class Source:
         yield first, b"".join(held)
 
     def __iter__(self) -> Iterator[str]:
-        for number, raw in self.pieces():
-            limit = f"documents of at most {layout.size(MAX_DOCUMENT)}"
+        limit = f"documents of at most {layout.size(MAX_DOCUMENT)}"
+        for number, raw in self.lines() if self.json else self.stretches():
             need(len(raw) <= MAX_DOCUMENT, self.where(number), limit, "more", "cut it into several")
             if raw.strip():
                 yield self.text(number, raw)
 
     def text(self, number: int, raw: bytes) -> str:
         """The text of one document. Raises InputError, which names its line, if it is not what it should be."""
+        expected = 'one {"text": ...} a line' if self.json else "plain text"
         try:
-            if not self.json:
-                return raw.decode("utf-8")
-            value = json.loads(raw)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.where(number)}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+            value = json.loads(raw) if self.json else {"text": raw.decode("utf-8")}
         except (ValueError, RecursionError) as error:
-            raise InputError(f'{self.where(number)}: not JSON ({error}); expected one {{"text": ...}} a line') from None
-        text = value.get("text") if isinstance(value, dict) else None
+            kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+            raise InputError(f"{self.where(number)}: not {kind} ({error}); expected {expected} in UTF-8") from None
         found = f"the keys {list(value)[:5]}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        need(isinstance(text, str), self.where(number), 'one {"text": ...} a line, a string', found)
+        text = value.get("text") if isinstance(value, dict) else None
+        need(isinstance(text, str), self.where(number), f"{expected}, a string", found)
         # JSON can spell half of a surrogate pair, which UTF-8 cannot carry.
         return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -245,13 +240,12 @@ def tokenize(args) -> tuple[Path, Path]:
         both = any(source.path.samefile(other.path) for other in inputs)
         need(not both, layout.show(source.path), "--val to be held out", "it among the inputs too")
     root = Path(args.out)
-    pieces = layout.load_sentencepiece(args.tokenizer).vocab_size() if args.tokenizer else args.vocab_size
+    pieces = layout.check_tokenizer(args.tokenizer) if args.tokenizer else args.vocab_size
     name = args.name or f"docs_sp{pieces}"
     folder = root / "datasets" / name
     kept = root / "tokenizers" / f"{name}_{'given' if args.tokenizer else 'bpe'}.model"
     layout.refuse_existing(folder, args.force)
     if args.tokenizer:
-        layout.check_tokenizer(args.tokenizer)
         model = Path(args.tokenizer).read_bytes()
     else:
         layout.load_trainer()  # which judges the result: better missed now than after the work
