@@ -62,7 +62,7 @@ def write_shards(folder: Path, split: str, stream: Iterable[np.ndarray], shard_t
         path = folder / f"fineweb_{split}_{len(entries):06d}.bin"
         with open(path, "wb") as file:
             file.write(shard_header(filled))
-            shard[:filled].tofile(file)
+            file.write(shard[:filled])  # tofile would not say that the disk is full
         entries.append(file_entry(path, tokens=filled))
 
     for tokens in stream:

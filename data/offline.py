@@ -37,10 +37,8 @@ PACKAGES = """numpy torch mlx mlx_lm transformers sympy networkx mpmath matplotl
     safetensors sentencepiece fsspec filelock jinja2 tqdm httpx2 httpx yaml regex packaging pytest _pytest PIL rich
     click typer pygments setuptools pip""".split()
 # Tests are not documentation; vendored copies repeat what other machines have as packages.
-SKIP_FOLDERS = set(
-    """__pycache__ test tests testing _vendor _distutils site-packages dist-packages idle_test lib2to3
+SKIP_FOLDERS = """__pycache__ test tests testing _vendor _distutils site-packages dist-packages idle_test lib2to3
     ensurepip""".split()
-)
 # Much source with few docstrings, or with the same ones for every model: reading it would double the time.
 SKIP_PATHS = {"transformers/models", "mlx_lm/models", "torch/_inductor", "torch/_dynamo", "pygments/lexers"}
 TEXT_ENDS = {".md", ".rst", ".txt"}
@@ -240,9 +238,8 @@ def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BY
     print(f"{len(train) + len(val):,} documents; training a tokenizer of {vocab_size} pieces ...", flush=True)
     every = -(-sum(map(len, train)) // TOKENIZER_CHARACTERS)
     model = train_tokenizer(train[::every], vocab_size)
-    layout.claim_tokenizer(root, model_path, folder.name, hashlib.sha256(model).hexdigest(), "choose another --out")
     facts = {"made_by": "data/offline.py", "built_from": wanted}
-    write_dataset(folder, model_path, model, {"val": val, "train": train}, workers, facts)
+    write_dataset(folder, model_path, model, {"val": val, "train": train}, workers, facts, "choose another --out")
     return folder
 
 

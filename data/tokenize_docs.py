@@ -204,20 +204,22 @@ def write_split(folder: Path, split: str, texts: Iterable[str], model, threads: 
     return counts | {"files": files}
 
 
-def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, threads: int, facts: dict) -> None:
+def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, threads: int, facts: dict, mend: str) -> None:
     """Writes a whole dataset and then its tokenizer, replacing what is there; the trainers' reader judges both.
 
-    folder: the dataset's; kept: the tokenizer's file; model: its bytes; texts: {split: texts}; facts: for the manifest.
+    folder: the dataset's; kept: the tokenizer's file; model: its bytes; texts: {split: texts}; facts: for the manifest;
+    mend: what to do where another tokenizer lies at `kept`, which raises InputError before anything is written.
     """
     import sentencepiece
 
+    sha256 = hashlib.sha256(model).hexdigest()
+    layout.claim_tokenizer(kept.parent.parent, kept, folder.name, sha256, mend)
     processor, started = sentencepiece.SentencePieceProcessor(model_proto=model), time.time()
     with layout.building(folder, replace=True) as new:
         val = write_split(new, "val", texts["val"], processor, threads)
         layout.check_text(new, processor)
         splits = {"val": val, "train": write_split(new, "train", texts["train"], processor, threads)}
-        entry = layout.tokenizer_entry(kept, processor, hashlib.sha256(model).hexdigest())
-        layout.write_manifest(new, folder.name, entry, splits, **facts)
+        layout.write_manifest(new, folder.name, layout.tokenizer_entry(kept, processor, sha256), splits, **facts)
     with atomic(kept, "wb") as file:
         file.write(model)
     seconds = time.time() - started
@@ -251,7 +253,6 @@ def tokenize(args) -> tuple[Path, Path]:
         layout.load_trainer()  # which judges the result: better missed now than after the work
         print(f"training a tokenizer of {pieces} pieces on up to {args.tokenizer_mb} MB of text ...", flush=True)
         model = train_tokenizer(sample_texts(inputs, args.tokenizer_mb * 1_000_000, args.val_docs or 0), pieces)
-    layout.claim_tokenizer(root, kept, name, hashlib.sha256(model).hexdigest(), "choose another --name")
     train = itertools.chain.from_iterable(inputs)
     val = itertools.chain.from_iterable(held_out) if held_out else itertools.islice(train, args.val_docs)
     facts = {
@@ -261,7 +262,7 @@ def tokenize(args) -> tuple[Path, Path]:
         "val_docs": args.val_docs,
         "versions": {"sentencepiece": importlib.metadata.version("sentencepiece")},
     }
-    write_dataset(folder, kept, model, {"val": val, "train": train}, args.workers, facts)
+    write_dataset(folder, kept, model, {"val": val, "train": train}, args.workers, facts, "choose another --name")
     return folder, kept
 
 

@@ -119,6 +119,13 @@ def test_writer_cuts_the_stream_into_equal_shards(tmp_path):
     assert np.array_equal(tokens_of(tmp_path, "train"), stream)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_told(tmp_path):
+    (tmp_path / "fineweb_val_000000.bin").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        layout.write_shards(tmp_path, "val", [np.arange(20_000)], 10_000)
+
+
 def test_check_dataset_uses_the_trainers_reader(tmp_path, tokenizer):
     one_error(lambda: layout.check_dataset(tmp_path, tokenizer), "fineweb_train")
     write_shard(tmp_path / "fineweb_train_000000.bin", np.full(5000, 7))
