@@ -29,9 +29,7 @@ and is kept (diverged.json); other failures are tried again.
 """
 
 import dataclasses
-import fcntl
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -48,26 +46,26 @@ from pathlib import Path
 
 from common import (
     ROOT,
-    InputError,
-    Parser,
     bytes_implied,
+    git,
+    handling,
+    hold,
     is_number,
+    launch,
+    load_module,
     markdown_table,
     mean_std,
-    need,
     number,
     p_text,
-    read_json,
     read_result,
     read_toml,
-    run_tool,
     short,
     welch_p,
-    write_json,
-    write_text,
 )
 from draw import COLORS, canvas, draw_line, draw_validation, save_picture, tidy, zoom
+from layout import building
 from logs import SOURCE_END, read_metrics
+from tool import InputError, Parser, need, read_json, run_tool, write_json, write_text
 
 BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
 KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int)
@@ -137,40 +135,37 @@ class Run:
         return self.matrix.work / self.name
 
     @property
-    def mend(self) -> str:
-        return f"delete {short(self.home)} to run it again"
+    def settings(self) -> dict[str, str]:
+        """What the matrix asks for, but for the budget."""
+        return self.matrix.base | self.matrix.arms[self.arm]
 
     def result(self) -> dict | None:
         """result.json of the finished run; {"diverged": reason} if it ended so; None if it is to be done."""
         settled, path = self.home / "diverged.json", self.home / "result.json"
         if not path.is_file():
             return read_json(settled, "the reason of a run that diverged") if settled.is_file() else None
-        result = read_result(path, "the result of a finished run")
+        result, mend = read_result(path), f"delete {short(self.home)} to run it again"
         missing = [key for key in NEEDED if key not in result]
-        need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", self.mend)
+        need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", mend)
         reason = why_diverged(result)
         return {"diverged": reason} if reason else result
 
     def origin(self, script_sha256: str) -> dict[str, str]:
         """What makes this run the one that it is called, run.json: script, seed, budget, settings."""
         kind, amount = self.matrix.budget
-        settings = self.matrix.base | self.matrix.arms[self.arm]
-        return {"script_sha256": script_sha256, "seed": str(self.seed), "budget": f"{amount} {kind}", **settings}
+        own = {"script_sha256": script_sha256, "seed": str(self.seed), "budget": f"{amount} {kind}"}
+        return own | self.settings
 
     def flags(self) -> list[str]:
-        settings = self.matrix.base | self.matrix.arms[self.arm] | self.matrix.limits.get(self.arm, {})
-        own = [f"--seed={self.seed}", f"--run_id={self.name}", f"--log_dir=logs/{self.matrix.path.stem}"]
-        return [*(f"--{name}={value}" for name, value in settings.items()), *own]
+        own = {"seed": self.seed, "run_id": self.name, "log_dir": f"logs/{self.matrix.path.stem}"}
+        every = self.settings | self.matrix.limits.get(self.arm, {}) | own
+        return [f"--{name}={value}" for name, value in every.items()]
 
 
 def of_commit(commit: str, script: str) -> bytes | None:
     """The script as a commit has it; None where it is not known here. A "+" behind it says that some file was changed,
     perhaps another one."""
-    try:
-        done = subprocess.run(["git", "show", f"{commit.removesuffix('+')}:{script}"], cwd=ROOT, capture_output=True)
-    except OSError:  # no git
-        return None
-    return done.stdout if done.returncode == 0 else None
+    return git("show", f"{commit.removesuffix('+')}:{script}")
 
 
 def sha256(text: str) -> str:
@@ -264,14 +259,10 @@ def read_matrix(path: Path) -> Matrix:
 
 def load_script(name: str):
     """A trainer as a module. Raises InputError where its packages are missing."""
-    spec = importlib.util.spec_from_file_location("script_of_the_matrix", ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        return load_module(ROOT / name)
     except ImportError as error:
         raise InputError(f"{name}: expected its packages, found {error}; run: make setup") from None
-    return module
 
 
 @dataclass
@@ -341,7 +332,7 @@ def check_finished(matrix: Matrix, plan: Plan | None = None) -> None:
         need(current, here, f"a run of this {matrix.script}", "one of another version", mend)
         wanted = run.origin(found.get("script_sha256"))
         for name in wanted | found:
-            is_same, mend = wanted.get(name) == found.get(name), f"{run.mend}, or give the arm another name"
+            is_same, mend = wanted.get(name) == found.get(name), f"delete {here} to run it again, or rename the arm"
             need(is_same, here, f"{name}={wanted.get(name)}", found.get(name), mend)
         if data := result.get("dataset_sha256"):
             datasets.add(data)
@@ -392,13 +383,7 @@ class Queue:
         self.busy: dict[int, tuple] = {}  # by device: run, process, start
         self.failed: list[Run] = []
         self.stopping = False
-        matrix.work.mkdir(parents=True, exist_ok=True)
-        self.lock = open(matrix.work / "ablate.lock", "a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            found = "a process that runs it; wait for it or stop it"
-            raise InputError(f"{short(matrix.work)}: expected this matrix to be idle, found {found}") from None
+        self.lock = hold(matrix.work / "ablate.lock")
         self.lock.seek(0)
         owner, mine, mend = self.lock.read(), short(matrix.path), f"rename one of the two, or delete {self.lock.name}"
         need(owner in ("", mine), short(matrix.work), f"runs of {mine}", f"those of {owner}", mend)
@@ -410,20 +395,18 @@ class Queue:
 
     def work(self, deadline: float) -> None:
         """Until nothing is left, the clock (time.monotonic) shows `deadline`, or a signal comes."""
-        signals, numbers = [], (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in numbers}
-        try:
-            while (self.busy or self.waiting) and not signals and time.monotonic() < deadline:
-                for device in range(len(self.devices)):
-                    if device in self.busy and self.busy[device][1].poll() is not None:
-                        self.collect(device)
-                    if device not in self.busy and self.waiting:
-                        self.start(self.waiting.pop(0), device)
-                time.sleep(0.2)
-        finally:  # the time is up, a signal, or an error such as a full disk: the runs in hand must not go on alone
-            self.stop()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        signals = []
+        with handling(lambda number, _: signals.append(number), signal.SIGTERM, signal.SIGINT):
+            try:
+                while (self.busy or self.waiting) and not signals and time.monotonic() < deadline:
+                    for device in range(len(self.devices)):
+                        if device in self.busy and self.busy[device][1].poll() is not None:
+                            self.collect(device)
+                        if device not in self.busy and self.waiting:
+                            self.start(self.waiting.pop(0), device)
+                    time.sleep(0.2)
+            finally:  # the time is up, a signal, or an error such as a full disk: no run in hand may go on alone
+                self.stop()
         if signals:
             raise KeyboardInterrupt
 
@@ -450,12 +433,10 @@ class Queue:
         elif run.work.exists():
             shutil.rmtree(run.work)  # it stopped before its first checkpoint, or was another run
         write_json(started, origin)
-        launch = [sys.executable]
-        if self.matrix.processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.matrix.processes}"]
+        command = [*launch(self.matrix.processes), self.matrix.script, *run.flags(), f"--resume={int(resume)}"]
         with open(self.output(run), "w", encoding="utf-8") as output:  # collect() reads why it failed
             process = subprocess.Popen(
-                [*launch, self.matrix.script, *run.flags(), *(["--resume=1"] if resume else [])],
+                command,
                 cwd=ROOT,
                 env=self.environment() | self.devices[device],
                 stdin=subprocess.DEVNULL,
@@ -529,19 +510,17 @@ class Queue:
         commit = str((self.result_in_hand(run) or {}).get("commit"))
         if not copy.is_file() and of_commit(commit, self.matrix.script) != source.encode():
             write_text(copy, source)
-        part = run.home.with_name(f"{run.name}.tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        write_json(part / "run.json", run.origin(sha256(source)))
         log = (run.work / "train.log").read_bytes().decode("utf-8", "replace")
-        write_text(part / "train.log", log.replace(self.head, ""))  # a resumed run has it twice
-        for name in ("metrics.jsonl", *([] if diverged else ["result.json"])):
-            if (run.work / name).is_file():
-                shutil.copyfile(run.work / name, part / name)
+        with building(run.home, replace=True) as part:  # what lies there has no result, or the run were not started
+            write_json(part / "run.json", run.origin(sha256(source)))
+            write_text(part / "train.log", log.replace(self.head, ""))  # a resumed run has it twice
+            for name in ("metrics.jsonl", *([] if diverged else ["result.json"])):
+                if (run.work / name).is_file():
+                    shutil.copyfile(run.work / name, part / name)
+            if diverged:
+                write_json(part / "diverged.json", {"diverged": diverged})
         if diverged:
-            write_json(part / "diverged.json", {"diverged": diverged})
             print(f"    {run.name}: diverged, kept as a result: {diverged}", flush=True)
-        shutil.rmtree(run.home, ignore_errors=True)  # it has no result, or this run would not have been started
-        os.replace(part, run.home)
         # Whoever deletes run.home wants the run again, not the end of this one resumed.
         (run.work / "checkpoint.safetensors").unlink(missing_ok=True)
 

@@ -1,10 +1,15 @@
-"""What the record tools share: the tracks, statistics, and how numbers and tables are shown.
+"""What the record tools share: the tracks, statistics, runs of a script, and how numbers and tables are shown.
 
-Errors, exit codes and safe writing come from data/tool.py and are handed on from here.
+Errors, exit codes and safe writing come from data/tool.py, which this makes known.
 """
 
+import contextlib
+import fcntl
+import importlib.util
 import math
+import signal
 import statistics
+import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -15,7 +20,7 @@ ROOT = RECORDS.parent
 if str(ROOT / "data") not in sys.path:
     sys.path.insert(1, str(ROOT / "data"))  # behind the folder of the tool that was started
 
-from tool import (  # noqa: E402, F401  (handed on)
+from tool import (  # noqa: E402, F401  (handed on to tests and retrofit/)
     InputError,
     Parser,
     atomic,
@@ -86,13 +91,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def read_result(path: Path, what: str = "the result of a run") -> dict:
+def read_result(path: Path) -> dict:
     """The object in a result.json. Raises InputError where a number is none; it may be null, NaN or infinite."""
-    result = read_json(path, what)
+    result = read_json(path, "the result of a run")
     by_loops = result.get("val_bpb_by_loops") or {}
     need(isinstance(by_loops, dict), f"{short(path)}: val_bpb_by_loops", "an object", repr(by_loops)[:40])
     for key, value in {**{key: result.get(key) for key in MEASURED}, **by_loops}.items():
-        fine = value is None or is_number(value) or (isinstance(value, float) and not math.isfinite(value))
+        fine = value is None or is_number(value) or isinstance(value, float) and not math.isfinite(value)
         need(fine, f"{short(path)}: {key}", "a number or null", repr(value)[:40])
     return result
 
@@ -102,15 +107,15 @@ def mean_std(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def welch_p(a: list[float], b: list[float], alternative: str = "two-sided") -> float | None:
-    """p of Welch's t-test that `a` and `b` have one mean; alternative "less": that a's is not below b's.
+def welch_p(a: list[float], b: list[float]) -> float | None:
+    """p of Welch's two-sided t-test that `a` and `b` have one mean.
 
     None where the test says nothing: fewer than two values on a side, or no spread on both."""
     if min(len(a), len(b)) < 2 or max(statistics.pstdev(a), statistics.pstdev(b)) < 1e-9:
         return None
     from scipy import stats
 
-    return float(stats.ttest_ind(a, b, equal_var=False, alternative=alternative).pvalue)
+    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 
 def p_below(values: list[float], threshold: float) -> float | None:
@@ -172,3 +177,55 @@ def facts_of(results: list[dict]) -> dict:
         "train_flops": mean_std([result["train_flops"] for result in results])[0],
         **{key: first[key] for key in ("layout", "params_stored", "dataset", "val_tokens")},
     }
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def load_module(path: Path):
+    """The module of a training script, with whatever that raises."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_the_runs", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(processes: int) -> list[str]:
+    """How a command begins that runs a script in so many processes."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *(several if processes > 1 else [])]
+
+
+@contextlib.contextmanager
+def handling(handler, *numbers: int):
+    """These signals go to `handler`, but for those that this process ignores, as under nohup."""
+    before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def hold(path: Path):
+    """A locked file, open for reading and appending: two of a tool would overwrite each other's runs. A run that is
+    given the file holds it, too, and so may outlive the tool. Raises InputError if it is held."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        need(False, short(path), "no other process at these runs", "one", "wait for it or stop it")
+    except OSError:  # a disk without locks
+        pass
+    return file
+
+
+def git(*words: str) -> bytes | None:
+    """What a command of git prints in this repository; None where it fails, or there is no git."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
