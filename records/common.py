@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import importlib.util
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -209,12 +210,13 @@ def handling(handler, *numbers: int):
 
 
 def hold(path: Path):
-    """A locked file, open for reading and appending: two of a tool would overwrite each other's runs. A run that is
-    given the file holds it, too, and so may outlive the tool. Raises InputError if it is held."""
+    """A locked file, open for reading and appending: two of a tool would overwrite each other's runs. A run
+    inherits it and holds it, too, where it outlives the tool. Raises InputError if it is held."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.set_inheritable(file.fileno(), True)
     except BlockingIOError:
         need(False, short(path), "no other process at these runs", "one", "wait for it or stop it")
     except OSError:  # a disk without locks

@@ -10,7 +10,6 @@ other settings or another script. A seed that is too large or took too long ends
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shlex
 import signal
@@ -26,8 +25,9 @@ import table
 from check_files import wrong_scoring
 from check_logs import OUR_RUN_KEYS, of_known_text, too_few_tokens
 from check_ours import said_by
-from common import ROOT, TRACKS, InputError, Parser, need, read_json, run_tool, short
+from common import ROOT, TRACKS, handling, hold, launch, short
 from logs import Log, parse_log, plain_text, read_log
+from tool import InputError, Parser, need, read_json, run_tool
 
 SCRIPT = ROOT / "train_gpt.py"
 ASK_GPUS = "import torch; n = torch.cuda.device_count(); print(n, torch.cuda.get_device_name(0) if n else 'cpu')"
@@ -110,9 +110,7 @@ def check_plan(plan: Plan, seed: int, home: Path, proof: bool) -> None:
     check_score(plan, config, script.Score(config))
     for path in [submit.recorded_settings(run)[name] for name in ("data_path", "tokenizer_path")] if proof else []:
         there, mend = Path(os.path.normpath(home / path)), "link it there; --no-proof leaves the proof out"
-        need(
-            there.exists(), f"proof: {short(there)}", "the data, as the folder's script will look for it", "none", mend
-        )
+        need(there.exists(), f"proof: {short(there)}", "the data, where the folder's script looks for it", "none", mend)
     leave_room(plan, run)
 
 
@@ -152,8 +150,10 @@ def check_score(plan: Plan, config, score) -> None:
 def leave_room(plan: Plan, run: submit.Run) -> None:
     """The folder's script states its settings and so is larger than the one that runs: TARGET_BYTES makes up for it, by
     a round number, that every order of the seeds and every LZMA leads to the same."""
-    size = {"1": lambda source: len(source.encode()), "packed": lambda source: len(plan.script.packed(source)),
-            "0": lambda source: 0}[run.count_code]  # fmt: skip
+
+    def size(source: str) -> int:
+        return len({"1": source.encode(), "packed": plan.script.packed(source), "0": b""}[run.count_code])
+
     baked, _, _ = submit.baked_script(run, plan.script)
     plan.code_bytes, target = size(baked), run.log.config["target_bytes"]
     room = (TRACKS[plan.track].bytes_cap - (plan.code_bytes - size(plan.source)) - 100) // 1000 * 1000
@@ -196,25 +196,9 @@ def accepted(plan: Plan, folder: Path) -> submit.Run:
     run, cap = submit.read_run(folder), TRACKS[plan.track].bytes_cap
     submit.check_track(plan.track, [run])
     total = run.result["bytes_artifact"] + plan.code_bytes
-    need(
-        total <= cap, short(folder), f"artifact and the folder's script within {cap} bytes", total, "lower TARGET_BYTES"
-    )
+    expected = f"artifact and the folder's script within {cap} bytes"
+    need(total <= cap, short(folder), expected, total, "lower TARGET_BYTES")
     return run
-
-
-def hold(path: Path):
-    """A locked file: two of this tool would move and overwrite each other's runs. Raises InputError if it is held, by
-    this tool or by a run that outlives it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.set_inheritable(file.fileno(), True)
-    except BlockingIOError:
-        need(False, short(path), "no other record.py at these runs", "one", "wait for it, or choose another name")
-    except OSError:  # a disk without locks
-        pass
-    return file
 
 
 def run_script(arguments: list[str], processes: int) -> int:
@@ -222,7 +206,6 @@ def run_script(arguments: list[str], processes: int) -> int:
 
     The run has a session of its own: Ctrl-C, a closed terminal and SIGTERM reach it through here alone, and none that
     this process ignores, as under nohup. Ctrl-Z does not pause it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     stops, process = [], None
 
     def stop(number, frame) -> None:
@@ -230,18 +213,13 @@ def run_script(arguments: list[str], processes: int) -> int:
         if process:
             process.send_signal(signal.SIGTERM if number == signal.SIGQUIT else number)
 
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
-    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-    try:
-        command = [sys.executable, *launch, str(SCRIPT), *arguments]
+    with handling(stop, signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
+        command = [*launch(processes), str(SCRIPT), *arguments]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, close_fds=False)  # the lock goes along
         if stops:  # before there was a process
             process.terminate()
         code = process.wait()
-        return 128 + stops[0] if stops else code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return 128 + stops[0] if stops else code
 
 
 def train(plan: Plan, folder: Path, seed: int) -> bool:
