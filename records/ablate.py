@@ -144,9 +144,7 @@ class Run:
         settled, path = self.home / "diverged.json", self.home / "result.json"
         if not path.is_file():
             return read_json(settled, "the reason of a run that diverged") if settled.is_file() else None
-        result, mend = read_result(path), f"delete {short(self.home)} to run it again"
-        missing = [key for key in NEEDED if key not in result]
-        need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", mend)
+        result = read_result(path, NEEDED, f"delete {short(self.home)} to run it again")
         reason = why_diverged(result)
         return {"diverged": reason} if reason else result
 

@@ -1,7 +1,6 @@
 """The rules of check.py for folders that submit.py wrote: log, result, metrics and script of a run state the same."""
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -9,7 +8,8 @@ from pathlib import Path
 
 from common import facts_of, is_number
 from folder import Complaints, Submission, rule, weights_alone
-from logs import Log
+from logs import Log, parse_metrics
+from tool import InputError
 
 SIZES = {"bytes_artifact": "model", "bytes_code": "code", "bytes_total": "total"}  # of result.json; of a log
 SAID = """script_sha256 count_code seed steps tokens train_flops val_tokens layout dataset device world_size
@@ -34,7 +34,7 @@ def our_numbers(s: Submission) -> Complaints:
                 yield "error", where, f"{key} {score.get(key)} of its log", value
             elif is_number(listed.get(key)) and abs(listed[key] - value) > 1e-9:
                 yield "error", s.json_name, f"{key} {value} of {where}", listed[key]
-        said = said_by(log) | {key: log.sizes[kind][1] for key, kind in SIZES.items() if kind in log.sizes}
+        said = said_by(log) | {key: log.size(kind) for key, kind in SIZES.items()}
         for key in [*SIZES, *SAID, *(("loops", "eval_loops") if log.sizes else ())]:
             found, expected = result.get(key), said.get(key)
             close = is_number(found) and is_number(expected) and abs(found - expected) <= SLACK.get(key, 0) * expected
@@ -80,10 +80,10 @@ def differences(where: str, expected: object, found: object) -> Iterator[tuple]:
 
 def said_by(log: Log) -> dict[str, object]:
     """What a log of ours says of its run, in the keys of result.json; the last word counts, if it was resumed."""
-    said = {"seed": log.seed, "val_tokens": log.val_tokens, "steps": log.steps[-1].step if log.steps else None}
-    config = log.config or {}
-    said |= {"script_sha256": log.script_sha256, "count_code": config.get("count_code")}
-    said |= {"layout": config.get("layout"), "dataset": Path(str(config.get("data_path") or "")).name or None}
+    config, last = log.config or {}, log.steps[-1].step if log.steps else None
+    said = {"seed": log.seed, "val_tokens": log.val_tokens, "steps": last, "script_sha256": log.script_sha256}
+    said |= {"count_code": config.get("count_code"), "layout": config.get("layout")}
+    said["dataset"] = Path(str(config.get("data_path") or "")).name or None
     for line in log.lines:
         if match := re.match(r"score: .* before export, (\d+) passes\)", line):
             passes = re.search(r"x(\d+)", str(config.get("layout")))
@@ -99,14 +99,13 @@ def said_by(log: Log) -> dict[str, object]:
 
 def our_metrics(s: Submission, seed: str, log: Log) -> Complaints:
     """The steps of a log are those of its metrics.jsonl, with the same numbers. Only the first difference is told."""
-    name, rows = f"metrics_seed{seed}.jsonl", {}
-    for number, line in enumerate(s.text(name).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows[row["step"], "val_loss" in row] = (number, row)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            yield "error", f"{name}:{number}", "a JSON object with a step", line[:40]
-            return
+    name = f"metrics_seed{seed}.jsonl"
+    try:
+        listed = enumerate(parse_metrics(name, s.text(name)), 1)
+        rows = {(row["step"], "val_loss" in row): (number, row) for number, row in listed}
+    except InputError as error:
+        yield "error", *re.split(": expected |, found ", str(error), maxsplit=2)
+        return
     if not rows:
         yield "error", name, "the metrics of the run", "none"
         return
@@ -139,9 +138,7 @@ def our_source(s: Submission) -> Complaints:
     for seed in s.ours:
         name = f"train_seed{seed}.log"
         log = s.logs.get(name)
-        if log is None:
-            continue
-        if log.source is None:
+        if log is None or log.source is None:
             yield "error", name, "the script's source at its head", "none"
             continue
         hashes = [hashlib.sha256((log.source + end).encode()).hexdigest() for end in ("", "\n")]
@@ -157,10 +154,10 @@ def our_source(s: Submission) -> Complaints:
         elif shipped and shipped.packed:  # another release of LZMA may differ by some bytes, and so do the settings
             expected, slack = shipped.size, 0.03 * shipped.size
         else:  # the log drops the last line's end
-            expected, slack = log.source_bytes, 1
-        line, code = log.sizes.get("code", (0, None))
+            expected, slack = len(log.source.encode()), 1
+        code = log.size("code")
         if code is not None and abs(code - expected) > slack:
-            yield "error", f"{name}:{line}", f"code {expected} bytes, as shipped or at its head", code
+            yield "error", f"{name}:{log.sizes['code'][0]}", f"code {expected} bytes, as shipped or at its head", code
 
 
 # The preset that submit adds: a text, or a call in the scripts before those.

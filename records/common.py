@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,9 +93,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def read_result(path: Path) -> dict:
-    """The object in a result.json. Raises InputError where a number is none; it may be null, NaN or infinite."""
+def read_result(path: Path, needed: Iterable[str] = (), mend: str = "") -> dict:
+    """The object in a result.json. Raises InputError where it lacks one of the keys `needed`, or where a number is
+    none; it may be null, NaN or infinite."""
     result = read_json(path, "the result of a run")
+    missing = [key for key in needed if key not in result]
+    need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", mend)
     by_loops = result.get("val_bpb_by_loops") or {}
     need(isinstance(by_loops, dict), f"{short(path)}: val_bpb_by_loops", "an object", repr(by_loops)[:40])
     for key, value in {**{key: result.get(key) for key in MEASURED}, **by_loops}.items():
@@ -155,24 +159,25 @@ def markdown_table(head: list[str], rows: list[list[object]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def seed_result(result: dict) -> dict:
-    """A seed's entry in submission.json, from its result.json."""
-    same = {key: result[key] for key in ("val_loss", "val_bpb", "steps", "tokens", "train_flops")}
-    times = {"train_time_s": result["train_time_ms"] / 1000, "eval_time_s": result["eval_time_ms"] / 1000}
-    return same | times | {"val_bpb_before_export": result["val_bpb_raw"], "artifact_bytes": result["bytes_artifact"]}
-
-
 def facts_of(results: list[dict]) -> dict:
     """What submission.json says of its runs, from their result.json."""
-    first = results[0]
+    first, seeds = results[0], {}
     loss, bpb = (mean_std([result[key] for result in results]) for key in ("val_loss", "val_bpb"))
+    for result in results:
+        seeds[str(result["seed"])] = {
+            **{key: result[key] for key in ("val_loss", "val_bpb", "steps", "tokens", "train_flops")},
+            "train_time_s": result["train_time_ms"] / 1000,
+            "eval_time_s": result["eval_time_ms"] / 1000,
+            "val_bpb_before_export": result["val_bpb_raw"],
+            "artifact_bytes": result["bytes_artifact"],
+        }
     return {
         "val_loss": loss[0],
         "val_bpb": bpb[0],
         "val_loss_std": loss[1],
         "val_bpb_std": bpb[1],
         "seeds": [result["seed"] for result in results],
-        "seed_results": {str(result["seed"]): seed_result(result) for result in results},
+        "seed_results": seeds,
         "hardware": f"{first['world_size']} x {first['device']}",
         "framework": first["framework"],
         "train_flops": mean_std([result["train_flops"] for result in results])[0],

@@ -5,13 +5,15 @@ Everything is read once, on demand, bounded in size, and nothing of the folder i
 
 import ast
 import base64
-import binascii
 import bz2
+import contextlib
+import itertools
 import json
 import lzma
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,14 +70,6 @@ def file_seed(name: str) -> int | None:
 # The folder ----------------------------------------------------------------------------------------------------------
 
 
-def leads_into(link: Path, home: Path) -> bool:
-    """Whether a link ends under `home`; one that leads to itself ends nowhere."""
-    try:
-        return link.resolve().is_relative_to(home)
-    except (OSError, RuntimeError):
-        return False
-
-
 @dataclass
 class Submission:
     """A folder as the rules see it. `problems`, of reading it, are findings too: severity, where, expected, found."""
@@ -103,9 +97,10 @@ class Submission:
         found, home = {}, self.folder.resolve()
         for path in sorted(self.folder.rglob("*"))[:5000]:
             name = path.relative_to(self.folder).as_posix()
-            if path.is_symlink() and not leads_into(path, home):
+            inside = path.exists() and path.resolve().is_relative_to(home)
+            if path.is_symlink() and not inside:
                 self.problems.append(("error", name, "files inside the folder", "a link that leads out of it"))
-            elif path.is_file() and path.resolve().is_relative_to(home):
+            elif inside and path.is_file():
                 found[name] = path
                 if path.stat().st_size > LARGE:
                     self.problems.append(("error", name, f"at most {LARGE >> 20} MiB", f"{path.stat().st_size} bytes"))
@@ -113,30 +108,32 @@ class Submission:
 
     def text(self, name: str) -> str:
         """The text of a file, whatever its line ends; "" where it has none that can be read."""
-        if name not in self.texts:
-            self.texts[name] = self.read_text(name)
-        return self.texts[name]
-
-    def read_text(self, name: str) -> str:
-        path = self.files.get(name)
-        if path is None or path.stat().st_size > LARGE:
-            return ""
+        if name in self.texts or name not in self.files or self.files[name].stat().st_size > LARGE:
+            return self.texts.get(name, "")
         try:
-            raw = path.read_bytes()
+            raw = self.files[name].read_bytes()
         except OSError as error:
             self.problems.append(("error", name, "a readable file", error.strerror))
-            return ""
+            raw = b""
         if b"\0" in raw[:65536]:
             self.problems.append(("error", name, "text", "binary data"))
-            return ""
-        return plain_text(raw)
+            raw = b""
+        self.texts[name] = plain_text(raw)
+        return self.texts[name]
 
     def parse(self, name: str) -> dict:
         """The JSON object of a file; {} where there is none, which is a finding if there is such a file."""
+
+        def once(pairs: list[tuple[str, object]]) -> dict:
+            twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            if twice:
+                self.problems.append(("error", name, "every key once", f"{', '.join(twice)} several times"))
+            return dict(pairs)
+
         if name not in self.files:
             return {}
         try:
-            value = json.loads(self.text(name), parse_float=Shown, object_pairs_hook=self.without_repeats(name))
+            value = json.loads(self.text(name), parse_float=Shown, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             found = " ".join(str(error).split())[:80] if self.text(name).strip() else "an empty file"
             self.problems.append(("error", name, "valid JSON", found))
@@ -145,16 +142,6 @@ class Submission:
             self.problems.append(("error", name, "a JSON object", type(value).__name__))
             return {}
         return value
-
-    def without_repeats(self, name: str) -> Callable[[list[tuple[str, object]]], dict]:
-        def make(pairs: list[tuple[str, object]]) -> dict:
-            value = dict(pairs)
-            if len(value) < len(pairs):
-                twice = sorted(key for key in value if sum(key == other for other, _ in pairs) > 1)
-                self.problems.append(("error", name, "every key once", f"{', '.join(twice)} several times"))
-            return value
-
-        return make
 
     @cached_property
     def readme(self) -> str:
@@ -321,10 +308,8 @@ def unpack(packed: str | bytes) -> str | None:
     raw = b"".join(raw.split()) if raw.isascii() else raw
     blobs = [raw]
     for decode in (base64.b85decode, lambda data: base64.b64decode(data, validate=True), base64.a85decode):
-        try:
+        with contextlib.suppress(ValueError):
             blobs.append(decode(raw))
-        except (ValueError, binascii.Error):
-            pass
     lzma2 = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
     makers = (
         lzma.LZMADecompressor,
@@ -333,12 +318,9 @@ def unpack(packed: str | bytes) -> str | None:
         zlib.decompressobj,
         lambda: zlib.decompressobj(31),
     )
-    for blob in blobs:
-        for make in makers:
-            try:
-                text = make().decompress(blob, UNPACKED).decode("utf-8")
-            except (ValueError, lzma.LZMAError, zlib.error, OSError, EOFError):
-                continue
+    for blob, make in itertools.product(blobs, makers):
+        with contextlib.suppress(ValueError, lzma.LZMAError, zlib.error, OSError, EOFError):
+            text = make().decompress(blob, UNPACKED).decode("utf-8")
             if "import" in text:
                 return text
     return None

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import InputError, is_number, need
+from common import is_number
+from tool import InputError, need
 
 SOURCE_END = "=" * 120  # stands in our logs between the script's source and what the run says
 TOKENIZERS = {  # name: how a log names it
@@ -78,11 +79,6 @@ class StepLine:
     step: int
     values: dict[str, float]  # train_loss, val_loss, val_bpb, train_time (ms), step_avg (ms), ... as printed
 
-    @property
-    def measured(self) -> bool:
-        """Whether the line reports on training, and does not only mention a step."""
-        return not {"train_loss", "val_loss", "train_time"}.isdisjoint(self.values)
-
 
 @dataclass
 class Score:
@@ -100,8 +96,7 @@ class Log:
     path: Path
     lines: list[str]
     steps: list[StepLine] = field(default_factory=list)
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # label of a final line: val_loss, val_bpb, ...
-    all_scores: list[Score] = field(default_factory=list)  # in order; `scores` has the last of each label
+    all_scores: list[Score] = field(default_factory=list)  # in order
     config: dict | None = None  # of our own logs
     source: str | None = None  # the script at the head of our own logs
     script_sha256: str | None = None  # of the script, as our own logs state it
@@ -115,21 +110,25 @@ class Log:
     eval_total: tuple[int, float] | None = None  # line and time (ms) of all evaluation, where stated
 
     @property
-    def source_bytes(self) -> int | None:
-        """Bytes of the script at the head, with the line ends that it ran with; None where the log has none."""
-        return None if self.source is None else len(self.source.encode())
+    def trained(self) -> list[StepLine]:
+        """The lines that report on a step of training, and do not only mention one."""
+        return [line for line in self.steps if not {"train_loss", "val_loss", "train_time"}.isdisjoint(line.values)]
 
     @property
-    def trained(self) -> list[StepLine]:
-        """The lines that report on a step of training."""
-        return [line for line in self.steps if line.measured]
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The last score of each label: val_loss, val_bpb, ..."""
+        return {score.label: score.values for score in self.all_scores}
 
     def values(self, key: str) -> list[float]:
         """A key (val_bpb, val_loss, eval_time) of every line that states a score."""
         return [score.values[key] for score in self.all_scores if key in score.values]
 
+    def size(self, kind: str) -> int | None:
+        """The bytes of a kind that the log states."""
+        return self.sizes[kind][1] if kind in self.sizes else None
+
     def score(self) -> dict[str, float] | None:
-        """The last exact score of the log, if it has one."""
+        """The last exact score of the log, else its last; None where it has none."""
         exact = [values for label, values in self.scores.items() if label.endswith("_exact")]
         return exact[-1] if exact else next(reversed(self.scores.values()), None)
 
@@ -200,7 +199,6 @@ def read_score(log: Log, number: int, match: re.Match) -> None:
         values["val_bpb"] = float(match["number"].rstrip("."))
     label = re.split(r"\s+\w+[:=]", match["label"])[0].strip(" :") + (match["bare"] or "")[3:]
     log.all_scores.append(Score(number, label, values))
-    log.scores[label] = values
 
 
 def read_size(log: Log, number: int, match: re.Match) -> None:
@@ -208,9 +206,7 @@ def read_size(log: Log, number: int, match: re.Match) -> None:
     kind = {"s": "model", "c": "code", "t": "total"}[match["what"][0].lower()]
     if kind == "code" and how == "(compressed)":
         kind = "code_compressed"
-    if kind == "model" and not how:
-        kind = "raw"  # before it is compressed
-    if size is not None:
+    if size is not None and (kind != "model" or how):  # one without is of the model before it is compressed
         log.sizes[kind] = (number, round(size))
 
 
@@ -235,7 +231,7 @@ def read_head_line(log: Log, line: str) -> None:
 def read_line(log: Log, number: int, line: str) -> None:
     """Adds what a line says to `log`. The first form that it has counts."""
     if match := CONFIG.match(line):
-        log.config = log.config or json_object(match[1])
+        log.config = log.config or read_config(match[1])
     elif match := SCRIPT.match(line):
         log.script_sha256 = log.script_sha256 or match[1]
     elif match := STEP.match(line):
@@ -248,23 +244,19 @@ def read_line(log: Log, number: int, line: str) -> None:
         log.sizes |= {kind: (number, int(size)) for kind, size in match.groupdict().items()}
     elif match := RESUME.match(line):
         log.resumes.append((number, int(match[1])))
-    elif line.startswith("stopping_early") and "train_time" in (values := pairs(line)):
-        log.train_end = (number, values["train_time"])
-    elif line.startswith("total_eval_time") and "total_eval_time" in (values := pairs(line)):
-        log.eval_total = (number, values["total_eval_time"])
+    elif line.startswith("stopping_early") and (time := pairs(line).get("train_time")) is not None:
+        log.train_end = (number, time)
+    elif line.startswith("total_eval_time") and (time := pairs(line).get("total_eval_time")) is not None:
+        log.eval_total = (number, time)
     elif not log.steps:
         read_head_line(log, line)
 
 
-def json_object(text: str) -> dict | None:
+def read_config(text: str) -> dict | None:
     try:
-        value = json.loads(text)
+        return json.loads(text)  # its pattern begins as an object
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
 
 
 def parse_log(path: Path, text: str) -> Log:
@@ -287,23 +279,28 @@ def parse_log(path: Path, text: str) -> Log:
     return log
 
 
-def read_log(path: Path) -> Log:
-    """Parses a training log; a script's source at its head is kept apart. Raises InputError if there is no file."""
-    return parse_log(path, plain_text(read_bytes(path, "a training log")))
-
-
-def read_bytes(path: Path, what: str) -> bytes:
+def read_text(path: Path, what: str) -> str:
     try:
-        return Path(path).read_bytes()
+        return plain_text(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"{path}: expected {what}, found nothing to read ({error.strerror})") from None
 
 
+def read_log(path: Path) -> Log:
+    """Parses a training log; a script's source at its head is kept apart. Raises InputError if there is no file."""
+    return parse_log(path, read_text(path, "a training log"))
+
+
 def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, as of `parse_metrics`."""
+    return parse_metrics(path, read_text(path, "the metrics of a run"))
+
+
+def parse_metrics(path: Path | str, text: str) -> list[dict]:
     """The rows of a metrics.jsonl, each with a step; other values may be anything.
 
     A last line without an end is left out where it is cut: the run is writing it, or died. Raises InputError."""
-    lines, rows = plain_text(read_bytes(path, "the metrics of a run")).split("\n"), []
+    lines, rows = text.split("\n"), []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from check import check_folder
+from check import check_folder, need_score
 from check_files import a_date
 from check_logs import OUR_RUN_KEYS
 from check_ours import BAKED
@@ -101,11 +101,9 @@ def read_run(folder: Path) -> Run:
     path, log_path, metrics = (folder / name for name in ("result.json", "train.log", "metrics.jsonl"))
     mend = "the run was not finished: go on with RUN_ID and RESUME=1"
     need(path.is_file(), short(folder), "the result.json of a finished run", "none", mend)
-    result = read_result(path)
+    result = read_result(path, NEEDED)
     for other in (log_path, metrics):
         need(other.is_file(), short(folder), other.name, "none")
-    missing = [key for key in NEEDED if key not in result]
-    need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}")
     mend = f"go on with RUN_ID={result['run_id']} RESUME=1, or mend its rates"
     need(result["val_bpb"] is not None, short(path), "a finished run", "one that stopped or blew up", mend)
     odd = [f"{key} {result[key]}" for key in NUMBERS if not is_number(result[key])]
@@ -462,7 +460,7 @@ def parse_args(argv: list[str] | None):
     need(name, "--name", 'letters, digits, ".", "_" and "-", no spaces', f'"{args.name}"')
     dated = re.fullmatch(r"\d{4}-\d\d-\d\d", args.date) and a_date(args.date)
     need(dated, "--date", "YYYY-MM-DD", f'"{args.date}"')
-    need(args.beat is None or 0 < args.beat < 16, "--beat", "a score in bits per byte", args.beat)
+    need_score(args.beat)
     args.author = args.author or git_setting("user.name")
     args.github_id = args.github_id or git_setting("github.user") or None
     need(args.author, "--author", "a name", "none, in git's user.name neither", 'give --author="..."')
