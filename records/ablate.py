@@ -532,19 +532,14 @@ def describe_budget(matrix: Matrix) -> str:
     return words[kind].format(amount)
 
 
-def results_of(finished: list[tuple[Run, dict]], arm: str) -> list[dict]:
-    """Results of an arm's runs that have a score."""
-    return [result for run, result in finished if run.arm == arm and "diverged" not in result]
-
-
-def arm_row(matrix: Matrix, arm: str, finished: list[tuple[Run, dict]]) -> list[str]:
-    """A row of the report's table: means over an arm's seeds."""
-    found, planned = results_of(finished, arm), len(matrix.seeds)
-    diverged = sum(run.arm == arm for run, _ in finished) - len(found)
+def arm_row(matrix: Matrix, arm: str, ended: int, scored: dict[str, list[dict]]) -> list[str]:
+    """A row of the report's table: means over an arm's seeds, of which so many have ended."""
+    found, planned = scored[arm], len(matrix.seeds)
+    diverged = ended - len(found)
     if not found:
         said = f"diverged {diverged} times" if diverged else "not run yet"
         return [arm, f"0/{planned}", said, *["–"] * (3 + len(MEANS))]
-    scores, others = ([one["val_bpb"] for one in results_of(finished, name)] for name in (arm, matrix.against))
+    scores, others = ([one["val_bpb"] for one in scored[name]] for name in (arm, matrix.against))
     mean, std = mean_std(scores)
     n = f"{len(found)}/{planned}" + (f", {diverged} diverged" if diverged else "")
     name, p = (f"**{arm}**", "") if arm == matrix.against else (arm, p_text(welch_p(scores, others)))
@@ -552,39 +547,37 @@ def arm_row(matrix: Matrix, arm: str, finished: list[tuple[Run, dict]]) -> list[
     return [name, n, number(mean), number(std), p, f"`{found[0]['layout']}`", *means]
 
 
-def by_passes(matrix: Matrix, kept: list[tuple[Run, dict]]) -> str:
+def by_passes(scored: dict[str, list[dict]]) -> str:
     """A table of val_bpb by passes at test time (EVAL_LOOPS), means over seeds; "" where no run scored several."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for run, result in kept:
+    found: dict[str, dict[int, list[float]]] = {arm: {} for arm in scored}
+    for arm, result in ((arm, result) for arm, results in scored.items() for result in results):
         for passes, bpb in (result.get("val_bpb_by_loops") or {}).items():
-            found.setdefault(run.arm, {}).setdefault(int(passes), []).append(bpb)
+            found[arm].setdefault(int(passes), []).append(bpb)
     columns = sorted({passes for scores in found.values() for passes in scores})
-    several = {arm: scores for arm, scores in found.items() if len(scores) > 1}
     rows = [
         [arm, *(number(statistics.fmean(scores[passes]) if passes in scores else None) for passes in columns)]
-        for arm, scores in several.items()
+        for arm, scores in found.items()
+        if len(scores) > 1
     ]
     said = "The same artifacts with other numbers of passes, `val_bpb`:\n\n"
     return said + markdown_table(["arm", *columns], rows) + "\n" if rows else ""
 
 
-def notes(matrix: Matrix, finished: list[tuple[Run, dict]]) -> list[str]:
+def notes(matrix: Matrix, finished: list[tuple[Run, dict]], scored: dict[str, list[dict]]) -> list[str]:
     """What a reader of the table must know."""
     diverged = [f"`{run.name}`: {result['diverged']}" for run, result in finished if "diverged" in result]
-    results = [result for _, result in finished if "diverged" not in result]
+    results = [result for found in scored.values() for result in found]
     left, partial = len(matrix.runs()) - len(finished), sum(not result["complete"] for result in results)
-    said = []
-    if left:
-        said.append(f"**{left} of {len(matrix.runs())} runs are still to be done.**")
-    if diverged:
-        said.append(f"**{len(diverged)} runs diverged and are in no mean.** {'; '.join(diverged)}.")
-    if partial:
-        said.append(f"**Partial: {partial} runs scored a part of the validation set only.**")
-    if min(len(results_of(finished, arm)) for arm in matrix.arms) < 3:
-        said.append("Fewer than three seeds: this says which arm is ahead, and no more.")
-    if matrix.budget[0] == "seconds" and len({(result["device"], result["world_size"]) for result in results}) > 1:
-        said.append("**Runs on different devices under a budget of time: no fair comparison.**")
-    return said
+    devices = {(result["device"], result["world_size"]) for result in results}
+    said = {
+        f"**{left} of {len(matrix.runs())} runs are still to be done.**": left,
+        f"**{len(diverged)} runs diverged and are in no mean.** {'; '.join(diverged)}.": diverged,
+        f"**Partial: {partial} runs scored a part of the validation set only.**": partial,
+        "Fewer than three seeds: this says which arm is ahead, and no more.": min(map(len, scored.values())) < 3,
+        "**Runs on different devices under a budget of time: no fair comparison.**": matrix.budget[0] == "seconds"
+        and len(devices) > 1,
+    }
+    return [note for note, holds in said.items() if holds]
 
 
 def several(values) -> str:
@@ -592,15 +585,20 @@ def several(values) -> str:
     return ", ".join(sorted(set(map(str, values))))
 
 
+def listed(settings: dict[str, object]) -> str:
+    return " ".join(f"`{name}={value}`" for name, value in settings.items())
+
+
 def origins(matrix: Matrix, kept: list[tuple[Run, dict]]) -> str:
     """What the runs were made of and on."""
     results = [result for _, result in kept]
-    one = results[0]
     scripts = [read_json(run.home / "run.json")["script_sha256"][:12] for run, _ in kept]
-    versions = [f"{name} {result['versions'].get(name)}" for result in results for name in ("python", one["framework"])]
-    data = {
-        f"`{r['dataset']}`, sha256 {r['dataset_sha256'][:12]}, {r['val_tokens']:,} validation tokens" for r in results
-    }
+    packages = ("python", results[0]["framework"])
+    versions = [f"{name} {result['versions'].get(name)}" for result in results for name in packages]
+    data = [
+        f"`{one['dataset']}`, sha256 {one['dataset_sha256'][:12]}, {one['val_tokens']:,} validation tokens"
+        for one in results
+    ]
     return f"""\
 - Data: {several(data)}.
 - Seeds: {", ".join(map(str, matrix.seeds))}. Script: `{matrix.script}` of commit \
@@ -611,10 +609,6 @@ Minutes are of training alone, perhaps beside other runs.
 """
 
 
-def listed(settings: dict[str, str]) -> str:
-    return " ".join(f"`{name}={value}`" for name, value in settings.items())
-
-
 def report(matrix: Matrix) -> str:
     """Writes README.md and matrix.png beside the finished runs, from their files alone. Returns the table."""
     check_finished(matrix)
@@ -622,12 +616,12 @@ def report(matrix: Matrix) -> str:
     if not finished:
         return "nothing finished yet\n"
     kept = [(run, result) for run, result in finished if "diverged" not in result]
-    means = {
-        arm: statistics.fmean(one["val_bpb"] for one in results_of(kept, arm)) for arm in {run.arm for run, _ in kept}
-    }
+    scored = {arm: [result for run, result in kept if run.arm == arm] for arm in matrix.arms}
+    means = {arm: statistics.fmean(one["val_bpb"] for one in found) for arm, found in scored.items() if found}
     arms = sorted(matrix.arms, key=lambda arm: means.get(arm, math.inf))
     head = ["arm", "n", "val_bpb", "std", f"p against {matrix.against}", "layout", *MEANS]
-    table = markdown_table(head, [arm_row(matrix, arm, finished) for arm in arms])
+    rows = [arm_row(matrix, arm, sum(run.arm == arm for run, _ in finished), scored) for arm in arms]
+    table, said = markdown_table(head, rows), [note + "\n\n" for note in notes(matrix, finished, scored)]
     picture = "![loss against FLOPs, and final scores](matrix.png)\n\n" if kept else ""
     text = f"""<!-- written by records/ablate.py from {matrix.path.name} and the runs in this folder -->
 # {matrix.path.stem}
@@ -639,8 +633,7 @@ better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided,
 the number of arms).
 
 {table}
-{"".join(note + chr(10) + chr(10) for note in notes(matrix, finished))}{by_passes(matrix, kept)}{picture}\
-{origins(matrix, kept) if kept else ""}
+{"".join(said)}{by_passes(scored)}{picture}{origins(matrix, kept) if kept else ""}
 Arms, and what each sets beyond that:
 
 {chr(10).join(f"- `{arm}`: {listed(settings) or 'nothing more'}" for arm, settings in matrix.arms.items())}
@@ -649,42 +642,40 @@ Again, with that script: `python records/ablate.py {short(matrix.path)}`. Each r
 folder here.
 """
     if kept:
-        draw(matrix, kept)
+        draw(matrix, {arm: found for arm, found in scored.items() if found}, kept)
     write_text(matrix.home / "README.md", text)
     return table
 
 
-def draw(matrix: Matrix, kept: list[tuple[Run, dict]]) -> None:
+def draw(matrix: Matrix, scored: dict[str, list[dict]], kept: list[tuple[Run, dict]]) -> None:
     """Left: validation bpb against training FLOPs, a line a seed; where nothing was scored on the way, the final scores
     by passes. Right: final scores, mean and standard deviation."""
-    arms = [arm for arm in matrix.arms if any(run.arm == arm for run, _ in kept)]
-    figure, (left, right) = canvas(11, max(4.2, 1.2 + 0.32 * len(arms)), ncols=2, width_ratios=(3, 2))
-    shown, axis = [], "training FLOPs"
-    once = all(sum("val_bpb" in row for row in read_metrics(run.home / "metrics.jsonl")) < 2 for run, _ in kept)
-    if once and by_passes(matrix, kept):
-        axis = "passes at test time"
-    for i, arm in enumerate(arms):
-        color, paths = COLORS[i % len(COLORS)], [run.home / "metrics.jsonl" for run, _ in kept if run.arm == arm]
-        if axis == "training FLOPs":
-            shown += draw_validation(left, paths, i, arm)
-        for result in results_of(kept, arm)[:1] if axis != "training FLOPs" else ():
-            scores = sorted((int(n), bpb) for n, bpb in (result.get("val_bpb_by_loops") or {}).items())
-            draw_line(left, scores, i, arm, marker="o", markersize=3)
-            shown += [bpb for _, bpb in scores]
-        scores = [result["val_bpb"] for result in results_of(kept, arm)]
-        right.plot(scores, [i] * len(scores), "o", color=color, markersize=4, alpha=0.45)
+    figure, (left, right) = canvas(11, max(4.2, 1.2 + 0.32 * len(scored)), ncols=2, width_ratios=(3, 2))
+    metrics = {arm: [run.home / "metrics.jsonl" for run, _ in kept if run.arm == arm] for arm in scored}
+    scored_once = all(sum("val_bpb" in row for row in read_metrics(path)) < 2 for path in sum(metrics.values(), []))
+    of_passes = scored_once and by_passes(scored)
+    shown = []
+    for i, (arm, results) in enumerate(scored.items()):
+        if of_passes:
+            points = sorted((int(n), bpb) for n, bpb in (results[0].get("val_bpb_by_loops") or {}).items())
+            draw_line(left, points, i, arm, marker="o", markersize=3)
+            shown += [bpb for _, bpb in points]
+        else:
+            shown += draw_validation(left, metrics[arm], i, arm)
+        scores, color = [result["val_bpb"] for result in results], COLORS[i % len(COLORS)]
         mean, std = mean_std(scores)
+        right.plot(scores, [i] * len(scores), "o", color=color, markersize=4, alpha=0.45)
         right.errorbar(mean, i, xerr=std or 0, fmt="D", color=color, capsize=4, markersize=6)
         right.annotate(f"{mean:.4f}", (mean, i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
-    if axis == "training FLOPs":
+    if of_passes:  # of which some blow up
+        left.set(xlabel="passes at test time", ylim=(min(shown) - 0.02, min(shown) + 1))
+        left.set_ylabel("validation, bits per byte (artifact from disk, first seed)")
+    else:
         zoom(left, shown)
-    else:  # of which some blow up
-        left.set_ylim(min(shown) - 0.02, min(shown) + 1)
-    said = "before export" if axis == "training FLOPs" else "artifact from disk, first seed"
-    left.set(xlabel=axis, ylabel=f"validation, bits per byte ({said})")
+        left.set(xlabel="training FLOPs", ylabel="validation, bits per byte (before export)")
     left.legend(frameon=False, fontsize=8)
-    right.set_yticks(range(len(arms)), arms)
-    right.set(xlabel="final bits per byte, artifact from disk", ylim=(len(arms) - 0.4, -0.6))
+    right.set_yticks(range(len(scored)), scored)
+    right.set(xlabel="final bits per byte, artifact from disk", ylim=(len(scored) - 0.4, -0.6))
     right.margins(x=0.12)
     tidy(left)
     tidy(right)
@@ -698,20 +689,17 @@ def draw(matrix: Matrix, kept: list[tuple[Run, dict]]) -> None:
 def run_matrix(matrix: Matrix, plan: Plan, jobs: int, max_minutes: float) -> None:
     """Runs what is missing and reports. Raises InputError if runs failed."""
     devices = find_devices(matrix, jobs)
-    todo = sum(run.result() is None for run in matrix.runs())
-    counts = f"{len(matrix.runs())} runs, {todo} to do, {len(devices)} at a time"
-    print(f"{matrix.path.stem}: {counts}, {describe_budget(matrix)} each", flush=True)
-    deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
     queue = Queue(matrix, plan, devices)
+    counts = f"{len(matrix.runs())} runs, {len(queue.waiting)} to do, {len(devices)} at a time"
+    print(f"{matrix.path.stem}: {counts}, {describe_budget(matrix)} each", flush=True)
     try:
-        queue.work(deadline)
+        queue.work(time.monotonic() + 60 * max_minutes if max_minutes else math.inf)
     finally:
         print(report(matrix), end="")
         queue.lock.close()  # or it waits for the garbage collector
-    if queue.failed:
-        names = ", ".join(run.name for run in queue.failed)
-        mend = f"see logs/{matrix.path.stem}/<run>.out; the same command tries them again"
-        raise InputError(f"{len(queue.failed)} runs failed ({names}): {mend}")
+    names = ", ".join(run.name for run in queue.failed)
+    mend = f"see logs/{matrix.path.stem}/<run>.out; the same command tries them again"
+    need(not names, short(matrix.path), "no failures", f"{len(queue.failed)} runs failed ({names})", mend)
     left = sum(run.result() is None for run in matrix.runs())
     rest = f"; {left} runs left, the same command goes on" if left else ""
     print(f"report: {short(matrix.home / 'README.md')}{rest}")

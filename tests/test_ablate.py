@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -454,18 +453,17 @@ def test_a_score_that_is_not_finite_is_kept_as_a_diverged_result(home, capsys, r
 
 def test_passes_at_test_time_have_a_table():
     """Means over seeds, a dash where a number of passes was not scored; arms with one number are left out."""
-    kept = [
-        (types.SimpleNamespace(arm="a"), {"val_bpb_by_loops": {"3": 2.0, "1": 3.0}}),
-        (types.SimpleNamespace(arm="a"), {"val_bpb_by_loops": {"3": 2.5, "1": 3.5}}),
-        (types.SimpleNamespace(arm="b"), {"val_bpb_by_loops": {"3": 2.0, "8": 4.0}}),
-        (types.SimpleNamespace(arm="c"), {"val_bpb_by_loops": {"5": 2.0}}),
-        (types.SimpleNamespace(arm="d"), {}),
-    ]
-    lines = ablate.by_passes(None, kept).strip().splitlines()[2:]
+    scored = {
+        "a": [{"val_bpb_by_loops": {"3": 2.0, "1": 3.0}}, {"val_bpb_by_loops": {"3": 2.5, "1": 3.5}}],
+        "b": [{"val_bpb_by_loops": {"3": 2.0, "8": 4.0}}],
+        "c": [{"val_bpb_by_loops": {"5": 2.0}}],
+        "d": [{}],
+    }
+    lines = ablate.by_passes(scored).strip().splitlines()[2:]
     assert lines[0].split() == "| arm | 1 | 3 | 5 | 8 |".split() and len(lines) == 4
     assert lines[2].split() == "| a | 3.2500 | 2.2500 | – | – |".split()
     assert lines[3].split() == "| b | – | 2.0000 | – | 4.0000 |".split()
-    assert ablate.by_passes(None, kept[3:]) == ""
+    assert ablate.by_passes({"c": scored["c"], "d": scored["d"]}) == ""
 
 
 def test_a_matrix_of_diverged_runs_alone_has_a_report(home):
