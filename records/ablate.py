@@ -15,8 +15,8 @@ A matrix, NAME.toml (settings are those of the script, in lower case):
     flops = 1e14
     [base]                                               # settings of every run
     model_dim = 256
-    [arms.baseline]                                      # settings of one arm; or [factors] with lists, whose
-    preset = "baseline"                                  # product makes the arms; or both
+    [arms.baseline]                                      # settings of one arm
+    preset = "baseline"
     [arms.band]
     layout = "3+3x3+3"
 
@@ -28,9 +28,9 @@ resumes them, unless the script or their settings have changed: then they start 
 and is kept (diverged.json); other failures are tried again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -68,8 +68,7 @@ from logs import SOURCE_END, read_metrics
 from tool import InputError, Parser, need, read_json, run_tool, write_json, write_text
 
 BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
-KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int)
-KEYS |= dict(budget=dict, base=dict, arms=dict, factors=dict)
+KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int, budget=dict, base=dict, arms=dict)
 SCRIPTS = ("train_gpt.py", "train_gpt_mlx.py")
 NEEDED = """val_bpb val_bpb_raw seed config_sha256 layout framework params_stored bytes_artifact tokens train_flops
     train_time_ms complete device world_size commit versions dataset dataset_sha256 val_tokens""".split()  # of a result
@@ -179,77 +178,61 @@ def why_diverged(result: dict) -> str | None:
 # The matrix ----------------------------------------------------------------------------------------------------------
 
 
-def checker(path: Path):
-    """`need` for what stands in a TOML file."""
-    return lambda holds, what, *rest: need(holds, f"{path}: {what}", *rest, "see --help")
+@contextlib.contextmanager
+def said_of(path: Path):
+    """What is wrong is said of this file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}; see --help") from None
 
 
-def check_keys(need, toml: dict, keys: dict[str, type]) -> None:
-    for key, value in toml.items():
-        need(key in keys, key, f"one of {', '.join(keys)}", "an unknown key")
-        need(type(value) is keys[key], key, f"a {keys[key].__name__}", value)
+def read_declared(path: Path, what: str, keys: dict[str, type]) -> dict:
+    """The TOML of a matrix, or of a plan of exports.py, as far as both are alike. Raises InputError."""
+    toml = {"about": "", "script": SCRIPTS[0], "seeds": [1337]} | read_toml(path, what)
+    with said_of(path):
+        named = re.fullmatch(r"[A-Za-z0-9._-]+\.toml", path.name)
+        need(named, "the file's name", "letters, digits and ._-, ending in .toml", path.name)
+        for key, value in toml.items():
+            need(key in keys, key, f"one of {', '.join(keys)}", "an unknown key")
+            need(type(value) is keys[key], key, f"a {keys[key].__name__}", value)
+        need(toml["script"] in SCRIPTS, "script", " or ".join(SCRIPTS), toml["script"])
+        seeds = toml["seeds"]
+        whole = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+        need(seeds and whole and len(set(seeds)) == len(seeds), "seeds", "different whole numbers", seeds)
+    return toml
 
 
-def value_text(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text)
-
-
-def read_settings(need, settings: dict) -> dict[str, str]:
+def read_settings(settings: dict) -> dict[str, str]:
     """Settings of the base or of an arm, as texts."""
     for name, value in settings.items():
         need(re.fullmatch("[a-z0-9_]+", name), name, "a setting in lower case", name)  # SEED would get by below
         need(name not in OWN_SETTINGS, name, "no setting that this tool makes itself", name)
         need(isinstance(value, (str, int, float, bool)), name, "a text or a number", value)
-    return {name: value_text(value) for name, value in settings.items()}
-
-
-def read_arms(need, toml: dict) -> dict[str, dict[str, str]]:
-    """The arms that a matrix lists, times the product of its factors."""
-    listed, factors = toml.get("arms", {}), toml.get("factors", {})
-    need(listed or factors, "[arms.NAME], [factors]", "at least one arm or factor", "none")
-    for name, values in factors.items():
-        need(isinstance(values, list) and values, f"[factors] {name}", "a list of values", values)
-    arms = {}
-    for name, settings in (listed or {"": {}}).items():
-        need(isinstance(settings, dict), f"[arms.{name}]", "a table of settings", settings)
-        for values in itertools.product(*factors.values()):
-            chosen = dict(zip(factors, values))
-            parts = [name, *(f"{factor}-{value_text(value)}" for factor, value in chosen.items())]
-            arm = slug(".".join(part for part in parts if part))
-            need(arm not in arms, f"arm {arm}", "one name an arm", "two")
-            need(re.match("[A-Za-z0-9]", arm), f"arm {arm}", "a name that begins with a letter or digit", arm)
-            both = set(settings) & set(chosen)
-            need(not both, f"arm {arm}", "each setting once", f"{', '.join(both)} also in [factors]")
-            arms[arm] = read_settings(need, settings | chosen)
-    return arms
+    return {name: str(int(value)) if isinstance(value, bool) else str(value) for name, value in settings.items()}
 
 
 def read_matrix(path: Path) -> Matrix:
     """Reads and checks the TOML, as far as that goes without the script."""
-    toml, need = read_toml(path, "a matrix"), checker(path)
-    named = path.suffix == ".toml" and slug(path.stem) == path.stem
-    need(named, "the file's name", "letters, digits and ._-, ending in .toml", path.name)
-    check_keys(need, toml, KEYS)
-    script, seeds = toml.get("script", SCRIPTS[0]), toml.get("seeds", [1337])
-    need(script in SCRIPTS, "script", " or ".join(SCRIPTS), script)
-    whole = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    need(seeds and whole and len(set(seeds)) == len(seeds), "seeds", "different whole numbers", seeds)
-    budget = toml.get("budget", {})
-    one = len(budget) == 1 and set(budget) <= set(BUDGETS)
-    need(one, "[budget]", f"exactly one of {', '.join(BUDGETS)}", ", ".join(budget) or "none")
-    [(kind, amount)] = budget.items()
-    need(type(amount) in (int, float) and 0 < amount < 1e30, f"[budget] {kind}", "a number above 0", amount)
-    arms, base = read_arms(need, toml), read_settings(need, toml.get("base", {}))
-    against = toml.get("against", next(iter(arms)))
-    need(against in arms, "against", f"one of the arms {', '.join(arms)}", against)
-    processes = toml.get("processes", 1)
-    several = processes > 1 and script == SCRIPTS[0]
-    need(processes == 1 or several, "processes", "1, or more with train_gpt.py", processes)
-    return Matrix(path, toml.get("about", ""), script, seeds, against, processes, (kind, amount), arms, base)
+    toml, arms = read_declared(path, "a matrix", KEYS), {}
+    with said_of(path):
+        budget = toml.get("budget", {})
+        one = len(budget) == 1 and set(budget) <= set(BUDGETS)
+        need(one, "[budget]", f"exactly one of {', '.join(BUDGETS)}", ", ".join(budget) or "none")
+        [(kind, amount)] = budget.items()
+        need(type(amount) in (int, float) and 0 < amount < 1e30, f"[budget] {kind}", "a number above 0", amount)
+        need(toml.get("arms"), "[arms.NAME]", "at least one arm", "none")
+        for arm, settings in toml["arms"].items():
+            need(isinstance(settings, dict), f"[arms.{arm}]", "a table of settings", settings)
+            named = re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", arm)
+            need(named, f"arm {arm}", "letters, digits and ._-, a letter or digit first", arm)
+            arms[arm] = read_settings(settings)
+        base, against = read_settings(toml.get("base", {})), toml.get("against", next(iter(arms)))
+        need(against in arms, "against", f"one of the arms {', '.join(arms)}", against)
+        script, processes = toml["script"], toml.get("processes", 1)
+        several = processes > 1 and script == SCRIPTS[0]
+        need(processes == 1 or several, "processes", "1, or more with train_gpt.py", processes)
+    return Matrix(path, toml["about"], script, toml["seeds"], against, processes, (kind, amount), arms, base)
 
 
 # The script and what it makes of the matrix --------------------------------------------------------------------------

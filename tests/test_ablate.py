@@ -589,16 +589,6 @@ def test_torchrun_that_was_stopped_has_not_failed(home, capsys, monkeypatch):
     assert "the same command goes on" in capsys.readouterr().out
 
 
-def test_factors_make_the_product(home):
-    head = "seeds = [1]\n[budget]\nflops = 1e9\n"
-    path = write(home, head + '[factors]\nlayout = ["9", "3+3x3+3"]\nmatrix_lr = [0.1, 0.2]\n')
-    matrix = ablate.read_matrix(path)
-    assert list(matrix.arms) == ["layout-9.matrix_lr-0.1", "layout-9.matrix_lr-0.2", "layout-3_3x3_3.matrix_lr-0.1",
-                                 "layout-3_3x3_3.matrix_lr-0.2"]  # fmt: skip
-    assert run(path) == 0
-    assert "which arm is ahead, and no more" in (path.with_suffix("") / "README.md").read_text()
-
-
 @pytest.mark.parametrize("text, expected", [
     ("seeds = [1", "expected TOML"),
     ("sedes = [1]\n" + MATRIX, "sedes: expected one of"),
@@ -617,8 +607,8 @@ def test_factors_make_the_product(home):
     (MATRIX.replace("matrix_lr = 0.9", "SEED = 4"), "expected a setting in lower case"),
     (MATRIX.replace("matrix_lr = 0.9", "matrix_lr = [1]"), "expected a text or a number"),
     (MATRIX.replace("seeds", 'script = "other.py"\nseeds'), "script: expected train_gpt.py or"),
-    ("seeds = [1]\n[budget]\ntokens = 100\n", "expected at least one arm or factor"),
-    ("[budget]\ntokens = 100\n[factors]\nlayout = []\n", "[factors] layout: expected a list"),
+    ("seeds = [1]\n[budget]\ntokens = 100\n", "expected at least one arm"),
+    (MATRIX.replace("arms.high", "arms.'a b'"), "expected letters, digits"),
     (MATRIX.replace("seeds", "processes = 2\nscript = 'train_gpt_mlx.py'\nseeds"), "processes: expected 1, or more"),
 ])  # fmt: skip
 def test_bad_matrices_are_one_line(home, capsys, text, expected):
