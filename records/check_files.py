@@ -274,8 +274,6 @@ def compiles(s: Submission) -> Complaints:
             yield severity, where, expected, f"{source.error.msg}{' (unpacked)' * source.packed}"
 
 
-# Training on validation text -----------------------------------------------------------------------------------------
-
 TRAINS = (".backward", "autograd.grad")
 SCORES = re.compile(r"no_grad|inference_mode|accum|score|bpb|eval")
 SUMS = re.compile(r"(loss|nll|bits|byte|score)_?\w*sum")

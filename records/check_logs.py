@@ -21,9 +21,6 @@ KNOWN_TEXT = {
 TEXT_BYTES = (150.9e6, 151.7e6)
 
 
-# The validation text -------------------------------------------------------------------------------------------------
-
-
 @rule
 def val_tokens(s: Submission) -> Complaints:
     """The number of validation tokens is that of the known set (PR #2109 scored 36.6 million of 43.8)."""
@@ -93,9 +90,6 @@ def of_known_text(where: str, log: Log, length: float) -> Complaints:
     elif not TEXT_BYTES[0] <= text <= TEXT_BYTES[1]:
         severity = "warning" if 0.99 * TEXT_BYTES[0] <= text <= 1.01 * TEXT_BYTES[1] else "error"
         yield severity, where, "151.1 million bytes of validation text", f"{text / 1e6:.2f} million"
-
-
-# Steps and times -----------------------------------------------------------------------------------------------------
 
 
 @rule
@@ -177,9 +171,6 @@ def finite(s: Submission) -> Complaints:
             if bad := [key for key, value in values.items() if not math.isfinite(value)]:
                 yield "error", f"{name}:{line.number}", f"a finite {bad[0]}", values[bad[0]]
                 break
-
-
-# Scores --------------------------------------------------------------------------------------------------------------
 
 
 def families(logs: dict[str, Log]) -> list[list[Log]]:
@@ -283,9 +274,6 @@ def readme_score(s: Submission) -> Complaints:
         yield "warning" if known else "error", where, f"a score that a log states ({nearest})", f"{float(claim)}"
     if s.bpb is not None and abs(s.bpb - claim) > max(unit(s.bpb), unit(claim)) * 1.5:
         yield "info", where, f"val_bpb of {s.json_name} ({s.bpb})", f"{float(claim)}"
-
-
-# Seeds ---------------------------------------------------------------------------------------------------------------
 
 
 @rule

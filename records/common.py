@@ -79,9 +79,6 @@ def read_toml(path: Path, what: str) -> dict:
         raise InputError(f"{path}: expected {what} (TOML), found nothing to read ({error.strerror})") from None
 
 
-# Statistics ----------------------------------------------------------------------------------------------------------
-
-
 LARGEST = 1e100  # what is larger is no measurement, and overflows where it is drawn or squared
 # Keys of result.json whose values are numbers, or null where there is none.
 MEASURED = """steps tokens train_flops train_time_ms eval_time_ms calib_time_ms val_loss val_bpb val_loss_raw
@@ -137,9 +134,6 @@ def bytes_implied(tokens: int, val_loss: float, val_bpb: float) -> float:
     return tokens * val_loss / (math.log(2) * val_bpb)
 
 
-# Showing -------------------------------------------------------------------------------------------------------------
-
-
 def short(path: Path) -> str:
     """A path as seen from the repository's root, where it lies in it."""
     path = Path(path).resolve()
@@ -183,9 +177,6 @@ def facts_of(results: list[dict]) -> dict:
         "train_flops": mean_std([result["train_flops"] for result in results])[0],
         **{key: first[key] for key in ("layout", "params_stored", "dataset", "val_tokens")},
     }
-
-
-# Runs ----------------------------------------------------------------------------------------------------------------
 
 
 def load_module(path: Path):

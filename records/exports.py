@@ -118,9 +118,6 @@ def read_lines(plan: Plan) -> list[dict]:
     return list(found.values())
 
 
-# Exporting -----------------------------------------------------------------------------------------------------------
-
-
 class Model:
     """One trained model on the device, with what several exports of it share."""
 
@@ -233,9 +230,6 @@ def work(plan: Plan) -> None:
         scratch.unlink(missing_ok=True)
     train = " and ".join(f"python records/ablate.py records/ablations/{name}.toml" for name in set(missing.values()))
     need(not missing, ", ".join(missing), "the weights of finished runs", "none", f"train them with {train}")
-
-
-# The report ----------------------------------------------------------------------------------------------------------
 
 
 def label(settings: dict) -> str:

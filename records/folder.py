@@ -31,7 +31,6 @@ NUMBER_KEYS = {*SCORE_KEYS, *"val_loss val_bpb_std val_loss_std bytes_code code_
 SIZE_KEY = re.compile(r"(?:bytes_(?:total|model\w*)|\w*(?:artifact|model|total|submission)_\w*(?:bytes|size)\w*)$")
 
 
-# The table of rules --------------------------------------------------------------------------------------------------
 # A rule takes the submission and yields (severity, where, expected, found); `@rule` puts it into the table.
 
 Complaints = Iterator[tuple[str, str, str, object]]
@@ -41,9 +40,6 @@ RULES: list[Callable[["Submission"], Complaints]] = []
 def rule(function: Callable[["Submission"], Complaints]) -> Callable[["Submission"], Complaints]:
     RULES.append(function)
     return function
-
-
-# Numbers -------------------------------------------------------------------------------------------------------------
 
 
 def unit(value: float) -> float:
@@ -65,9 +61,6 @@ def number_in(value: object) -> float | None:
 def file_seed(name: str) -> int | None:
     match = re.search(r"seed[_-]?(\d{1,15})(?!\d)|(?:^|/)\w*log_(\d{1,15})\.txt$", name)
     return int(match[1] or match[2]) if match else None
-
-
-# The folder ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -285,9 +278,6 @@ class Submission:
 def weights_alone(log: Log) -> bool:
     """Whether a run of ours counted its weights and not its code (COUNT_CODE=0)."""
     return log.config is not None and str(log.config.get("count_code")) == "0"
-
-
-# Sources -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass

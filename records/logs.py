@@ -23,9 +23,6 @@ TOKENIZERS = {  # name: how a log names it
 TIMES = ("train_time", "eval_time", "step_avg", "elapsed", "total_eval_time")  # turned into milliseconds
 
 
-# Text and numbers as people write them -------------------------------------------------------------------------------
-
-
 def plain_text(raw: bytes) -> str:
     r"""The text of a file: UTF-8 without its byte order mark, every line end as \n, bytes that are none replaced."""
     return re.sub(r"\r\n?", "\n", raw.decode("utf-8-sig", "replace"))
@@ -66,9 +63,6 @@ def quantity(text: str) -> Shown | None:
         return None
     whole = match["number"].removesuffix(match["rest"])
     return Shown(re.sub(r"[^\d+-]", "", whole) + match["rest"], factor)
-
-
-# What a log says -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -132,8 +126,6 @@ class Log:
         exact = [values for label, values in self.scores.items() if label.endswith("_exact")]
         return exact[-1] if exact else next(reversed(self.scores.values()), None)
 
-
-# Reading lines -------------------------------------------------------------------------------------------------------
 
 PAIR = re.compile(r"\b([A-Za-z_]+)[:=]\s*~?(-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?|-?nan|-?inf)(ms|s|m)?\b")
 COLOR = re.compile(r"\x1b\[[\d;]*m")

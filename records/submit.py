@@ -183,16 +183,11 @@ def check_track(name: str, runs: list[Run]) -> None:
 # The script ----------------------------------------------------------------------------------------------------------
 
 
-def from_folder(path: str, kind: str) -> str:
-    """Where data lies as seen from a record folder, which is three levels below the root, here and in the challenge."""
-    return f"../../../data/{kind}/{Path(path).name}"
-
-
 def recorded_settings(run: Run) -> dict[str, object]:
-    """The run's settings as its record shall have them."""
+    """The run's settings as its record shall have them, which lies three levels below the root, as in the challenge."""
     config = {key: value for key, value in run.log.config.items() if key not in NOT_BAKED}
-    config["data_path"] = from_folder(config["data_path"], "datasets")
-    config["tokenizer_path"] = from_folder(config["tokenizer_path"], "tokenizers")
+    for key, kind in (("data_path", "datasets"), ("tokenizer_path", "tokenizers")):
+        config[key] = f"../../../data/{kind}/{Path(config[key]).name}"
     return config
 
 
@@ -220,17 +215,23 @@ def bake(source: str, settings: dict[str, object]) -> str:
     return default.sub(f'DEFAULT_PRESET = "{PRESET}"', source[:start] + preset_text(settings) + source[start:])
 
 
-def prove_configuration(baked: bytes, run: Run):
-    """The baked script, without flags, has the configuration of the run. Returns it as a module."""
-    module = load_script(baked, f"the baked {run.script}")
-    config = module.load_config([], {}, module.DEFAULT_PRESET)[0]
-    mend = "was the log's config line or source changed?"
-    for key, value in recorded_settings(run).items():
-        need(getattr(config, key) == value, f"the baked {run.script}", f"{key}={value}", getattr(config, key), mend)
+def baked_script(run: Run, script) -> tuple[str, object, dict[str, object]]:
+    """The run's script with its configuration baked in, as a text and as a module, and the settings that it states.
+
+    Without flags it has the configuration of the run."""
+    defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
+    expected = "a script whose Config has the settings of the config line"
+    need(defaults.keys() == run.log.config.keys(), short(run.log.path), expected, "another")
+    recorded, what = recorded_settings(run), f"the baked {run.script}"
+    settings = {key: value for key, value in recorded.items() if value != defaults[key]}
+    baked = bake(run.log.source, settings)
+    module = load_script(baked.encode(), what)
+    config, mend = module.load_config([], {}, module.DEFAULT_PRESET)[0], "was the log's config line or source changed?"
+    for key, value in recorded.items():
+        need(getattr(config, key) == value, what, f"{key}={value}", getattr(config, key), mend)
     found, stated = module.config_sha256(config), str(run.result["config_sha256"])
-    need(found == stated, f"the baked {run.script}", f"the run's configuration ({stated[:12]})", found[:12], mend)
-    need(config.seed == run.seed, f"the baked {run.script}", f"seed {run.seed}", config.seed, mend)
-    return module
+    need(found == stated, what, f"the run's configuration ({stated[:12]})", found[:12], mend)
+    return baked, module, settings
 
 
 # The proof -----------------------------------------------------------------------------------------------------------
@@ -329,13 +330,6 @@ def summary(runs: list[Run], args, code_bytes: int) -> dict:
     }
 
 
-def results_table(facts: dict) -> str:
-    """A row a seed, as submission.json has it."""
-    rows = facts["seed_results"].items()
-    shown = [[seed, *(f"{x:.7g}" if isinstance(x, float) else x for x in row.values())] for seed, row in rows]
-    return markdown_table(["seed", *next(iter(facts["seed_results"].values()))], shown)
-
-
 def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proof: str) -> str:
     """README.md of the folder."""
     first, result, n = runs[0], runs[0].result, len(runs)
@@ -347,6 +341,11 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
     listed = "".join(f"    {key} = {value!r}\n" for key, value in settings.items())
     packed = ", compressed (it unpacks itself in memory)," if first.count_code == "packed" else ""
     code = f"{facts['bytes_code']:,} bytes of code" + ", which this track does not count" * (first.count_code == "0")
+    rows = [
+        [seed, *(f"{value:.7g}" if isinstance(value, float) else value for value in row.values())]
+        for seed, row in facts["seed_results"].items()
+    ]
+    table = markdown_table(["seed", *facts["seed_results"][rows[0][0]]], rows)
     kept = {True: "within", False: "beyond"}
     train, score = (kept[facts["compliance"][f"{part}_under_600s"]] for part in ("train", "eval"))
     return f"""# {args.name}
@@ -358,7 +357,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
 
 {args.prose}{foreign}## Results
 
-{results_table(facts)}
+{table}
 Layout `{facts["layout"]}`, {facts["params_stored"]:,} parameters; artifact {result["quantizer"]}, at most \
 {facts["bytes_model"]:,} bytes; {code}.
 All {facts["val_tokens"]:,} validation tokens are scored. Training is {train} 600 s and evaluation {score} 600 s, on \
@@ -377,16 +376,6 @@ The script is the one at the head of each log{packed} but for its default: the p
 {listed}
 `train_seed<N>.log` is as the script wrote it; `result_seed<N>.json` and `metrics_seed<N>.jsonl` are its numbers.
 """
-
-
-def baked_script(run: Run, script) -> tuple[str, object, dict[str, object]]:
-    """The run's script with its configuration baked in, as a text and as a module, and the settings that it states."""
-    defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
-    expected = "a script whose Config has the settings of the config line"
-    need(defaults.keys() == run.log.config.keys(), short(run.log.path), expected, "another")
-    settings = {key: value for key, value in recorded_settings(run).items() if value != defaults[key]}
-    baked = bake(run.log.source, settings)
-    return baked, prove_configuration(baked.encode(), run), settings
 
 
 def fill(part: Path, runs: list[Run], args, script) -> dict:
