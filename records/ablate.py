@@ -248,42 +248,42 @@ def load_script(name: str):
 
 @dataclass
 class Plan:
-    """The script as it is now, and each arm of a matrix as it understands it."""
+    """The script as it is now, and what it makes of a matrix."""
 
     script: object  # the module
     source: str
-    configs: dict[str, object] = field(default_factory=dict)  # Config of each arm, with the matrix's first seed
     data: dict[str, str | None] = field(default_factory=dict)  # hash of each arm's data, None where they are not here
 
 
-def set_budget(matrix: Matrix, script, arm: str) -> None:
-    """Turns the matrix's budget into settings of an arm."""
+def configure(matrix: Matrix, script, arm: str):
+    """Config of an arm's first run, with the matrix's budget as settings of the arm."""
+
+    def load():
+        return script.load_config(Run(matrix, arm, matrix.seeds[0]).flags(), {}, script.DEFAULT_PRESET)[0]
+
     kind, amount = matrix.budget
     twice = set(BUDGETS.values()) & (set(matrix.arms[arm]) | set(matrix.base))
     need(not twice, ", ".join(twice), "the budget in [budget] alone", "another", "remove it")
     limits = matrix.limits[arm] = dict.fromkeys(BUDGETS.values(), "0") | {BUDGETS[kind]: str(amount)}
     if kind == "tokens":
         limits["iterations"] = "1"
-        batch = configure(matrix, script, arm).train_batch_tokens
-        limits["iterations"] = str(round(amount / batch))
-        near = abs(int(limits["iterations"]) * batch / amount - 1) <= 0.01
-        need(near, "[budget] tokens", f"a multiple of {batch} tokens a step", amount)
-
-
-def configure(matrix: Matrix, script, arm: str):
-    """Config of an arm's first run."""
-    return script.load_config(Run(matrix, arm, matrix.seeds[0]).flags(), {}, script.DEFAULT_PRESET)[0]
+        batch = load().train_batch_tokens
+        steps = round(amount / batch)
+        limits["iterations"] = str(steps)
+        need(abs(steps * batch / amount - 1) <= 0.01, "[budget] tokens", f"a multiple of {batch} tokens a step", amount)
+    return load()
 
 
 def prepare(matrix: Matrix) -> Plan:
     """Loads the script and has it check every arm. Raises InputError."""
-    plan = Plan(load_script(matrix.script), (ROOT / matrix.script).read_bytes().decode())
+    plan, seen = Plan(load_script(matrix.script), (ROOT / matrix.script).read_bytes().decode()), {}
     for arm in matrix.arms:
         try:
-            set_budget(matrix, plan.script, arm)
-            config = plan.configs[arm] = configure(matrix, plan.script, arm)
+            config = configure(matrix, plan.script, arm)
         except ValueError as error:  # the script's InputError is one
             raise InputError(f"{matrix.path}: arm {arm}: {error}") from None
+        twin = seen.setdefault(json.dumps(dataclasses.asdict(config) | {"run_id": ""}), arm)
+        need(twin == arm, matrix.path, "arms that differ", f"{twin} and {arm} to be one")
         if config.val_max_tokens:
             print(f"notice: arm {arm}: VAL_MAX_TOKENS={config.val_max_tokens}: its scores will be partial", flush=True)
         here = {name: str(ROOT / getattr(config, name)) for name in ("data_path", "tokenizer_path")}
@@ -291,10 +291,6 @@ def prepare(matrix: Matrix) -> Plan:
             plan.data[arm] = plan.script.dataset_sha256(dataclasses.replace(config, **here))
         except (OSError, ValueError):  # the run says so, or makes them (preset smoke)
             plan.data[arm] = None
-    seen = {}
-    for arm, config in plan.configs.items():
-        twin = seen.setdefault(json.dumps(dataclasses.asdict(config) | {"run_id": ""}), arm)
-        need(twin == arm, matrix.path, "arms that differ", f"{twin} and {arm} to be one")
     return plan
 
 

@@ -35,7 +35,7 @@ from ablate import listed, load_script, read_declared, said_of, several, sha256
 from common import RECORDS, ROOT, is_number, markdown_table, mean_std, number, short
 from draw import canvas, draw_line, save_picture, tidy
 from logs import read_log
-from tool import InputError, Parser, atomic, need, read_json, run_tool, sha256_of, write_text
+from tool import InputError, Parser, need, read_json, run_tool, sha256_of, write_text
 
 LOGS, MATRICES = ROOT / "logs", RECORDS / "ablations"
 KEYS = dict(about=str, script=str, models=str, runs=list, seeds=list, base=dict, exports=dict)
@@ -171,8 +171,7 @@ class Model:
         except ValueError as error:  # weights that are far too large
             return {"skipped": str(error)}
         coding = time.perf_counter() - began
-        with atomic(path, "wb") as file:
-            file.write(made.data)
+        path.write_bytes(made.data)
         bpb = self.score.bpb(self.script.score_from_disk(c, self.engine, path, self.score, loops))
         if not is_number(bpb):
             return {"skipped": f"it scores {bpb} after export"}

@@ -140,8 +140,8 @@ PREFIX = re.compile(  # what loggers and launchers put before a line; one blank 
 )
 # A step at the start of a line in any of the usual forms, or anywhere in the challenge's own form.
 STEP = re.compile(
-    r"\s*(?:step[: ]\s*(?P<a>\d+)(?:/\d+)?\b|(?P<b>\d+)/\d+ (?=\w+:))(?P<rest>.*)"
-    r"|.*?\bstep:(?P<c>\d+)/\d+(?= (?:train_loss|val_loss):)(?P<rest_c>.*)",
+    r"\s*(?:step[: ]\s*(?P<a>\d{1,15})(?:/\d+)?\b|(?P<b>\d{1,15})/\d+ (?=\w+:))(?P<rest>.*)"
+    r"|.*?\bstep:(?P<c>\d{1,15})/\d+(?= (?:train_loss|val_loss):)(?P<rest_c>.*)",
     re.I,
 )
 SCORE = re.compile(
@@ -173,16 +173,13 @@ def pairs(text: str) -> dict[str, float]:
 
 
 def read_step(log: Log, number: int, match: re.Match) -> None:
-    step = match["a"] or match["b"] or match["c"]
-    if len(step) > 15:
-        return  # a digit string made to overflow
     rest = match["rest"] or match["rest_c"] or ""
     values = pairs(rest)
     if loss := re.search(r"\| loss (\d+\.\d+)", rest):
         values["train_loss"] = float(loss[1])
-    if "train_time" not in values and "t" in values:
-        values["train_time"] = values["t"]  # some scripts shorten it
-    log.steps.append(StepLine(number, int(step), values))
+    if "t" in values:  # some scripts shorten it
+        values.setdefault("train_time", values["t"])
+    log.steps.append(StepLine(number, int(match["a"] or match["b"] or match["c"]), values))
 
 
 def read_score(log: Log, number: int, match: re.Match) -> None:

@@ -94,8 +94,6 @@ def check_plan(plan: Plan, seed: int, home: Path, proof: bool) -> None:
     """Refuses before the first run what is known by then; `home`: the folder of the entry. Raises InputError."""
     config, script, track = plan.config(seed), plan.script, TRACKS[plan.track]
     need(config.mode == "train", "MODE", "train", config.mode)
-    start, mend = config.init_from, "what it started from is not in the artifact's ten minutes"
-    need(not start, "INIT_FROM", "a run from scratch", start, mend)
     cap = config.target_bytes or config.bytes_cap
     need(cap <= track.bytes_cap, "TARGET_BYTES, BYTES_CAP", f"at most the track's {track.bytes_cap}", cap)
     sequences = config.train_batch_tokens // config.train_seq_len

@@ -120,8 +120,6 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{short(log_path)}: expected UTF-8 text, found {error}") from None
     log, mend = read_log(log_path), "give a log as the script wrote it"
     need(log.config and log.source, short(log_path), "the script's source and a config at its head", "none", mend)
-    start, mend = log.config.get("init_from"), "what it started from is not in the artifact's ten minutes"
-    need(not start, short(folder), "a run from scratch", f"INIT_FROM={start}", mend)
     return Run(folder, result, log)
 
 
@@ -171,6 +169,8 @@ def check_track(name: str, runs: list[Run]) -> None:
         eight, found = result["world_size"] == 8 and "H100" in result["device"], result["device"]
         need(eight, "--track", "runs on 8 x H100", f"{result['world_size']} x {found}", "use --track non_record_16mb")
     for run in runs:
+        start, foreign = run.log.config.get("init_from"), "what it started from is not in the artifact's ten minutes"
+        need(not start, short(run.folder), "a run from scratch", f"INIT_FROM={start}", foreign)
         spent = {
             "FLOPs of training": (run.result["train_flops"], track.flops_cap),
             "ms of training and calibration": (run.train_ms, track.time_cap_ms),
