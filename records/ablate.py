@@ -41,30 +41,15 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import (
-    ROOT,
-    bytes_implied,
-    git,
-    handling,
-    hold,
-    is_number,
-    launch,
-    load_module,
-    markdown_table,
-    mean_std,
-    number,
-    p_text,
-    read_result,
-    read_toml,
-    short,
-    welch_p,
-)
+from common import ROOT, bytes_implied, is_number, markdown_table, mean_std, number, p_text, read_result, short, welch_p
 from draw import COLORS, canvas, draw_line, draw_validation, save_picture, tidy, zoom
 from layout import building
 from logs import SOURCE_END, read_metrics
+from runs import git, handling, hold, launch, load_module
 from tool import InputError, Parser, need, read_json, run_tool, write_json, write_text
 
 BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
@@ -189,7 +174,13 @@ def said_of(path: Path):
 
 def read_declared(path: Path, what: str, keys: dict[str, type]) -> dict:
     """The TOML of a matrix, or of a plan of exports.py, as far as both are alike. Raises InputError."""
-    toml = {"about": "", "script": SCRIPTS[0], "seeds": [1337]} | read_toml(path, what)
+    try:
+        with open(path, "rb") as file:
+            toml = {"about": "", "script": SCRIPTS[0], "seeds": [1337]} | tomllib.load(file)
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise InputError(f"{path}: expected TOML, found an error ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: expected {what} (TOML), found nothing to read ({error.strerror})") from None
     with said_of(path):
         named = re.fullmatch(r"[A-Za-z0-9._-]+\.toml", path.name)
         need(named, "the file's name", "letters, digits and ._-, ending in .toml", path.name)

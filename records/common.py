@@ -1,18 +1,11 @@
-"""What the record tools share: the tracks, statistics, runs of a script, and how numbers and tables are shown.
+"""What the record tools share: the tracks, results, statistics, and how numbers and tables are shown.
 
 Errors, exit codes and safe writing come from data/tool.py, which this makes known.
 """
 
-import contextlib
-import fcntl
-import importlib.util
 import math
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,17 +59,6 @@ TRACKS = {
     "mini40": mini("its trials, 40,000 bytes and 1.25e13 FLOPs", 40_000, 1.25e13),
     "local": Track("own text, own machine: to be compared within one dataset only", counts_code=None, fineweb=False),
 }
-
-
-def read_toml(path: Path, what: str) -> dict:
-    """The table in a TOML file. Raises InputError if there is none."""
-    try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected TOML, found an error ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: expected {what} (TOML), found nothing to read ({error.strerror})") from None
 
 
 LARGEST = 1e100  # what is larger is no measurement, and overflows where it is drawn or squared
@@ -177,53 +159,3 @@ def facts_of(results: list[dict]) -> dict:
         "train_flops": mean_std([result["train_flops"] for result in results])[0],
         **{key: first[key] for key in ("layout", "params_stored", "dataset", "val_tokens")},
     }
-
-
-def load_module(path: Path):
-    """The module of a training script, with whatever that raises."""
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_the_runs", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def launch(processes: int) -> list[str]:
-    """How a command begins that runs a script in so many processes."""
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(several if processes > 1 else [])]
-
-
-@contextlib.contextmanager
-def handling(handler, *numbers: int):
-    """These signals go to `handler`, but for those that this process ignores, as under nohup."""
-    before = {n: signal.signal(n, handler) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def hold(path: Path):
-    """A locked file, open for reading and appending: two of a tool would overwrite each other's runs. A run
-    inherits it and holds it, too, where it outlives the tool. Raises InputError if it is held."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.set_inheritable(file.fileno(), True)
-    except BlockingIOError:
-        need(False, short(path), "no other process at these runs", "one", "wait for it or stop it")
-    except OSError:  # a disk without locks
-        pass
-    return file
-
-
-def git(*words: str) -> bytes | None:
-    """What a command of git prints in this repository; None where it fails, or there is no git."""
-    try:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True)
-    except OSError:
-        return None
-    return done.stdout if done.returncode == 0 else None

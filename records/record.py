@@ -25,8 +25,9 @@ import table
 from check_files import wrong_scoring
 from check_logs import OUR_RUN_KEYS, of_known_text, too_few_tokens
 from check_ours import said_by
-from common import ROOT, TRACKS, handling, hold, launch, short
+from common import ROOT, TRACKS, short
 from logs import Log, parse_log, plain_text, read_log
+from runs import handling, hold, launch
 from tool import InputError, Parser, need, read_json, run_tool
 
 SCRIPT = ROOT / "train_gpt.py"

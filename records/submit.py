@@ -32,22 +32,10 @@ from check import check_folder, need_score
 from check_files import a_date
 from check_logs import OUR_RUN_KEYS
 from check_ours import BAKED
-from common import (
-    RECORDS,
-    ROOT,
-    TRACKS,
-    facts_of,
-    git,
-    handling,
-    is_number,
-    launch,
-    load_module,
-    markdown_table,
-    read_result,
-    short,
-)
+from common import RECORDS, ROOT, TRACKS, facts_of, is_number, markdown_table, read_result, short
 from layout import building
 from logs import Log, read_log
+from runs import git, handling, launch, load_module
 from tool import InputError, Parser, need, run_tool, write_json, write_text
 
 # Settings that say how a run was started, not what it was.

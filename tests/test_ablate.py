@@ -21,6 +21,7 @@ import ablate
 import common
 import draw
 import logs
+import runs
 from conftest import ROOT, TINY, quicker_script
 
 # Trains for `seconds` in steps of 0.05 s, checkpoints on SIGTERM and at its end, resumes a run of its own settings; its
@@ -152,6 +153,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "train_gpt.py").write_text(STAND_IN)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -214,9 +216,9 @@ def test_stops_in_time_and_resumes_the_run_in_hand(home, capsys):
 def command(home: Path, path: Path) -> list[str]:
     """The tool in an interpreter of its own, for the repository of the test."""
     code = f"""import sys; sys.path.insert(0, {str(ROOT / "records")!r})
-import ablate, common
+import ablate, common, runs
 from pathlib import Path
-ablate.ROOT = common.ROOT = Path({str(home)!r})
+ablate.ROOT = common.ROOT = runs.ROOT = Path({str(home)!r})
 sys.exit(common.run_tool(ablate.main, [{str(path)!r}]))"""
     return [sys.executable, "-c", code]
 

@@ -1,5 +1,6 @@
 """records/record.py: a run a seed, then the checked folder; what is refused before the first run."""
 
+import fcntl
 import functools
 import json
 import os
@@ -227,7 +228,7 @@ def test_a_run_that_outlives_the_tool_holds_its_lock(tmp_path, monkeypatch, capf
     lock.close()
     with pytest.raises(common.InputError, match="no other process"):
         record.hold(tmp_path / ".lock")
-    monkeypatch.setattr(common.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
     record.hold(tmp_path / ".lock").close()  # a disk without locks
 
 
