@@ -25,9 +25,9 @@ that diverged is skipped, with a line that says so.
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -212,9 +212,9 @@ def work(plan: Plan) -> None:
     todo = [line for line in plan.wanted() if key_of(line) not in done]
     origin = {"script_sha256": source, "commit": script.source_commit(), "versions": script.versions()}
     plan.home.mkdir(parents=True, exist_ok=True)
-    missing, scratch = {}, plan.home / f"artifact.{os.getpid()}.tmp"
+    missing = {}
     print(f"{plan.path.stem}: {len(plan.wanted())} exports, {len(todo)} to do", flush=True)
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
         for (seed, run), group in itertools.groupby(todo, lambda line: (line["seed"], line["run"])):
             reason, model = diverged(plan, run, seed), None
             try:
@@ -223,10 +223,8 @@ def work(plan: Plan) -> None:
                 missing[short(Path(error.filename))] = plan.place(run).rsplit("/", 1)[0]
                 continue
             for line in group:
-                found = {"skipped": reason} if reason else model.export(line["settings"], scratch)
+                found = {"skipped": reason} if reason else model.export(line["settings"], Path(scratch) / "artifact")
                 append(plan, line | found | origin | {"device": model.engine.device_name if model else None})
-    finally:
-        scratch.unlink(missing_ok=True)
     train = " and ".join(f"python records/ablate.py records/ablations/{name}.toml" for name in set(missing.values()))
     need(not missing, ", ".join(missing), "the weights of finished runs", "none", f"train them with {train}")
 

@@ -316,27 +316,23 @@ def unpack(packed: str | bytes) -> str | None:
     return None
 
 
-def parse_source(text: str) -> tuple[ast.Module | None, SyntaxError | None]:
+def read_source(path: Path, text: str, packed: bool = False) -> Source:
+    """A code file, or the script inside where it is a small loader round a compressed one."""
+    source = Source(path, path.stat().st_size, text, packed)
+    if path.suffix != ".py":
+        return source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.parse(text), None
+            source.tree = ast.parse(text)
     except SyntaxError as error:
-        return None, error
+        source.error = error
     except (ValueError, RecursionError, MemoryError) as error:
-        return None, SyntaxError(str(error) or type(error).__name__)
-
-
-def read_source(path: Path, text: str) -> Source:
-    source = Source(path, path.stat().st_size, text)
-    if path.suffix != ".py":
-        return source
-    source.tree, source.error = parse_source(text)
+        source.error = SyntaxError(str(error) or type(error).__name__)
     constants = [node.value for node in ast.walk(source.tree or ast.Pass()) if isinstance(node, ast.Constant)]
     longest = max((value for value in constants if isinstance(value, (str, bytes))), key=len, default="")
-    if len(longest) > max(2000, 0.5 * len(text)) and (inner := unpack(longest)):  # a small loader round it
-        tree, error = parse_source(inner)
-        source.text, source.packed, source.error, source.tree = inner, True, error, tree or source.tree
+    if not packed and len(longest) > max(2000, 0.5 * len(text)) and (inner := unpack(longest)):
+        return read_source(path, inner, packed=True)
     return source
 
 

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,14 +182,11 @@ def recorded_settings(run: Run) -> dict[str, object]:
 
 def preset_text(settings: dict[str, object]) -> str:
     """A preset as the scripts read it: name=value, separated by white space."""
-    lines = [f'    "{PRESET}": """']
-    for key, value in settings.items():
-        value = str(int(value)) if isinstance(value, bool) else str(value)
+    texts = {key: str(int(value)) if isinstance(value, bool) else str(value) for key, value in settings.items()}
+    for key, value in texts.items():
         need(re.fullmatch(r'[^\s"\\]*', value), key.upper(), "a value without blanks and quotes", value, "rename it")
-        if len(lines[-1]) + len(f"{key}={value}") > 115:
-            lines.append(" " * 7)
-        lines[-1] += f" {key}={value}" if lines[-1][-1] != '"' else f"{key}={value}"
-    return "\n".join(lines) + '""",\n'
+    wrapper = textwrap.TextWrapper(115, f'    "{PRESET}": """', " " * 8, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(" ".join(f"{key}={value}" for key, value in texts.items())) + '""",\n'
 
 
 def bake(source: str, settings: dict[str, object]) -> str:
