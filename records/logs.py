@@ -66,21 +66,13 @@ def quantity(text: str) -> Shown | None:
 
 
 @dataclass
-class StepLine:
-    """A line of a training log that names a step."""
+class Line:
+    """A line of a log that names a step, or states a validation score and no step."""
 
-    number: int  # of the line, from 1
-    step: int
+    number: int  # from 1
     values: dict[str, float]  # train_loss, val_loss, val_bpb, train_time (ms), step_avg (ms), ... as printed
-
-
-@dataclass
-class Score:
-    """A line of a log that states a validation score and no step."""
-
-    number: int  # of the line, from 1
-    label: str  # what stands before the score: final_int8_zlib_roundtrip_exact, diagnostic quantized, ...
-    values: dict[str, float]  # val_loss, val_bpb, eval_time (ms), ...
+    step: int | None = None
+    label: str = ""  # what stands before the score: final_int8_zlib_roundtrip_exact, diagnostic quantized, ...
 
 
 @dataclass
@@ -89,8 +81,8 @@ class Log:
 
     path: Path
     lines: list[str]
-    steps: list[StepLine] = field(default_factory=list)
-    all_scores: list[Score] = field(default_factory=list)  # in order
+    steps: list[Line] = field(default_factory=list)
+    all_scores: list[Line] = field(default_factory=list)  # in order
     config: dict | None = None  # of our own logs
     source: str | None = None  # the script at the head of our own logs
     script_sha256: str | None = None  # of the script, as our own logs state it
@@ -104,7 +96,7 @@ class Log:
     eval_total: tuple[int, float] | None = None  # line and time (ms) of all evaluation, where stated
 
     @property
-    def trained(self) -> list[StepLine]:
+    def trained(self) -> list[Line]:
         """The lines that report on a step of training, and do not only mention one."""
         return [line for line in self.steps if not {"train_loss", "val_loss", "train_time"}.isdisjoint(line.values)]
 
@@ -179,7 +171,7 @@ def read_step(log: Log, number: int, match: re.Match) -> None:
         values["train_loss"] = float(loss[1])
     if "t" in values:  # some scripts shorten it
         values.setdefault("train_time", values["t"])
-    log.steps.append(StepLine(number, int(match["a"] or match["b"] or match["c"]), values))
+    log.steps.append(Line(number, values, step=int(match["a"] or match["b"] or match["c"])))
 
 
 def read_score(log: Log, number: int, match: re.Match) -> None:
@@ -187,7 +179,7 @@ def read_score(log: Log, number: int, match: re.Match) -> None:
     if match["bare"]:  # a line that states nothing but BPB
         values["val_bpb"] = float(match["number"].rstrip("."))
     label = re.split(r"\s+\w+[:=]", match["label"])[0].strip(" :") + (match["bare"] or "")[3:]
-    log.all_scores.append(Score(number, label, values))
+    log.all_scores.append(Line(number, values, label=label))
 
 
 def read_size(log: Log, number: int, match: re.Match) -> None:

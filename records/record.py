@@ -166,9 +166,9 @@ def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
     mend = "choose another name, or give runs that are done to records/submit.py"
     need(log.source == plan.source, short(folder), "a run of this train_gpt.py", "one of another version", mend)
     asked = dataclasses.asdict(config)
-    keys = {*asked} - OUR_RUN_KEYS | {"seed"}
-    found = ", ".join(f"{n}={log.config.get(n)}, not {asked[n]}" for n in sorted(keys) if log.config.get(n) != asked[n])
-    need(not found, short(folder), "a run with these settings", found, mend)
+    for key in sorted({*asked} - OUR_RUN_KEYS | {"seed"}):
+        same, found = log.config.get(key) == asked[key], f"{key}={log.config.get(key)}, not {asked[key]}"
+        need(same, short(folder), "a run with these settings", found, mend)
     said = said_by(log)
     count, device = said.get("world_size"), said.get("device")
     need(count == plan.processes, short(folder), f"a run of {plan.processes} processes", count, mend)
