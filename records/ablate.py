@@ -539,13 +539,13 @@ def notes(matrix: Matrix, finished: list[tuple[Run, dict]], scored: dict[str, li
     results = [result for found in scored.values() for result in found]
     left, partial = len(matrix.runs()) - len(finished), sum(not result["complete"] for result in results)
     devices = {(result["device"], result["world_size"]) for result in results}
+    unfair = matrix.budget[0] == "seconds" and len(devices) > 1
     said = {
         f"**{left} of {len(matrix.runs())} runs are still to be done.**": left,
         f"**{len(diverged)} runs diverged and are in no mean.** {'; '.join(diverged)}.": diverged,
         f"**Partial: {partial} runs scored a part of the validation set only.**": partial,
         "Fewer than three seeds: this says which arm is ahead, and no more.": min(map(len, scored.values())) < 3,
-        "**Runs on different devices under a budget of time: no fair comparison.**": matrix.budget[0] == "seconds"
-        and len(devices) > 1,
+        "**Runs on different devices under a budget of time: no fair comparison.**": unfair,
     }
     return [note for note, holds in said.items() if holds]
 

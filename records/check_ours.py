@@ -11,10 +11,8 @@ from folder import Complaints, Submission, rule, weights_alone
 from logs import Log, parse_metrics
 from tool import InputError
 
-SIZES = {"bytes_artifact": "model", "bytes_code": "code", "bytes_total": "total"}  # of result.json; of a log
-SAID = """script_sha256 count_code seed steps tokens train_flops val_tokens layout dataset device world_size
-    train_time_ms eval_time_ms""".split()
-SLACK = {"train_time_ms": 1e-3, "train_flops": 5e-3}  # relative: the log rounds them
+# Relative: the log rounds them.
+SLACK = {"val_loss": 1e-7, "val_bpb": 1e-7, "train_time_ms": 1e-3, "train_flops": 5e-3}
 SHOWN = {"train_loss": 6e-5, "val_loss": 6e-5, "val_bpb": 6e-5, "train_time": 0.6}  # of a log; how finely it shows it
 
 
@@ -27,16 +25,8 @@ def our_numbers(s: Submission) -> Complaints:
         if log is None:
             yield "error", name, f"the log of {where}", "none"
             continue
-        score, listed = log.score() or {}, s.seed_results.get(seed, {})
-        for key in ("val_loss", "val_bpb"):
-            value = result.get(key)
-            if not is_number(value) or not abs(value - score.get(key, math.nan)) <= 1e-6:
-                yield "error", where, f"{key} {score.get(key)} of its log", value
-            elif is_number(listed.get(key)) and abs(listed[key] - value) > 1e-9:
-                yield "error", s.json_name, f"{key} {value} of {where}", listed[key]
-        said = said_by(log) | {key: log.size(kind) for key, kind in SIZES.items()}
-        for key in [*SIZES, *SAID, *(("loops", "eval_loops") if log.sizes else ())]:
-            found, expected = result.get(key), said.get(key)
+        for key, expected in said_by(log).items():
+            found = result.get(key)
             close = is_number(found) and is_number(expected) and abs(found - expected) <= SLACK.get(key, 0) * expected
             if found != expected and not close:
                 yield "error", where, f"{key} {expected} of its log", found
@@ -79,11 +69,28 @@ def differences(where: str, expected: object, found: object) -> Iterator[tuple]:
 
 
 def said_by(log: Log) -> dict[str, object]:
-    """What a log of ours says of its run, in the keys of result.json; the last word counts, if it was resumed."""
-    config, last = log.config or {}, log.steps[-1].step if log.steps else None
-    said = {"seed": log.seed, "val_tokens": log.val_tokens, "steps": last, "script_sha256": log.script_sha256}
-    said |= {"count_code": config.get("count_code"), "layout": config.get("layout")}
-    said["dataset"] = Path(str(config.get("data_path") or "")).name or None
+    """What a log of ours says of its run, in the keys of result.json, None where it does not; the last word counts, if
+    it was resumed."""
+    config, score = log.config or {}, log.score() or {}
+    times = [step.values["train_time"] for step in log.steps if {"val_loss", "train_time"} <= step.values.keys()]
+    said = {
+        "val_loss": score.get("val_loss"),
+        "val_bpb": score.get("val_bpb"),
+        "bytes_artifact": log.size("model"),
+        "bytes_code": log.size("code"),
+        "bytes_total": log.size("total"),
+        "script_sha256": log.script_sha256,
+        "count_code": config.get("count_code"),
+        "seed": log.seed,
+        "steps": log.steps[-1].step if log.steps else None,
+        "val_tokens": log.val_tokens,
+        "layout": config.get("layout"),
+        "dataset": Path(str(config.get("data_path") or "")).name or None,
+        "train_time_ms": times[-1] if times else None,
+        "eval_time_ms": next(reversed(log.values("eval_time")), None),
+        **dict.fromkeys(("tokens", "train_flops", "device", "world_size")),
+        **dict.fromkeys(("loops", "eval_loops") if log.sizes else ()),
+    }
     for line in log.lines:
         if match := re.match(r"score: .* before export, (\d+) passes\)", line):
             passes = re.search(r"x(\d+)", str(config.get("layout")))
@@ -92,9 +99,7 @@ def said_by(log: Log) -> dict[str, object]:
             said |= {"device": match[1], "world_size": int(match[2])}
         elif match := re.match(r"training: \d+ steps, (\d+) tokens, ([\d.e+]+) FLOPs", line):
             said |= {"tokens": int(match[1]), "train_flops": float(match[2])}
-    times = [step.values["train_time"] for step in log.steps if {"val_loss", "train_time"} <= step.values.keys()]
-    evals = log.values("eval_time")
-    return said | {"train_time_ms": times[-1] if times else None, "eval_time_ms": evals[-1] if evals else None}
+    return said
 
 
 def our_metrics(s: Submission, seed: str, log: Log) -> Complaints:

@@ -170,7 +170,7 @@ def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
         same, found = log.config.get(key) == asked[key], f"{key}={log.config.get(key)}, not {asked[key]}"
         need(same, short(folder), "a run with these settings", found, mend)
     said = said_by(log)
-    count, device = said.get("world_size"), said.get("device")
+    count, device = said["world_size"], said["device"]
     need(count == plan.processes, short(folder), f"a run of {plan.processes} processes", count, mend)
     same = device == plan.device or plan.device == "cpu" and str(device).startswith("cpu ")
     need(same, short(folder), f"a run on {plan.device}", device, mend)
