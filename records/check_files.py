@@ -155,8 +155,7 @@ def evaluation(s: Submission) -> Complaints:
     if s.limits.eval_cost is None:
         return
     for name, log in s.claimed.items():
-        found = re.search(r"^data: .* val bytes: (\d+)", "\n".join(log.lines), re.M)
-        size, config = int(found[1]) if found else 0, log.config or {}
+        size, config = log.said.get("val_bytes", 0), log.config or {}
         result = s.parse(f"result_seed{file_seed(name)}.json")
         for wrong in wrong_scoring(s.limits, config, size, result.get("loops"), result.get("eval_loops")):
             yield "error", name, *wrong

@@ -79,7 +79,6 @@ def said_by(log: Log) -> dict[str, object]:
         "bytes_artifact": log.size("model"),
         "bytes_code": log.size("code"),
         "bytes_total": log.size("total"),
-        "script_sha256": log.script_sha256,
         "count_code": config.get("count_code"),
         "seed": log.seed,
         "steps": log.steps[-1].step if log.steps else None,
@@ -88,17 +87,12 @@ def said_by(log: Log) -> dict[str, object]:
         "dataset": Path(str(config.get("data_path") or "")).name or None,
         "train_time_ms": times[-1] if times else None,
         "eval_time_ms": next(reversed(log.values("eval_time")), None),
-        **dict.fromkeys(("tokens", "train_flops", "device", "world_size")),
-        **dict.fromkeys(("loops", "eval_loops") if log.sizes else ()),
+        **{key: log.said.get(key) for key in ("script_sha256", "device", "world_size", "tokens", "train_flops")},
     }
-    for line in log.lines:
-        if match := re.match(r"score: .* before export, (\d+) passes\)", line):
-            passes = re.search(r"x(\d+)", str(config.get("layout")))
-            said |= {"eval_loops": int(match[1]), "loops": int(passes[1]) if passes else 1}
-        elif match := re.match(r"device: (.+?)  processes: (\d+)  ", line):
-            said |= {"device": match[1], "world_size": int(match[2])}
-        elif match := re.match(r"training: \d+ steps, (\d+) tokens, ([\d.e+]+) FLOPs", line):
-            said |= {"tokens": int(match[1]), "train_flops": float(match[2])}
+    if log.sizes:  # it came to its end
+        looped = re.search(r"x(\d+)", str(config.get("layout")))
+        said["eval_loops"] = log.said.get("eval_loops")
+        said["loops"] = said["eval_loops"] and (int(looped[1]) if looped else 1)
     return said
 
 
@@ -149,8 +143,9 @@ def our_source(s: Submission) -> Complaints:
             yield "error", name, "the script's source at its head", "none"
             continue
         hashes = [hashlib.sha256((log.source + end).encode()).hexdigest() for end in ("", "\n")]
-        if log.script_sha256 and log.script_sha256 not in hashes:
-            yield "error", name, f"the source of SHA-256 {log.script_sha256[:12]}, as it says", hashes[0][:12]
+        stated = log.said.get("script_sha256", hashes[0])
+        if stated not in hashes:
+            yield "error", name, f"the source of SHA-256 {stated[:12]}, as it says", hashes[0][:12]
         logged, here = plain(log.source), plain(shipped.text if shipped else "")
         if logged != here:
             both = enumerate(zip(logged.splitlines(), here.splitlines()), 1)

@@ -8,7 +8,6 @@ turned with the bits per byte and the loss of the run's own validation. Dotted l
 What is not finite is left out, and a line says so; without a finite validation the picture is in nats a token.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from common import is_number, read_result
 from draw import COLORS, canvas, draw_line, finite, save_picture, tidy, zoom
-from logs import read_metrics
+from logs import read_log, read_metrics
 from tool import Parser, need, run_tool
 
 X_AXES = {  # name: (key of metrics.jsonl, unit divided out, label)
@@ -76,11 +75,7 @@ def read_curve(folder: Path, axis: str, label: str) -> Curve:
 def read_switches(folder: Path, rows: list[dict]) -> list[tuple[int, int, int]]:
     """(step, passes before, passes after) of every change, from train.log, else from the metrics (less exact)."""
     log = folder / "train.log"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    said = {
-        int(step): (int(a), int(b))
-        for step, a, b in re.findall(r"^step:(\d{1,15})/\d+ loops:(\d{1,4})->(\d{1,4})", text, re.M)
-    }
+    said = read_log(log).switches if log.is_file() else {}
     if not said:  # a resumed run may say a change twice, hence the dictionary
         with_loops = [row for row in rows if is_number(row.get("loops"))]
         pairs = [(a, b) for a, b in zip(with_loops, with_loops[1:]) if a["loops"] != b["loops"]]

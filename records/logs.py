@@ -85,7 +85,8 @@ class Log:
     all_scores: list[Line] = field(default_factory=list)  # in order
     config: dict | None = None  # of our own logs
     source: str | None = None  # the script at the head of our own logs
-    script_sha256: str | None = None  # of the script, as our own logs state it
+    said: dict[str, object] = field(default_factory=dict)  # what else our own logs state, the groups of OURS
+    switches: dict[int, tuple[int, int]] = field(default_factory=dict)  # step of a change of passes: before, after
     settings: dict[str, str] = field(default_factory=dict)  # hyperparameters as other people's logs print them
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # model, code, code_compressed, total: line, bytes
     val_tokens: int | None = None
@@ -149,7 +150,14 @@ OUR_SIZE = re.compile(
     r"\(code (?P<code>\d+)(?: packed)?(?:, not counted)?(?: packed)? \+ artifact (?P<model>\d+)"
 )
 CONFIG = re.compile(r"config: (\{.*)")
-SCRIPT = re.compile(r"run: .*\bsha256: ([0-9a-f]{64})\b")
+OURS = re.compile(
+    r"run: .*\bsha256: (?P<script_sha256>[0-9a-f]{64})\b"
+    r"|device: (?P<device>.+?)  processes: (?P<world_size>\d{1,9})  "
+    r"|data: .* val bytes: (?P<val_bytes>\d{1,15})"
+    r"|score: .* before export, (?P<eval_loops>\d{1,9}) passes\)"
+    r"|training: \d+ steps, (?P<tokens>\d{1,15}) tokens, (?P<train_flops>\d+(?:\.\d+)?(?:e\+?\d+)?) FLOPs"
+)
+KINDS = {"script_sha256": str, "device": str, "train_flops": float}  # of what it finds; the others are whole numbers
 RESUME = re.compile(r"resume: from step:(\d{1,15});")
 VAL_TOKENS = re.compile(r"(?:val_loader:.*\btokens:|(?i:val(?:idation)?[_ ]tokens): ?|data: .* val tokens: )([\d,]+)")
 SETTING = re.compile(r"\b([a-z_]\w*)[:=] ?([^\s:=]+)(?=\s|$)")
@@ -171,7 +179,10 @@ def read_step(log: Log, number: int, match: re.Match) -> None:
         values["train_loss"] = float(loss[1])
     if "t" in values:  # some scripts shorten it
         values.setdefault("train_time", values["t"])
-    log.steps.append(Line(number, values, step=int(match["a"] or match["b"] or match["c"])))
+    step = int(match["a"] or match["b"] or match["c"])
+    log.steps.append(Line(number, values, step))
+    if passes := re.match(r" loops:(\d{1,4})->(\d{1,4})", rest):
+        log.switches[step] = (int(passes[1]), int(passes[2]))
 
 
 def read_score(log: Log, number: int, match: re.Match) -> None:
@@ -210,11 +221,11 @@ def read_head_line(log: Log, line: str) -> None:
 
 
 def read_line(log: Log, number: int, line: str) -> None:
-    """Adds what a line says to `log`. The first form that it has counts."""
+    """Adds what a line says to `log`. The first form that it has counts, and of what we say, the last word."""
+    if match := OURS.match(line):
+        log.said |= {name: KINDS.get(name, int)(text) for name, text in match.groupdict().items() if text}
     if match := CONFIG.match(line):
         log.config = log.config or read_config(match[1])
-    elif match := SCRIPT.match(line):
-        log.script_sha256 = log.script_sha256 or match[1]
     elif match := STEP.match(line):
         read_step(log, number, match)
     elif match := SCORE.match(line):
