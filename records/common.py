@@ -15,17 +15,7 @@ ROOT = RECORDS.parent
 if str(ROOT / "data") not in sys.path:
     sys.path.insert(1, str(ROOT / "data"))  # behind the folder of the tool that was started
 
-from tool import (  # noqa: E402, F401  (handed on to tests and retrofit/)
-    InputError,
-    Parser,
-    atomic,
-    need,
-    read_json,
-    run_tool,
-    sha256_of,
-    write_json,
-    write_text,
-)
+from tool import InputError, Parser, need, read_json, run_tool, write_text  # noqa: E402, F401 (for tests and retrofit/)
 
 NATS_TO_BEAT = 0.005  # a record must beat the last by this many nats a token ...
 P_TO_BEAT = 0.01  # ... at this p
@@ -59,7 +49,6 @@ TRACKS = {
     "mini40": mini("its trials, 40,000 bytes and 1.25e13 FLOPs", 40_000, 1.25e13),
     "local": Track("own text, own machine: to be compared within one dataset only", counts_code=None, fineweb=False),
 }
-
 
 LARGEST = 1e100  # what is larger is no measurement, and overflows where it is drawn or squared
 # Keys of result.json whose values are numbers, or null where there is none.

@@ -251,11 +251,9 @@ class Submission:
     @cached_property
     def entry(self) -> str | None:
         """The script that trains: train_gpt.py, or the one that most likely is it."""
-        names = [name for name in self.files if "/" not in name and name.endswith(".py")]
-        if "train_gpt.py" in names and self.files["train_gpt.py"].stat().st_size:
-            return "train_gpt.py"
-        near = [name for name in names if name.startswith("train")]
-        return near[0] if near else "train_gpt.py" if "train_gpt.py" in names else None
+        near = [name for name in self.files if re.fullmatch(r"train[^/]*\.py", name)]
+        whole = [name for name in near if name == "train_gpt.py" and self.files[name].stat().st_size]
+        return next(iter(whole + near), None)
 
     @cached_property
     def shipped(self) -> dict[str, "Source"]:
