@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import layout
@@ -22,6 +23,7 @@ from tool import InputError, Parser, need, read_json, run_tool, sha256_of, write
 REPO = "willdepueoai/parameter-golf"
 PREFIX = "datasets"  # everything of the export lies below this folder of the repository
 DEFAULT_SHARDS = 80
+DOCUMENTS = ("docs_selected.source_manifest.json", "docs_selected.jsonl")
 MADE_BY = "data/fineweb.py"
 WITHOUT_NETWORK = (
     "without network: python data/offline.py builds a corpus from the documentation installed here, and "
@@ -50,8 +52,8 @@ def one_line(where: str):
         raise InputError(f"cannot get data from {where} ({found}); {again}; {WITHOUT_NETWORK}") from None
 
 
-def plan(manifest: dict, variant: str, shards: int | None, where: str) -> tuple[str, int, int, str]:
-    """(dataset name, training shards, validation shards, tokenizer path) of a variant in the hub's manifest.
+def plan(manifest: dict, variant: str, shards: int | None, where: str) -> tuple[str, str, list[str]]:
+    """(dataset name, path of its tokenizer, paths of its shards) of a variant in the hub's manifest.
 
     shards: training shards wanted, None for the usual number. An InputError says what there is instead.
     """
@@ -60,68 +62,21 @@ def plan(manifest: dict, variant: str, shards: int | None, where: str) -> tuple[
         published = {}
         for entry in manifest["datasets"]:
             counts = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
-            published[entry["name"].rpartition("_")[2]] = (entry["name"], *counts, models.get(entry["tokenizer_name"]))
+            published[entry["name"].rpartition("_")[2]] = (entry["name"], models.get(entry["tokenizer_name"]), *counts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         found = f"found {type(error).__name__} {error}; check --repo"
         raise InputError(f"{where}: expected the challenge's datasets and tokenizers, {found}") from None
-    known = ", ".join(sorted(short for short, entry in published.items() if entry[3])) or "none"
-    name, train, val, model = published.get(variant, (None, 0, 0, None))
+    known = ", ".join(sorted(short for short, entry in published.items() if entry[1])) or "none"
+    name, model, train, val = published.get(variant, (None, None, 0, 0))
     if model is None:
         problem = "has no SentencePiece model, and the trainers read no other" if name else "is not published"
         raise InputError(f"--variant {variant}: {problem} in {where}; there are: {known}")
     if not re.fullmatch(r"\w[\w.-]*", name) or not re.fullmatch(r"tokenizers/\w[\w.-]*", str(model)):
         raise InputError(f"{where}: refusing {name!r} with {model!r}, which may lead out of the data folder")
     need((shards or 0) <= train, "--train-shards", f"at most {train} of variant {variant}", shards)
-    return name, min(shards or DEFAULT_SHARDS, train), val, model
-
-
-class Hub:
-    """One state of the dataset repository. What arrives lies in a folder of its own until it is found right."""
-
-    def __init__(self, endpoint: str | None, repo: str, revision: str | None, root: Path):
-        from huggingface_hub import HfApi, utils  # which read their environment variables when imported
-
-        if not sys.stderr.isatty():
-            utils.disable_progress_bars()
-        self.api, self.repo, self.root = HfApi(endpoint=endpoint), repo, root
-        self.where = f"{self.api.endpoint}, dataset {repo}"
-        self.arrivals = root / "fineweb.part"
-        with one_line(self.where):
-            self.commit = self.api.dataset_info(repo, revision=revision, timeout=20).sha
-
-    def fetch(self, paths: list[str]) -> None:
-        """Brings files, each whole or not at all, into `arrivals`; those there from an earlier try stay."""
-        with one_line(self.where):
-            self.api.snapshot_download(
-                self.repo,
-                repo_type="dataset",
-                revision=self.commit,
-                allow_patterns=[f"{PREFIX}/{path}" for path in paths],
-                local_dir=self.arrivals,
-            )
-
-    def manifest(self) -> dict:
-        self.fetch(["manifest.json"])
-        return read_json(self.arrivals / PREFIX / "manifest.json", f"the manifest of {self.where}")
-
-    def stated(self, paths: list[str]) -> dict[str, tuple[int, str | None]]:
-        """{path: (bytes, SHA-256; None for a small file that git holds itself)} as the hub states them."""
-        remote = [f"{PREFIX}/{path}" for path in paths]
-        with one_line(self.where):
-            found = self.api.get_paths_info(self.repo, remote, revision=self.commit, repo_type="dataset")
-        stated = {file.path.removeprefix(f"{PREFIX}/"): (file.size, file.lfs and file.lfs.sha256) for file in found}
-        missing = next((path for path in paths if path not in stated), None)
-        need(missing is None, self.where, missing, "no such file", "ask for fewer --train-shards")
-        return stated
-
-    def place(self, path: str, size: int, sha256: str | None) -> None:
-        """Moves an arrived file to where it belongs. Raises InputError if it has not the stated content."""
-        arrived, place = self.arrivals / PREFIX / path, self.root / path
-        if not is_right(arrived, size, sha256):
-            arrived.unlink(missing_ok=True)
-            raise InputError(f"{path}: arrived with the wrong content; run the same command again")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(arrived, place)
+    counts = {"val": val, "train": min(shards or DEFAULT_SHARDS, train)}
+    names = [f"fineweb_{split}_{number:06d}.bin" for split, count in counts.items() for number in range(count)]
+    return name, model, [f"datasets/{name}/{shard}" for shard in names]
 
 
 def is_right(path: Path, size: int, sha256: str | None) -> bool:
@@ -130,8 +85,8 @@ def is_right(path: Path, size: int, sha256: str | None) -> bool:
     return right and sha256 in (None, sha256_of(path))
 
 
-def describe(folder: Path, model_path: Path, stated: dict, hub: Hub) -> tuple[int, int, int]:
-    """Writes the dataset's manifest; returns (vocabulary size, training tokens, validation tokens)."""
+def describe(folder: Path, model_path: Path, stated: dict, hub: dict) -> None:
+    """Writes the manifest of what lies in the dataset's folder."""
     splits = {}
     for split in ("train", "val"):
         files = []
@@ -139,27 +94,43 @@ def describe(folder: Path, model_path: Path, stated: dict, hub: Hub) -> tuple[in
             size, sha256 = stated.get(f"datasets/{folder.name}/{path.name}") or (path.stat().st_size, sha256_of(path))
             files.append({"name": path.name, "tokens": layout.shard_tokens(path), "bytes": size, "sha256": sha256})
         splits[split] = {"tokens": sum(file["tokens"] for file in files), "files": files}
-    model = layout.load_sentencepiece(model_path)
-    facts = {"made_by": MADE_BY, "hub": {"repo": hub.repo, "revision": hub.commit}}
-    entry = layout.tokenizer_entry(model_path, model, sha256_of(model_path))
-    write_json(folder / "manifest.json", {"name": folder.name, "tokenizer": entry, "splits": splits, **facts})
-    return model.vocab_size(), splits["train"]["tokens"], splits["val"]["tokens"]
+    entry = layout.tokenizer_entry(model_path, layout.load_sentencepiece(model_path), sha256_of(model_path))
+    layout.write_manifest(folder, folder.name, entry, splits, made_by=MADE_BY, hub=hub)
 
 
-def download(args) -> tuple[Path, Path, tuple[int, int, int]]:
-    """Does the whole job of the command line; returns (dataset folder, tokenizer path, what `describe` counted)."""
+def download(args) -> Path:
+    """Does the whole job of the command line; returns the dataset's folder.
+
+    What arrives lies in a folder of its own, where the next run finds it, until it is found right.
+    """
+    from huggingface_hub import HfApi, utils  # which read their environment variables when imported
+
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
     root = Path(args.out).resolve()
-    hub = Hub(args.endpoint, args.repo, args.revision, root)
-    manifest = hub.manifest()
-    name, train, val, model = plan(manifest, args.variant, args.train_shards, f"the manifest of {hub.where}")
+    arrivals = root / "fineweb.part"
+    api = HfApi(endpoint=args.endpoint)
+    where = f"{api.endpoint}, dataset {args.repo}"
+    with one_line(where):
+        commit = api.dataset_info(args.repo, revision=args.revision, timeout=20).sha
+        state = {"repo_id": args.repo, "repo_type": "dataset", "revision": commit}
+        fetch = partial(api.snapshot_download, **state, local_dir=arrivals)
+        fetch(allow_patterns=f"{PREFIX}/manifest.json")
+    manifest = read_json(arrivals / PREFIX / "manifest.json", f"the manifest of {where}")
+    name, model, shards = plan(manifest, args.variant, args.train_shards, f"the manifest of {where}")
     folder = root / "datasets" / name
     downloaded = layout.manifest_of(folder).get("made_by", MADE_BY) == MADE_BY
     need(downloaded, layout.show(folder), "downloaded shards", "your own", "choose another --out")
-    paths = [model]
-    paths += [f"datasets/{name}/fineweb_val_{number:06d}.bin" for number in range(val)]
-    paths += [f"datasets/{name}/fineweb_train_{number:06d}.bin" for number in range(train)]
-    paths += ["docs_selected.source_manifest.json", "docs_selected.jsonl"] * args.with_docs
-    stated = hub.stated(paths)
+
+    remote = [f"{PREFIX}/{path}" for path in (model, *shards, *(DOCUMENTS if args.with_docs else ()))]
+    with one_line(where):
+        found = {file.path: file for file in api.get_paths_info(paths=remote, **state)}
+    lacking = next((path for path in remote if path not in found), None)
+    need(lacking is None, where, lacking, "no such file", "ask for fewer --train-shards")
+    # {path: (bytes, SHA-256; None for a small file that git holds itself)}
+    stated = {
+        path.removeprefix(f"{PREFIX}/"): (file.size, file.lfs and file.lfs.sha256) for path, file in found.items()
+    }
     layout.claim_tokenizer(root, root / model, name, stated[model][1] or "", "choose another --out")
     missing = []
     for path, (size, sha256) in stated.items():
@@ -168,17 +139,23 @@ def download(args) -> tuple[Path, Path, tuple[int, int, int]]:
             missing.append(path)
     if missing:
         print(f"downloading {len(missing)} files, {layout.size(sum(stated[path][0] for path in missing))}", flush=True)
-        hub.fetch(missing)
+        with one_line(where):
+            fetch(allow_patterns=[f"{PREFIX}/{path}" for path in missing])
     for path in missing:
-        hub.place(path, *stated[path])
+        arrived = arrivals / PREFIX / path
+        if not is_right(arrived, *stated[path]):
+            arrived.unlink(missing_ok=True)
+            raise InputError(f"{path}: arrived with the wrong content; run the same command again")
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(arrived, root / path)
     write_json(root / "manifest.json", manifest)
-    checked = describe(folder, root / model, stated, hub)
-    shutil.rmtree(hub.arrivals)
+    describe(folder, root / model, stated, {"repo": args.repo, "revision": commit})
+    shutil.rmtree(arrivals)
     print(f"{layout.show(folder)}: {len(missing)} files downloaded, {len(stated) - len(missing)} were here")
-    return folder, root / model, checked
+    return folder
 
 
-def parse(argv: list[str] | None = None):
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--variant", default="sp1024", help="tokenizer variant (default sp1024)")
@@ -195,11 +172,7 @@ def parse(argv: list[str] | None = None):
     address = not args.endpoint or re.match("https?://", args.endpoint)
     need(address, "--endpoint", "an address of http:// or https://", repr(args.endpoint))
     need(re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo), "--repo", "owner/name", repr(args.repo))
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    layout.finish(*download(parse(argv)))
+    layout.finish(download(args))
     return 0
 
 

@@ -1,18 +1,11 @@
 """What the data tools share: the shard format, datasets that are whole or absent, tokenizers, the trainers' reader.
 
-On disk, below a root (this folder unless `--out` says otherwise):
-
-    datasets/<name>/fineweb_train_000000.bin ...   token shards
-    datasets/<name>/fineweb_val_000000.bin ...
-    datasets/<name>/manifest.json                  what they were made from, and the SHA-256 of their tokenizer
-    tokenizers/<tokenizer>.model                   the SentencePiece model that made them
-
-A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then the tokens as
-little-endian uint16. It is the format of the parameter-golf challenge, so its shards and ours can be exchanged.
+data/README.md says what lies where below a root (this folder unless `--out` says otherwise). A shard is 256
+little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then the tokens as little-endian uint16: the
+format of the parameter-golf challenge, so that its shards and ours can be exchanged.
 """
 
 import argparse
-import importlib
 import importlib.util
 import os
 import platform
@@ -20,16 +13,16 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from tool import ROOT, InputError, atomic, need, read_json, sha256_of
+from tool import ROOT, InputError, need, read_json, sha256_of, write_json
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
-HEADER_INTS = 256
-HEADER_BYTES = 4 * HEADER_INTS
+HEADER_BYTES = 1024
 MAX_VOCAB = 65_536  # a token is a uint16
 DATA_ROOT = Path(__file__).resolve().parent
 
@@ -39,7 +32,7 @@ DATA_ROOT = Path(__file__).resolve().parent
 
 def shard_header(tokens: int) -> bytes:
     """The 1,024 header bytes of a shard of `tokens` tokens."""
-    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens
     return header.tobytes()
 
@@ -56,53 +49,40 @@ def shard_tokens(path: Path) -> int:
     return tokens
 
 
-class ShardWriter:
+def write_shards(folder: Path, split: str, stream: Iterable[np.ndarray], shard_tokens: int) -> list[dict]:
     """Cuts a stream of tokens into `fineweb_<split>_000000.bin`, `..._000001.bin`, ... of `shard_tokens` tokens each.
 
-    Memory stays at what `add` is given: tokens go straight to the file, whose header is filled in when it closes.
+    stream: arrays of integers of shape [n] that fit in uint16. Returns the manifest entries {name, tokens, bytes,
+    sha256} of the shards. Memory stays at one shard.
     """
+    shard = np.empty(shard_tokens, dtype="<u2")
+    filled, entries = 0, []
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int):
-        self.folder = Path(folder)
-        self.split = split
-        self.shard_tokens = shard_tokens
-        self.tokens = 0
-        self.entries = []
-        self.file = None  # open, of the shard in hand
-        self.filled = 0  # its tokens
+    def close() -> None:
+        path = folder / f"fineweb_{split}_{len(entries):06d}.bin"
+        with open(path, "wb") as file:
+            file.write(shard_header(filled))
+            file.write(shard[:filled])  # tofile would not say that the disk is full
+        entries.append(file_entry(path, tokens=filled))
 
-    def add(self, tokens: np.ndarray) -> None:
-        """Appends tokens, integers of shape [n] that fit in uint16, to the stream."""
+    for tokens in stream:
         low, high = (tokens.min(), tokens.max()) if tokens.size else (0, 0)
         need(0 <= low and high < MAX_VOCAB, "tokens", f"ids of 0..{MAX_VOCAB - 1}", f"{low}..{high}")
         while tokens.size:
-            if self.file is None:
-                self.path = self.folder / f"fineweb_{self.split}_{len(self.entries):06d}.bin"
-                self.file = open(self.path, "wb")  # noqa: SIM115 (open across calls)
-                self.file.write(shard_header(0))
-                self.filled = 0
-            piece = tokens[: self.shard_tokens - self.filled]
-            self.file.write(piece.astype("<u2").tobytes())
-            self.filled += piece.size
-            self.tokens += piece.size
+            piece = tokens[: shard_tokens - filled]
+            shard[filled : filled + piece.size] = piece
+            filled += piece.size
             tokens = tokens[piece.size :]
-            if self.filled == self.shard_tokens:
-                self.close()
-
-    def close(self) -> list[dict]:
-        """Finishes the shard in hand; returns the manifest entries {name, tokens, bytes, sha256} of all of them."""
-        if self.file is not None:
-            self.file.seek(0)
-            self.file.write(shard_header(self.filled))
-            self.file.close()
-            self.file = None
-            self.entries.append(file_entry(self.path, tokens=self.filled))
-        return self.entries
+            if filled == shard_tokens:
+                close()
+                filled = 0
+    if filled:
+        close()
+    return entries
 
 
 def file_entry(path: Path, **more) -> dict:
     """{name, bytes, sha256, ...} of a file, for a manifest."""
-    path = Path(path)
     return {"name": path.name, **more, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -164,13 +144,6 @@ def claim_tokenizer(root: Path, path: Path, dataset: str, sha256: str, mend: str
     need(users, show(path), "no file", "a tokenizer that no dataset's manifest names", mend)
 
 
-def place_tokenizer(path: Path, model: bytes) -> None:
-    """Writes a tokenizer that `claim_tokenizer` has let pass."""
-    if not path.exists() or path.read_bytes() != model:
-        with atomic(path, "wb") as file:
-            file.write(model)
-
-
 def load_sentencepiece(path: Path):
     """The SentencePieceProcessor of a `.model` file. Raises InputError if it is missing, foreign or too large."""
     import sentencepiece
@@ -189,34 +162,33 @@ def load_sentencepiece(path: Path):
 
 def tokenizer_entry(path: Path, model, sha256: str) -> dict:
     """What a dataset's manifest says of its tokenizer. The trainers compare the hash before they train."""
-    return {
-        "path": f"tokenizers/{path.name}",
-        "vocab_size": model.vocab_size(),
-        "bos_id": model.bos_id(),
-        "sha256": sha256,
-    }
+    sizes = {"vocab_size": model.vocab_size(), "bos_id": model.bos_id()}
+    return {"path": f"tokenizers/{path.name}", **sizes, "sha256": sha256}
+
+
+def write_manifest(folder: Path, name: str, tokenizer: dict, splits: dict, **facts) -> None:
+    """Writes the manifest of the dataset `name`. splits: {"train": {"tokens", "files", ...}, "val": ...}."""
+    write_json(folder / "manifest.json", {"name": name, "tokenizer": tokenizer, "splits": splits, **facts})
 
 
 # ---- the trainers' reader --------------------------------------------------------------------------------------------
 
 
-def trainer_names() -> list[str]:
-    """The training scripts, the one to use on this machine first."""
+def trainer_name() -> str:
+    """The training script to use on this machine."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64" and importlib.util.find_spec("mlx")
-    return ["train_gpt_mlx", "train_gpt"] if apple else ["train_gpt", "train_gpt_mlx"]
+    return "train_gpt_mlx" if apple else "train_gpt"
 
 
 def load_trainer():
-    """The module of a training script, whose reader judges data and tokenizers."""
+    """The module of that script, whose reader judges data and tokenizers."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    problems = []
-    for name in trainer_names():
-        try:
-            return importlib.import_module(name)
-        except ImportError as error:
-            problems.append(f"{name}.py: {error}")
-    raise InputError(f"the trainers' reader cannot load ({'; '.join(problems)}); run: pip install -r requirements.txt")
+    try:
+        return importlib.import_module(trainer_name())
+    except ImportError as error:
+        mend = "run: pip install -r requirements.txt"
+        raise InputError(f"the trainers' reader cannot load ({trainer_name()}.py: {error}); {mend}") from None
 
 
 @contextmanager
@@ -229,10 +201,12 @@ def judged_by_trainer():
         raise InputError(str(error)) from None
 
 
-def check_tokenizer(path: Path) -> None:
-    """Raises InputError for a tokenizer that the trainers would refuse whatever the text."""
+def check_tokenizer(path: Path, data_path: Path | str = "") -> int:
+    """The pieces of a tokenizer. Raises InputError for one that the trainers would refuse, alone or with the data."""
+    pieces = load_sentencepiece(path).vocab_size()
     with judged_by_trainer() as trainer:
-        trainer.load_tokenizer(str(path), load_sentencepiece(path).vocab_size())
+        trainer.load_tokenizer(str(path), pieces, str(data_path))
+    return pieces
 
 
 def check_text(folder: Path, model) -> None:
@@ -248,23 +222,25 @@ def check_dataset(data_path: Path, tokenizer_path: Path) -> tuple[int, int, int]
 
     Raises InputError, in their words, if anything is missing or damaged or does not belong together.
     """
-    pieces = load_sentencepiece(tokenizer_path).vocab_size()
+    pieces = check_tokenizer(tokenizer_path, data_path)
     with judged_by_trainer() as trainer:
-        trainer.load_tokenizer(str(tokenizer_path), pieces, str(data_path))
         train, val = (trainer.find_shards(str(data_path), split, pieces) for split in ("train", "val"))
     return pieces, sum(map(len, train)), sum(map(len, val))
 
 
-def finish(data_path: Path, tokenizer_path: Path, checked: tuple[int, int, int]) -> None:
-    """Prints what `check_dataset` found, and the command to type in the repository's root to train on it."""
-    vocab_size, train, val = checked
+def finish(folder: Path) -> None:
+    """Prints what the manifest of a checked dataset states, and the command that trains on it."""
+    manifest = manifest_of(folder)
+    tokenizer = manifest["tokenizer"]
     paths = []
-    for path in (data_path, tokenizer_path):
+    for path in (folder, folder.parent.parent / tokenizer["path"]):
         path = Path(os.path.abspath(path))
         paths.append(shlex.quote(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)))
-    vocabulary = "" if vocab_size == 1024 else f"VOCAB_SIZE={vocab_size} "
-    print(f"checked: {train:,} training and {val:,} validation tokens, vocabulary {vocab_size}")
-    print(f"train on it: DATA_PATH={paths[0]} TOKENIZER_PATH={paths[1]} {vocabulary}python {trainer_names()[0]}.py")
+    pieces = tokenizer["vocab_size"]
+    train, val = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
+    vocabulary = "" if pieces == 1024 else f"VOCAB_SIZE={pieces} "
+    print(f"checked: {train:,} training and {val:,} validation tokens, vocabulary {pieces}")
+    print(f"train on it: DATA_PATH={paths[0]} TOKENIZER_PATH={paths[1]} {vocabulary}python {trainer_name()}.py")
 
 
 # ---- for people ------------------------------------------------------------------------------------------------------
@@ -277,10 +253,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def check_vocabulary(pieces: int) -> None:
-    """Raises InputError for a --vocab-size that no tokenizer made here can have."""
-    bounds = f"300 (4 control and 256 byte pieces come first) to {MAX_VOCAB} (tokens are uint16)"
-    need(300 <= pieces <= MAX_VOCAB, "--vocab-size", bounds, pieces)
+def vocabulary(text: str) -> int:
+    """The type of --vocab-size."""
+    pieces = positive(text)
+    if not 300 <= pieces <= MAX_VOCAB:
+        bounds = f"300 (4 control and 256 byte pieces come first) to {MAX_VOCAB} (tokens are uint16)"
+        raise argparse.ArgumentTypeError(f"expected {bounds}, found {pieces}")
+    return pieces
+
+
+def folder_name(text: str) -> str:
+    """The type of --name."""
+    if not text or text != Path(text).name or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"expected a plain folder name, found {text!r}")
+    return text
 
 
 def size(count: float) -> str:
@@ -297,8 +283,8 @@ def show(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def progress(total: int, what: str, unit: str = "B"):
+def progress(total: int, what: str, unit: str = "B", items: Iterable | None = None):
     """A tqdm bar that shows itself on a terminal only, so that files never see control characters."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, disable=None)
+    return tqdm(items, total=total, desc=what, unit=unit, unit_scale=True, dynamic_ncols=True, disable=None)

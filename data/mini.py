@@ -15,7 +15,7 @@ from pathlib import Path
 
 import layout
 import numpy as np
-from tool import InputError, Parser, need, run_tool, write_json
+from tool import InputError, Parser, need, run_tool
 
 SOURCE, NAME = "fineweb10B_sp1024", "mini_sp1024"
 HELD_OUT = 1_000_000  # bytes of text, at least
@@ -34,43 +34,40 @@ def first_documents(shards: list[Path], model, least: int) -> np.ndarray:
     raise InputError(f"validation set: expected documents of {least:,} bytes together, found {size:,}; give more text")
 
 
-def link(path: Path, place: Path) -> None:
-    """A second name for a file; a copy where the disk has no such thing."""
-    try:
-        os.link(path, place)
-    except OSError:
-        shutil.copyfile(path, place)
-
-
-def build(source: Path, name: str, force: bool) -> tuple[Path, Path]:
-    """Makes datasets/<name> beside `source`; returns its folder and the path of its tokenizer."""
-    plain = name and name == Path(name).name and not name.startswith(".") and name != source.name
-    need(plain, "--name", f"a plain folder name other than {source.name}", repr(name), "choose another")
+def build(source: Path, name: str, force: bool) -> Path:
+    """Makes datasets/<name> beside `source`; returns its folder."""
+    need(name != source.name, "--name", f"another name than {source.name}", repr(name), "choose another")
     manifest = layout.manifest_of(source)
     mend = "run python data/fineweb.py --train-shards 1, or name a dataset with --source"
     need("tokenizer" in manifest, layout.show(source), "a dataset with a manifest.json", "none", mend)
     tokenizer = source.parent.parent / manifest["tokenizer"]["path"]
     layout.check_dataset(source, tokenizer)
-    model, folder = layout.load_sentencepiece(tokenizer), source.with_name(name)
+    folder = source.with_name(name)
     with layout.building(folder, replace=force) as part:
-        writer = layout.ShardWriter(part, "val", 1 << 30)
-        writer.add(first_documents(sorted(source.glob("fineweb_val_*.bin")), model, HELD_OUT))
-        splits = {"train": manifest["splits"]["train"], "val": {"tokens": writer.tokens, "files": writer.close()}}
+        shards = sorted(source.glob("fineweb_val_*.bin"))
+        tokens = first_documents(shards, layout.load_sentencepiece(tokenizer), HELD_OUT)
+        val = {"tokens": tokens.size, "files": layout.write_shards(part, "val", [tokens], tokens.size)}
         for path in sorted(source.glob("fineweb_train_*.bin")):
-            link(path, part / path.name)
-        facts = {"name": name, "tokenizer": manifest["tokenizer"], "splits": splits, "made_by": "data/mini.py"}
-        write_json(part / "manifest.json", facts | {"made_from": {"name": source.name, "splits": manifest["splits"]}})
-    return folder, tokenizer
+            try:
+                os.link(path, part / path.name)
+            except OSError:  # a disk that has no second names for a file
+                shutil.copyfile(path, part / path.name)
+        splits = {"train": manifest["splits"]["train"], "val": val}
+        made_from = {"name": source.name, "splits": manifest["splits"]}
+        facts = {"made_by": "data/mini.py", "made_from": made_from}
+        layout.write_manifest(part, name, manifest["tokenizer"], splits, **facts)
+    layout.check_dataset(folder, tokenizer)
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--source", type=Path, default=layout.DATA_ROOT / "datasets" / SOURCE, help="a dataset folder")
-    parser.add_argument("--name", default=NAME, help=f"of the dataset that is made, beside it (default {NAME})")
-    parser.add_argument("--force", action="store_true", help="replace an existing dataset of this name")
+    add = parser.add_argument
+    add("--source", type=Path, default=layout.DATA_ROOT / "datasets" / SOURCE, help="a dataset folder")
+    add("--name", type=layout.folder_name, default=NAME, help=f"of the dataset made, beside it (default {NAME})")
+    add("--force", action="store_true", help="replace an existing dataset of this name")
     args = parser.parse_args(argv)
-    folder, tokenizer = build(args.source.resolve(), args.name, args.force)
-    layout.finish(folder, tokenizer, layout.check_dataset(folder, tokenizer))
+    layout.finish(build(args.source.resolve(), args.name, args.force))
     return 0
 
 

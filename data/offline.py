@@ -3,11 +3,8 @@
     python data/offline.py                        data/datasets/offline_sp1024, what `make demo` trains on
     python data/offline.py --vocab-size=8192      data/datasets/offline_sp8192
 
-Sources: Python's reference topics (what `help("LAMBDA")` shows), the docstrings of the standard library and of
-installed packages, and the packages' descriptions and other text files. Docstrings are read from the source files;
-nothing is imported. Repeated paragraphs are kept once, documents are shuffled by a hash, and some are held out for
-validation. The result has a tokenizer of its own, and is the same for the same versions.
-See data/README.md.
+Docstrings are read from the source files; nothing is imported. The result has a tokenizer of its own, and is the same
+for the same versions. data/README.md says what is in it.
 """
 
 import ast
@@ -23,27 +20,25 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import layout
 from tokenize_docs import train_tokenizer, write_dataset
 from tool import InputError, Parser, run_tool, sha256_of
 
-NAME, TOKENIZER, VOCAB_SIZE = "offline_sp1024", "offline_1024_bpe.model", 1024
+VOCAB_SIZE = 1024
 MIN_BYTES = 8_000_000
 VAL_SHARE = 0.04
 MIN_VAL_BYTES = 200_000
-TOKENIZER_BYTES = 4_000_000
-SHARD_TOKENS = 100_000_000
+TOKENIZER_CHARACTERS = 4_000_000
 # What our requirements bring, directly or not. A fixed list, so that an unrelated package changes nothing.
 PACKAGES = """numpy torch mlx mlx_lm transformers sympy networkx mpmath matplotlib huggingface_hub tokenizers
     safetensors sentencepiece fsspec filelock jinja2 tqdm httpx2 httpx yaml regex packaging pytest _pytest PIL rich
     click typer pygments setuptools pip""".split()
 # Tests are not documentation; vendored copies repeat what other machines have as packages.
-SKIP_FOLDERS = set(
-    """__pycache__ test tests testing _vendor _distutils site-packages dist-packages idle_test lib2to3
+SKIP_FOLDERS = """__pycache__ test tests testing _vendor _distutils site-packages dist-packages idle_test lib2to3
     ensurepip""".split()
-)
 # Much source with few docstrings, or with the same ones for every model: reading it would double the time.
 SKIP_PATHS = {"transformers/models", "mlx_lm/models", "torch/_inductor", "torch/_dynamo", "pygments/lexers"}
 TEXT_ENDS = {".md", ".rst", ".txt"}
@@ -103,14 +98,6 @@ def told_by_call(call: ast.Call) -> Iterator[tuple[str, str]]:
         yield ast.unparse(call.args[0]) if named else texts[0][:80], text
 
 
-def topics(source: bytes) -> dict[str, str]:
-    """{topic: text} of pydoc_data/topics.py, a module whose only content is that dictionary."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            return ast.literal_eval(node.value)
-    return {}
-
-
 def read_file(job: tuple[str, str]) -> list[Document]:
     """The documents of one file. job: (document name, path)."""
     name, path = job
@@ -119,7 +106,8 @@ def read_file(job: tuple[str, str]) -> list[Document]:
     except OSError:
         return []
     if name == "stdlib/pydoc_data/topics.py":
-        return [(f"{name}#{topic}", text) for topic, text in sorted(topics(raw).items())]
+        topics = next(node.value for node in ast.parse(raw).body if isinstance(node, ast.Assign))  # a dictionary
+        return [(f"{name}#{topic}", text) for topic, text in sorted(ast.literal_eval(topics).items())]
     if path.endswith((".py", ".pyi")):
         title = name.removeprefix("stdlib/").rpartition(".")[0].replace("/", ".").removesuffix(".__init__")
         return [(name, docstrings(raw, title))]
@@ -165,17 +153,11 @@ def descriptions(sites: list[str], packages: list[str] = PACKAGES) -> tuple[list
 
 def collect(jobs: list[tuple[str, str]], workers: int) -> list[Document]:
     """The documents of all files, in the order of `jobs`."""
-    with contextlib.ExitStack() as stack:
-        found = map(read_file, jobs)
-        if workers > 1:
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
-            found = pool.imap(read_file, jobs, chunksize=32)
-        bar = stack.enter_context(layout.progress(len(jobs), "reading documentation", " files"))
-        documents = []
-        for part in found:
-            documents += part
-            bar.update()
-    return documents
+    spawn = multiprocessing.get_context("spawn")  # the trainers' libraries have threads, which a fork would not have
+    with ProcessPoolExecutor(workers, spawn) as pool:  # it starts a process when it gets work
+        found = pool.map(read_file, jobs, chunksize=32) if workers > 1 else map(read_file, jobs)
+        bar = layout.progress(len(jobs), "reading documentation", " files", found)
+        return [document for part in bar for document in part]
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -225,37 +207,24 @@ def split(documents: list[Document]) -> tuple[list[str], list[str]]:
     return train, val
 
 
-def sample(texts: list[str], limit: int) -> list[str]:
-    """Evenly spaced texts, about `limit` characters in all."""
-    return texts[:: max(1, -(-sum(map(len, texts)) // limit))]
-
-
 # ---- building --------------------------------------------------------------------------------------------------------
 
 
-def complete(manifest: dict, folder: Path, model_path: Path) -> bool:
-    """Whether every file of a manifest lies there in its stated size, and the tokenizer with its hash."""
-    files = [file for part in manifest["splits"].values() for file in part["files"]]
-    sizes = [(folder / file["name"]).stat().st_size if (folder / file["name"]).is_file() else -1 for file in files]
-    right = sizes == [file["bytes"] for file in files]
-    return right and model_path.is_file() and sha256_of(model_path) == manifest["tokenizer"]["sha256"]
-
-
-def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BYTES, vocab_size=VOCAB_SIZE,
-          names=(NAME, TOKENIZER)):  # fmt: skip
-    """Builds the corpus below `out`; returns (dataset folder, tokenizer path). Raises InputError on too little text."""
+def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BYTES, vocab_size=VOCAB_SIZE) -> Path:
+    """Builds the corpus below `out`; returns the dataset's folder. Raises InputError on too little text."""
     root = Path(out)
-    folder, model_path = root / "datasets" / names[0], root / "tokenizers" / names[1]
+    folder, model_path = root / f"datasets/offline_sp{vocab_size}", root / f"tokenizers/offline_{vocab_size}_bpe.model"
     sites = sites or [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     documents, versions = descriptions(sites)
     # A changed tool may give a changed corpus, so its source counts as a version too.
     tools = [sha256_of(Path(__file__).with_name(f"{tool}.py"))[:16] for tool in ("offline", "tokenize_docs", "layout")]
     versions |= {"python": platform.python_version(), "trainer": importlib.metadata.version("sentencepiece")}
     wanted = {"tools_sha256": tools, "versions": versions}
-    old = layout.manifest_of(folder)
-    if not force and old.get("built_from") == wanted and complete(old, folder, model_path):
-        print(f"{layout.show(folder)} is already built from these versions (--force builds it again)")
-        return folder, model_path
+    if not force and layout.manifest_of(folder).get("built_from") == wanted:
+        with contextlib.suppress(InputError):  # incomplete or damaged: build it again
+            layout.check_dataset(folder, model_path)
+            print(f"{layout.show(folder)} is already built from these versions (--force builds it again)")
+            return folder
     layout.load_trainer()  # which judges the result: better missed now than after the work
     print("reading the documentation of the installed packages ...", flush=True)
     documents += collect(find_files(stdlib or sysconfig.get_path("stdlib"), sites), workers)
@@ -267,11 +236,11 @@ def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BY
             f"pip install -r requirements.txt (torch and mlx bring most of it), with this Python, {sys.executable}"
         )
     print(f"{len(train) + len(val):,} documents; training a tokenizer of {vocab_size} pieces ...", flush=True)
-    model = train_tokenizer(sample(train, TOKENIZER_BYTES), vocab_size)
-    layout.claim_tokenizer(root, model_path, names[0], hashlib.sha256(model).hexdigest(), "choose another --out")
+    every = -(-sum(map(len, train)) // TOKENIZER_CHARACTERS)
+    model = train_tokenizer(train[::every], vocab_size)
     facts = {"made_by": "data/offline.py", "built_from": wanted}
-    write_dataset(folder, model_path, model, {"val": val, "train": train}, facts, SHARD_TOKENS, workers)
-    return folder, model_path
+    write_dataset(folder, model_path, model, {"val": val, "train": train}, workers, facts, "choose another --out")
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,14 +248,10 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", default=str(layout.DATA_ROOT), help="root of datasets/ and tokenizers/ (default: data/)")
     add("--force", action="store_true", help="build again even if the same versions are already built")
-    cores = min(4, os.cpu_count() or 1)
-    add("--workers", type=layout.positive, default=cores, metavar="N", help="processes (default: up to 4)")
-    add("--vocab-size", type=layout.positive, default=VOCAB_SIZE, metavar="N", help=f"pieces ({VOCAB_SIZE})")
+    add("--vocab-size", type=layout.vocabulary, default=VOCAB_SIZE, metavar="N", help=f"pieces ({VOCAB_SIZE})")
     args = parser.parse_args(argv)
-    layout.check_vocabulary(args.vocab_size)
-    names = tuple(name.replace(str(VOCAB_SIZE), str(args.vocab_size)) for name in (NAME, TOKENIZER))
-    folder, model_path = build(args.out, args.force, args.workers, vocab_size=args.vocab_size, names=names)
-    layout.finish(folder, model_path, layout.check_dataset(folder, model_path))
+    processes = min(4, os.cpu_count() or 1)
+    layout.finish(build(args.out, args.force, processes, vocab_size=args.vocab_size))
     return 0
 
 

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import layout
 import numpy as np
-from tool import InputError, Parser, need, run_tool, write_json
+from tool import InputError, Parser, atomic, need, run_tool
 
+SHARD_TOKENS = 100_000_000
 BATCH_BYTES = 4 << 20  # text encoded at once; memory grows with it
 MAX_DOCUMENT = 16_000_000  # bytes; SentencePiece takes 45 times as much memory for a document
-JSON_ENDS = (".jsonl", ".ndjson")
 TEXT_ENDS = (".txt", ".md")
+OPENERS = {".xz": lzma.open, ".gz": gzip.open}
 SPACE = "\u2581"  # what a space is within a piece
 
 
@@ -42,10 +43,10 @@ class Source:
         self.path = Path(path)
         self.doc_bytes = doc_bytes
         self.separator = separator.encode() if separator else None
-        kind = (self.path.with_suffix("") if self.path.suffix in (".xz", ".gz") else self.path).suffix
-        what, known = f"input {layout.show(path)}", ", ".join(JSON_ENDS + TEXT_ENDS)
-        need(kind in JSON_ENDS + TEXT_ENDS, what, f"{known}, each also .xz or .gz", f"the ending {kind!r}")
-        self.json = kind in JSON_ENDS
+        kind = (self.path.with_suffix("") if self.path.suffix in OPENERS else self.path).suffix
+        self.json = kind == ".jsonl"
+        what, known = f"input {layout.show(path)}", ".jsonl, .txt or .md, each also .xz or .gz"
+        need(self.json or kind in TEXT_ENDS, what, known, f"the ending {kind!r}")
         need(self.path.is_file(), what, "a file", "no such file")
         self.bytes = self.path.stat().st_size
         need(self.bytes, what, "documents", "an empty file")
@@ -55,7 +56,7 @@ class Source:
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Yields (number, bytes) of the lines, without a byte order mark."""
-        opener = {".xz": lzma.open, ".gz": gzip.open}.get(self.path.suffix)
+        opener = OPENERS.get(self.path.suffix)
         number = 0
         with open(self.path, "rb") as raw, layout.progress(self.bytes, self.path.name) as bar:
             file = io.BufferedReader(opener(raw), 1 << 20) if opener else raw
@@ -68,11 +69,8 @@ class Source:
                 mend = "copy or download the file again"
                 raise InputError(f"{self.where(number)}: damaged or truncated after it ({error}); {mend}") from None
 
-    def pieces(self) -> Iterator[tuple[int, bytes]]:
-        """Yields (number of the first line, bytes) of the documents: JSON lines, or stretches of plain text."""
-        if self.json:
-            yield from self.lines()
-            return
+    def stretches(self) -> Iterator[tuple[int, bytes]]:
+        """Yields (number of the first line, bytes) of the documents that plain text is cut into."""
         first, held, length = 1, [], 0
         for number, line in self.lines():
             marker = self.separator is not None and line.strip() == self.separator
@@ -87,25 +85,23 @@ class Source:
         yield first, b"".join(held)
 
     def __iter__(self) -> Iterator[str]:
-        for number, raw in self.pieces():
-            limit = f"documents of at most {layout.size(MAX_DOCUMENT)}"
+        limit = f"documents of at most {layout.size(MAX_DOCUMENT)}"
+        for number, raw in self.lines() if self.json else self.stretches():
             need(len(raw) <= MAX_DOCUMENT, self.where(number), limit, "more", "cut it into several")
             if raw.strip():
                 yield self.text(number, raw)
 
     def text(self, number: int, raw: bytes) -> str:
         """The text of one document. Raises InputError, which names its line, if it is not what it should be."""
+        expected = 'one {"text": ...} a line' if self.json else "plain text"
         try:
-            if not self.json:
-                return raw.decode("utf-8")
-            value = json.loads(raw)
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.where(number)}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+            value = json.loads(raw) if self.json else {"text": raw.decode("utf-8")}
         except (ValueError, RecursionError) as error:
-            raise InputError(f'{self.where(number)}: not JSON ({error}); expected one {{"text": ...}} a line') from None
-        text = value.get("text") if isinstance(value, dict) else None
+            kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+            raise InputError(f"{self.where(number)}: not {kind} ({error}); expected {expected} in UTF-8") from None
         found = f"the keys {list(value)[:5]}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        need(isinstance(text, str), self.where(number), 'one {"text": ...} a line, a string', found)
+        text = value.get("text") if isinstance(value, dict) else None
+        need(isinstance(text, str), self.where(number), f"{expected}, a string", found)
         # JSON can spell half of a surrogate pair, which UTF-8 cannot carry.
         return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -189,44 +185,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
-def write_split(folder: Path, split: str, texts: Iterable[str], model, shard_tokens: int, threads: int) -> dict:
+def write_split(folder: Path, split: str, texts: Iterable[str], model, threads: int) -> dict:
     """Writes the shards of one split, BOS and the ids of each text in turn; returns its part of the manifest."""
-    bos = np.array([model.bos_id()] if model.bos_id() >= 0 else [], dtype=np.int32)
-    writer, documents, text_bytes = layout.ShardWriter(folder, split, shard_tokens), 0, 0
-    for batch, length in batches(texts):
-        encoded = model.encode(batch, num_threads=threads, return_type="numpy")
-        writer.add(np.concatenate([part for ids in encoded for part in (bos, ids)]))
-        documents += len(batch)
-        text_bytes += length
-    files = writer.close()
-    if not writer.tokens:
-        kind = {"train": "training", "val": "validation"}[split]
-        raise InputError(f"expected {kind} text, found no document; give more, or a smaller --val-docs")
-    return {"documents": documents, "text_bytes": text_bytes, "tokens": writer.tokens, "files": files}
+    counts = {"documents": 0, "text_bytes": 0, "tokens": 0}
+
+    def encoded() -> Iterator[np.ndarray]:
+        for batch, length in batches(texts):
+            bos = model.bos_id() >= 0
+            tokens = np.concatenate(model.encode(batch, add_bos=bos, num_threads=threads, return_type="numpy"))
+            for key, more in zip(counts, (len(batch), length, tokens.size)):
+                counts[key] += more
+            yield tokens
+
+    files = layout.write_shards(folder, split, encoded(), SHARD_TOKENS)
+    text = {"train": "training text", "val": "validation text"}[split]
+    if not files:
+        raise InputError(f"expected {text}, found no document; give more, or a smaller --val-docs")
+    return counts | {"files": files}
 
 
-def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, facts: dict, shard_tokens: int, threads: int):
-    """Writes a whole dataset and then its tokenizer, replacing what is there.
+def write_dataset(folder: Path, kept: Path, model: bytes, texts: dict, threads: int, facts: dict, mend: str) -> None:
+    """Writes a whole dataset and then its tokenizer, replacing what is there; the trainers' reader judges both.
 
-    folder: the dataset's; kept: the tokenizer's file; model: its bytes; texts: {split: texts}; facts: for the manifest.
+    folder: the dataset's; kept: the tokenizer's file; model: its bytes; texts: {split: texts}; facts: for the manifest;
+    mend: what to do where another tokenizer lies at `kept`, which raises InputError before anything is written.
     """
     import sentencepiece
 
+    sha256 = hashlib.sha256(model).hexdigest()
+    layout.claim_tokenizer(kept.parent.parent, kept, folder.name, sha256, mend)
     processor, started = sentencepiece.SentencePieceProcessor(model_proto=model), time.time()
     with layout.building(folder, replace=True) as new:
-        splits = {"val": write_split(new, "val", texts["val"], processor, shard_tokens, threads)}
+        val = write_split(new, "val", texts["val"], processor, threads)
         layout.check_text(new, processor)
-        splits["train"] = write_split(new, "train", texts["train"], processor, shard_tokens, threads)
-        entry = layout.tokenizer_entry(kept, processor, hashlib.sha256(model).hexdigest())
-        write_json(new / "manifest.json", {"name": folder.name, "tokenizer": entry, "splits": splits} | facts)
-    layout.place_tokenizer(kept, model)
-    seconds = time.time() - started + 1e-9
+        splits = {"val": val, "train": write_split(new, "train", texts["train"], processor, threads)}
+        layout.write_manifest(new, folder.name, layout.tokenizer_entry(kept, processor, sha256), splits, **facts)
+    with atomic(kept, "wb") as file:
+        file.write(model)
+    seconds = time.time() - started
     text_bytes, tokens = (sum(part[key] for part in splits.values()) for key in ("text_bytes", "tokens"))
-    held_out = splits["val"]["text_bytes"] / text_bytes
     print(
-        f"{layout.show(folder)}: {layout.size(text_bytes)} of text, {held_out:.1%} of it held out, "
-        f"{tokens:,} tokens ({text_bytes / tokens:.2f} bytes a token), {seconds:.1f} s"
+        f"{layout.show(folder)}: {layout.size(text_bytes)} of text, {val['text_bytes'] / text_bytes:.1%} of it held "
+        f"out, {tokens:,} tokens ({text_bytes / tokens:.2f} bytes a token), {seconds:.1f} s"
     )
+    layout.check_dataset(folder, kept)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -240,19 +242,17 @@ def tokenize(args) -> tuple[Path, Path]:
         both = any(source.path.samefile(other.path) for other in inputs)
         need(not both, layout.show(source.path), "--val to be held out", "it among the inputs too")
     root = Path(args.out)
-    pieces = layout.load_sentencepiece(args.tokenizer).vocab_size() if args.tokenizer else args.vocab_size
+    pieces = layout.check_tokenizer(args.tokenizer) if args.tokenizer else args.vocab_size
     name = args.name or f"docs_sp{pieces}"
     folder = root / "datasets" / name
     kept = root / "tokenizers" / f"{name}_{'given' if args.tokenizer else 'bpe'}.model"
     layout.refuse_existing(folder, args.force)
     if args.tokenizer:
-        layout.check_tokenizer(args.tokenizer)
         model = Path(args.tokenizer).read_bytes()
     else:
         layout.load_trainer()  # which judges the result: better missed now than after the work
         print(f"training a tokenizer of {pieces} pieces on up to {args.tokenizer_mb} MB of text ...", flush=True)
         model = train_tokenizer(sample_texts(inputs, args.tokenizer_mb * 1_000_000, args.val_docs or 0), pieces)
-    layout.claim_tokenizer(root, kept, name, hashlib.sha256(model).hexdigest(), "choose another --name")
     train = itertools.chain.from_iterable(inputs)
     val = itertools.chain.from_iterable(held_out) if held_out else itertools.islice(train, args.val_docs)
     facts = {
@@ -262,7 +262,7 @@ def tokenize(args) -> tuple[Path, Path]:
         "val_docs": args.val_docs,
         "versions": {"sentencepiece": importlib.metadata.version("sentencepiece")},
     }
-    write_dataset(folder, kept, model, {"val": val, "train": train}, facts, args.shard_tokens, args.workers)
+    write_dataset(folder, kept, model, {"val": val, "train": train}, args.workers, facts, "choose another --name")
     return folder, kept
 
 
@@ -272,29 +272,24 @@ def parse(argv: list[str] | None = None):
     add("inputs", nargs="+", help="training documents: .jsonl, .txt or .md, each also .xz or .gz")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to use")
-    tokenizer.add_argument("--vocab-size", help="or: train a BPE tokenizer of this many pieces", **number)
+    trained = "or: train a BPE tokenizer of this many pieces"
+    tokenizer.add_argument("--vocab-size", type=layout.vocabulary, metavar="N", help=trained)
     validation = parser.add_mutually_exclusive_group(required=True)
     validation.add_argument("--val", nargs="+", default=[], metavar="FILE", help="files of validation documents")
     validation.add_argument("--val-docs", help="or: hold out the first N documents of the inputs", **number)
-    add("--name", help="of the dataset folder (default docs_sp<vocabulary size>)")
+    add("--name", type=layout.folder_name, help="of the dataset folder (default docs_sp<vocabulary size>)")
     add("--out", default=str(layout.DATA_ROOT), help="root of datasets/ and tokenizers/ (default: data/)")
-    add("--shard-tokens", default=100_000_000, help="tokens in a shard (default 100,000,000)", **number)
     add("--workers", default=os.cpu_count() or 1, help="threads (default: all cores)", **number)
     add("--tokenizer-mb", default=20, help="MB of text to train a tokenizer on (default 20)", **number)
     add("--doc-bytes", default=20_000, help="cut plain text at a blank line after N bytes (default 20,000)", **number)
     add("--separator", metavar="LINE", help="plain text: a line that ends a document, instead of --doc-bytes")
     add("--force", action="store_true", help="replace an existing dataset of this name")
-    args = parser.parse_args(argv)
-    if args.vocab_size:
-        layout.check_vocabulary(args.vocab_size)
-    plain = not args.name or Path(args.name).name == args.name and not args.name.startswith(".")
-    need(plain, "--name", "a plain folder name", repr(args.name))
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    folder, kept = tokenize(parse(argv))
-    layout.finish(folder, kept, layout.check_dataset(folder, kept))
+    folder, _ = tokenize(parse(argv))
+    layout.finish(folder)
     return 0
 
 

@@ -86,9 +86,7 @@ def leftovers(root):
 
 
 def test_shard_bytes_are_the_published_format(tmp_path):
-    writer = layout.ShardWriter(tmp_path, "val", 100)
-    writer.add(np.array([1, 2, 65535]))
-    (entry,) = writer.close()
+    (entry,) = layout.write_shards(tmp_path, "val", [np.array([1, 2, 65535])], 100)
     raw = (tmp_path / "fineweb_val_000000.bin").read_bytes()
     assert len(raw) == 1024 + 6
     assert raw[:12] == (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (3).to_bytes(4, "little")
@@ -109,17 +107,23 @@ def test_what_is_no_whole_shard_is_refused(tmp_path, raw):
 
 def test_ids_that_do_not_fit_are_refused(tmp_path):
     for bad in ([65536], [-1, 5]):
-        one_error(lambda bad=bad: layout.ShardWriter(tmp_path, "val", 9).add(np.array(bad)), "0..65535", str(bad[0]))
+        stream = [np.array(bad)]
+        one_error(lambda stream=stream: layout.write_shards(tmp_path, "val", stream, 9), "0..65535", str(bad[0]))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_writer_cuts_the_stream_into_equal_shards(tmp_path):
-    writer = layout.ShardWriter(tmp_path, "train", 100)
     stream = np.arange(250, dtype=np.uint16)
-    for part in np.split(stream, [3, 90, 215]):
-        writer.add(part)
-    assert [file["tokens"] for file in writer.close()] == [100, 100, 50]
+    files = layout.write_shards(tmp_path, "train", np.split(stream, [3, 90, 215]), 100)
+    assert [file["tokens"] for file in files] == [100, 100, 50]
     assert np.array_equal(tokens_of(tmp_path, "train"), stream)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_told(tmp_path):
+    (tmp_path / "fineweb_val_000000.bin").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        layout.write_shards(tmp_path, "val", [np.arange(20_000)], 10_000)
 
 
 def test_check_dataset_uses_the_trainers_reader(tmp_path, tokenizer):
@@ -167,6 +171,7 @@ def test_documents_become_bos_and_the_ids_of_sentencepiece(tmp_path, docs, token
 
 def test_shards_do_not_depend_on_workers_or_compression(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenize_docs, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(tokenize_docs, "SHARD_TOKENS", 3000)
     one, two = make_texts(40, seed=1), make_texts(30, seed=2)
     plain = [write_jsonl(tmp_path / "a.jsonl", one), write_jsonl(tmp_path / "b.jsonl", two)]
     packed = [
@@ -176,7 +181,7 @@ def test_shards_do_not_depend_on_workers_or_compression(tmp_path, tokenizer, mon
     results = []
     for name, inputs, workers in (("plain", plain, 1), ("packed", packed, 2)):
         folder, _ = tokenize(*inputs, "--val-docs", 45, "--tokenizer", tokenizer, "--name", name, "--out", tmp_path,
-                             "--workers", workers, "--shard-tokens", 3000)  # fmt: skip
+                             "--workers", workers)  # fmt: skip
         results.append({path.name: path.read_bytes() for path in sorted(folder.glob("*.bin"))})
     assert len(results[0]) > 4
     assert results[0] == results[1]
@@ -383,9 +388,11 @@ def test_bad_options_are_refused(tmp_path, docs, tokenizer):
     assert not (tmp_path / "tokenizers").exists()
 
 
-def test_an_existing_dataset_is_replaced_only_by_force_and_as_a_whole(tmp_path, docs, tokenizer):
+def test_an_existing_dataset_is_replaced_only_by_force_and_as_a_whole(tmp_path, docs, tokenizer, monkeypatch):
     args = (docs, "--val-docs", 5, "--tokenizer", tokenizer, "--out", tmp_path, "--workers", 1)
-    folder, _ = tokenize(*args, "--shard-tokens", 2000)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_docs, "SHARD_TOKENS", 2000)
+        folder, _ = tokenize(*args)
     assert len(list(folder.glob("fineweb_train_*.bin"))) > 1
     one_error(lambda: tokenize(*args), "already exists", "--force")
     before = tokens_of(folder, "train")
@@ -552,8 +559,8 @@ def test_offline_corpus_is_deterministic_and_held_out_by_document(tmp_path, pyth
     offline.build(tmp_path / "1", workers=1, **options)
     built = []
     for number in (0, 1):
-        folder = tmp_path / str(number) / "datasets" / offline.NAME
-        model = tmp_path / str(number) / "tokenizers" / "offline_1024_bpe.model"
+        folder = tmp_path / str(number) / "datasets" / "offline_sp512"
+        model = tmp_path / str(number) / "tokenizers" / "offline_512_bpe.model"
         assert layout.check_dataset(folder, model)[0] == VOCAB
         built.append({path.name: path.read_bytes() for path in [*folder.iterdir(), model]})
     assert built[0] == built[1]
@@ -645,14 +652,14 @@ def test_offline_shuffles_documents_and_holds_out_whole_ones():
 
 def test_offline_never_replaces_a_tokenizer_of_yours(tmp_path, python_tree, docs, two_of_one_name):
     tokenize(docs, "--val-docs", 5, "--tokenizer", two_of_one_name[0], "--out", tmp_path, "--name", "mine")
-    kept, taken = tmp_path / "tokenizers" / "mine_given.model", tmp_path / "tokenizers" / offline.TOKENIZER
+    kept, taken = (tmp_path / "tokenizers" / f"{name}.model" for name in ("mine_given", "offline_512_bpe"))
     kept.rename(taken)
     manifest = tmp_path / "datasets" / "mine" / "manifest.json"
     manifest.write_text(manifest.read_text().replace(kept.name, taken.name))
     options = {"min_bytes": 100_000, "vocab_size": VOCAB, "force": True, **python_tree}
-    one_error(lambda: offline.build(tmp_path, **options), offline.TOKENIZER, "the one of mine", "--out")
+    one_error(lambda: offline.build(tmp_path, **options), taken.name, "the one of mine", "--out")
     assert taken.read_bytes() == two_of_one_name[0].read_bytes()
-    assert not (tmp_path / "datasets" / offline.NAME).exists()
+    assert not (tmp_path / "datasets" / "offline_sp512").exists()
     offline.build(tmp_path / "elsewhere", **options)
 
 
