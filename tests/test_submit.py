@@ -406,6 +406,7 @@ def test_table_says_what_the_folders_say(root, capsys):
     (records / "ablations").mkdir()
     matrix = records / "ablations" / "rates.toml"
     matrix.write_text('about = "Which rate? More."\nseeds = [1, 2]\n[budget]\ntokens = 300\n[arms.one]\n')
+    (records / "track_local" / "2026-01-03_four.7.part").mkdir()  # submit.py is at it
     for name in ("gone_seed1", "one_seed1.tmp"):  # an arm that was taken out; half a copy
         shutil.copytree(root / "logs" / "seed1", matrix.with_suffix("") / name)
     assert common.run_tool(table.main, [f"--home={records}"]) == 0
@@ -414,6 +415,9 @@ def test_table_says_what_the_folders_say(root, capsys):
     assert re.search(rf"\| \[three\]\(track_local/2026-01-02_three/README.md\) \| {sum(scores) / 3:.4f} \|", text)
     assert "| rates | Which rate? | 300 tokens | 0/2 | – |" in text and "## track_10min_16mb" in text
     assert (records / "track_local" / "tiny_sp320.png").read_bytes()[:4] == b"\x89PNG"
+    (records / "README.md").write_text("# Ours\n\n" + text + "Words.\n")  # what stands around the tables stays
+    assert common.run_tool(table.main, [f"--home={records}"]) == 0
+    assert (records / "README.md").read_text() == "# Ours\n\n" + text + "Words.\n"
     assert common.run_tool(table.main, [f"--home={records}", "--check"]) == 0
     shutil.rmtree(records / "track_local" / "2026-01-02_one")
     assert common.run_tool(table.main, [f"--home={records}", "--check"]) == 1
