@@ -15,8 +15,8 @@ A matrix, NAME.toml (settings are those of the script, in lower case):
     flops = 1e14
     [base]                                               # settings of every run
     model_dim = 256
-    [arms.baseline]                                      # settings of one arm; or [factors] with lists, whose
-    preset = "baseline"                                  # product makes the arms; or both
+    [arms.baseline]                                      # settings of one arm
+    preset = "baseline"
     [arms.band]
     layout = "3+3x3+3"
 
@@ -28,11 +28,9 @@ resumes them, unless the script or their settings have changed: then they start 
 and is kept (diverged.json); other failures are tried again.
 """
 
+import contextlib
 import dataclasses
-import fcntl
 import hashlib
-import importlib.util
-import itertools
 import json
 import math
 import os
@@ -43,35 +41,19 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import (
-    ROOT,
-    InputError,
-    Parser,
-    bytes_implied,
-    is_number,
-    markdown_table,
-    mean_std,
-    need,
-    number,
-    p_text,
-    read_json,
-    read_result,
-    read_toml,
-    run_tool,
-    short,
-    welch_p,
-    write_json,
-    write_text,
-)
+from common import ROOT, bytes_implied, is_number, markdown_table, mean_std, number, p_text, read_result, short, welch_p
 from draw import COLORS, canvas, draw_line, draw_validation, save_picture, tidy, zoom
+from layout import building
 from logs import SOURCE_END, read_metrics
+from runs import git, handling, hold, launch, load_module
+from tool import InputError, Parser, need, read_json, run_tool, write_json, write_text
 
 BUDGETS = {"flops": "max_train_flops", "tokens": "iterations", "seconds": "max_wallclock_seconds"}  # their settings
-KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int)
-KEYS |= dict(budget=dict, base=dict, arms=dict, factors=dict)
+KEYS = dict(about=str, script=str, seeds=list, against=str, processes=int, budget=dict, base=dict, arms=dict)
 SCRIPTS = ("train_gpt.py", "train_gpt_mlx.py")
 NEEDED = """val_bpb val_bpb_raw seed config_sha256 layout framework params_stored bytes_artifact tokens train_flops
     train_time_ms complete device world_size commit versions dataset dataset_sha256 val_tokens""".split()  # of a result
@@ -137,40 +119,35 @@ class Run:
         return self.matrix.work / self.name
 
     @property
-    def mend(self) -> str:
-        return f"delete {short(self.home)} to run it again"
+    def settings(self) -> dict[str, str]:
+        """What the matrix asks for, but for the budget."""
+        return self.matrix.base | self.matrix.arms[self.arm]
 
     def result(self) -> dict | None:
         """result.json of the finished run; {"diverged": reason} if it ended so; None if it is to be done."""
         settled, path = self.home / "diverged.json", self.home / "result.json"
         if not path.is_file():
             return read_json(settled, "the reason of a run that diverged") if settled.is_file() else None
-        result = read_result(path, "the result of a finished run")
-        missing = [key for key in NEEDED if key not in result]
-        need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", self.mend)
+        result = read_result(path, NEEDED, f"delete {short(self.home)} to run it again")
         reason = why_diverged(result)
         return {"diverged": reason} if reason else result
 
     def origin(self, script_sha256: str) -> dict[str, str]:
         """What makes this run the one that it is called, run.json: script, seed, budget, settings."""
         kind, amount = self.matrix.budget
-        settings = self.matrix.base | self.matrix.arms[self.arm]
-        return {"script_sha256": script_sha256, "seed": str(self.seed), "budget": f"{amount} {kind}", **settings}
+        own = {"script_sha256": script_sha256, "seed": str(self.seed), "budget": f"{amount} {kind}"}
+        return own | self.settings
 
     def flags(self) -> list[str]:
-        settings = self.matrix.base | self.matrix.arms[self.arm] | self.matrix.limits.get(self.arm, {})
-        own = [f"--seed={self.seed}", f"--run_id={self.name}", f"--log_dir=logs/{self.matrix.path.stem}"]
-        return [*(f"--{name}={value}" for name, value in settings.items()), *own]
+        own = {"seed": self.seed, "run_id": self.name, "log_dir": f"logs/{self.matrix.path.stem}"}
+        every = self.settings | self.matrix.limits.get(self.arm, {}) | own
+        return [f"--{name}={value}" for name, value in every.items()]
 
 
 def of_commit(commit: str, script: str) -> bytes | None:
     """The script as a commit has it; None where it is not known here. A "+" behind it says that some file was changed,
     perhaps another one."""
-    try:
-        done = subprocess.run(["git", "show", f"{commit.removesuffix('+')}:{script}"], cwd=ROOT, capture_output=True)
-    except OSError:  # no git
-        return None
-    return done.stdout if done.returncode == 0 else None
+    return git("show", f"{commit.removesuffix('+')}:{script}")
 
 
 def sha256(text: str) -> str:
@@ -186,77 +163,67 @@ def why_diverged(result: dict) -> str | None:
 # The matrix ----------------------------------------------------------------------------------------------------------
 
 
-def checker(path: Path):
-    """`need` for what stands in a TOML file."""
-    return lambda holds, what, *rest: need(holds, f"{path}: {what}", *rest, "see --help")
+@contextlib.contextmanager
+def said_of(path: Path):
+    """What is wrong is said of this file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}; see --help") from None
 
 
-def check_keys(need, toml: dict, keys: dict[str, type]) -> None:
-    for key, value in toml.items():
-        need(key in keys, key, f"one of {', '.join(keys)}", "an unknown key")
-        need(type(value) is keys[key], key, f"a {keys[key].__name__}", value)
+def read_declared(path: Path, what: str, keys: dict[str, type]) -> dict:
+    """The TOML of a matrix, or of a plan of exports.py, as far as both are alike. Raises InputError."""
+    try:
+        with open(path, "rb") as file:
+            toml = {"about": "", "script": SCRIPTS[0], "seeds": [1337]} | tomllib.load(file)
+    except ValueError as error:  # no TOML, or no UTF-8
+        raise InputError(f"{path}: expected TOML, found an error ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: expected {what} (TOML), found nothing to read ({error.strerror})") from None
+    with said_of(path):
+        named = re.fullmatch(r"[A-Za-z0-9._-]+\.toml", path.name)
+        need(named, "the file's name", "letters, digits and ._-, ending in .toml", path.name)
+        for key, value in toml.items():
+            need(key in keys, key, f"one of {', '.join(keys)}", "an unknown key")
+            need(type(value) is keys[key], key, f"a {keys[key].__name__}", value)
+        need(toml["script"] in SCRIPTS, "script", " or ".join(SCRIPTS), toml["script"])
+        seeds = toml["seeds"]
+        whole = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
+        need(seeds and whole and len(set(seeds)) == len(seeds), "seeds", "different whole numbers", seeds)
+    return toml
 
 
-def value_text(value: object) -> str:
-    return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]", "_", text)
-
-
-def read_settings(need, settings: dict) -> dict[str, str]:
+def read_settings(settings: dict) -> dict[str, str]:
     """Settings of the base or of an arm, as texts."""
     for name, value in settings.items():
         need(re.fullmatch("[a-z0-9_]+", name), name, "a setting in lower case", name)  # SEED would get by below
         need(name not in OWN_SETTINGS, name, "no setting that this tool makes itself", name)
         need(isinstance(value, (str, int, float, bool)), name, "a text or a number", value)
-    return {name: value_text(value) for name, value in settings.items()}
-
-
-def read_arms(need, toml: dict) -> dict[str, dict[str, str]]:
-    """The arms that a matrix lists, times the product of its factors."""
-    listed, factors = toml.get("arms", {}), toml.get("factors", {})
-    need(listed or factors, "[arms.NAME], [factors]", "at least one arm or factor", "none")
-    for name, values in factors.items():
-        need(isinstance(values, list) and values, f"[factors] {name}", "a list of values", values)
-    arms = {}
-    for name, settings in (listed or {"": {}}).items():
-        need(isinstance(settings, dict), f"[arms.{name}]", "a table of settings", settings)
-        for values in itertools.product(*factors.values()):
-            chosen = dict(zip(factors, values))
-            parts = [name, *(f"{factor}-{value_text(value)}" for factor, value in chosen.items())]
-            arm = slug(".".join(part for part in parts if part))
-            need(arm not in arms, f"arm {arm}", "one name an arm", "two")
-            need(re.match("[A-Za-z0-9]", arm), f"arm {arm}", "a name that begins with a letter or digit", arm)
-            both = set(settings) & set(chosen)
-            need(not both, f"arm {arm}", "each setting once", f"{', '.join(both)} also in [factors]")
-            arms[arm] = read_settings(need, settings | chosen)
-    return arms
+    return {name: str(int(value)) if isinstance(value, bool) else str(value) for name, value in settings.items()}
 
 
 def read_matrix(path: Path) -> Matrix:
     """Reads and checks the TOML, as far as that goes without the script."""
-    toml, need = read_toml(path, "a matrix"), checker(path)
-    named = path.suffix == ".toml" and slug(path.stem) == path.stem
-    need(named, "the file's name", "letters, digits and ._-, ending in .toml", path.name)
-    check_keys(need, toml, KEYS)
-    script, seeds = toml.get("script", SCRIPTS[0]), toml.get("seeds", [1337])
-    need(script in SCRIPTS, "script", " or ".join(SCRIPTS), script)
-    whole = all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
-    need(seeds and whole and len(set(seeds)) == len(seeds), "seeds", "different whole numbers", seeds)
-    budget = toml.get("budget", {})
-    one = len(budget) == 1 and set(budget) <= set(BUDGETS)
-    need(one, "[budget]", f"exactly one of {', '.join(BUDGETS)}", ", ".join(budget) or "none")
-    [(kind, amount)] = budget.items()
-    need(type(amount) in (int, float) and 0 < amount < 1e30, f"[budget] {kind}", "a number above 0", amount)
-    arms, base = read_arms(need, toml), read_settings(need, toml.get("base", {}))
-    against = toml.get("against", next(iter(arms)))
-    need(against in arms, "against", f"one of the arms {', '.join(arms)}", against)
-    processes = toml.get("processes", 1)
-    several = processes > 1 and script == SCRIPTS[0]
-    need(processes == 1 or several, "processes", "1, or more with train_gpt.py", processes)
-    return Matrix(path, toml.get("about", ""), script, seeds, against, processes, (kind, amount), arms, base)
+    toml, arms = read_declared(path, "a matrix", KEYS), {}
+    with said_of(path):
+        budget = toml.get("budget", {})
+        one = len(budget) == 1 and set(budget) <= set(BUDGETS)
+        need(one, "[budget]", f"exactly one of {', '.join(BUDGETS)}", ", ".join(budget) or "none")
+        [(kind, amount)] = budget.items()
+        need(type(amount) in (int, float) and 0 < amount < 1e30, f"[budget] {kind}", "a number above 0", amount)
+        need(toml.get("arms"), "[arms.NAME]", "at least one arm", "none")
+        for arm, settings in toml["arms"].items():
+            need(isinstance(settings, dict), f"[arms.{arm}]", "a table of settings", settings)
+            named = re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", arm)
+            need(named, f"arm {arm}", "letters, digits and ._-, a letter or digit first", arm)
+            arms[arm] = read_settings(settings)
+        base, against = read_settings(toml.get("base", {})), toml.get("against", next(iter(arms)))
+        need(against in arms, "against", f"one of the arms {', '.join(arms)}", against)
+        script, processes = toml["script"], toml.get("processes", 1)
+        several = processes > 1 and script == SCRIPTS[0]
+        need(processes == 1 or several, "processes", "1, or more with train_gpt.py", processes)
+    return Matrix(path, toml["about"], script, toml["seeds"], against, processes, (kind, amount), arms, base)
 
 
 # The script and what it makes of the matrix --------------------------------------------------------------------------
@@ -264,54 +231,50 @@ def read_matrix(path: Path) -> Matrix:
 
 def load_script(name: str):
     """A trainer as a module. Raises InputError where its packages are missing."""
-    spec = importlib.util.spec_from_file_location("script_of_the_matrix", ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
+        return load_module(ROOT / name)
     except ImportError as error:
         raise InputError(f"{name}: expected its packages, found {error}; run: make setup") from None
-    return module
 
 
 @dataclass
 class Plan:
-    """The script as it is now, and each arm of a matrix as it understands it."""
+    """The script as it is now, and what it makes of a matrix."""
 
     script: object  # the module
     source: str
-    configs: dict[str, object] = field(default_factory=dict)  # Config of each arm, with the matrix's first seed
     data: dict[str, str | None] = field(default_factory=dict)  # hash of each arm's data, None where they are not here
 
 
-def set_budget(matrix: Matrix, script, arm: str) -> None:
-    """Turns the matrix's budget into settings of an arm."""
+def configure(matrix: Matrix, script, arm: str):
+    """Config of an arm's first run, with the matrix's budget as settings of the arm."""
+
+    def load():
+        return script.load_config(Run(matrix, arm, matrix.seeds[0]).flags(), {}, script.DEFAULT_PRESET)[0]
+
     kind, amount = matrix.budget
     twice = set(BUDGETS.values()) & (set(matrix.arms[arm]) | set(matrix.base))
     need(not twice, ", ".join(twice), "the budget in [budget] alone", "another", "remove it")
     limits = matrix.limits[arm] = dict.fromkeys(BUDGETS.values(), "0") | {BUDGETS[kind]: str(amount)}
     if kind == "tokens":
         limits["iterations"] = "1"
-        batch = configure(matrix, script, arm).train_batch_tokens
-        limits["iterations"] = str(round(amount / batch))
-        near = abs(int(limits["iterations"]) * batch / amount - 1) <= 0.01
-        need(near, "[budget] tokens", f"a multiple of {batch} tokens a step", amount)
-
-
-def configure(matrix: Matrix, script, arm: str):
-    """Config of an arm's first run."""
-    return script.load_config(Run(matrix, arm, matrix.seeds[0]).flags(), {}, script.DEFAULT_PRESET)[0]
+        batch = load().train_batch_tokens
+        steps = round(amount / batch)
+        limits["iterations"] = str(steps)
+        need(abs(steps * batch / amount - 1) <= 0.01, "[budget] tokens", f"a multiple of {batch} tokens a step", amount)
+    return load()
 
 
 def prepare(matrix: Matrix) -> Plan:
     """Loads the script and has it check every arm. Raises InputError."""
-    plan = Plan(load_script(matrix.script), (ROOT / matrix.script).read_bytes().decode())
+    plan, seen = Plan(load_script(matrix.script), (ROOT / matrix.script).read_bytes().decode()), {}
     for arm in matrix.arms:
         try:
-            set_budget(matrix, plan.script, arm)
-            config = plan.configs[arm] = configure(matrix, plan.script, arm)
+            config = configure(matrix, plan.script, arm)
         except ValueError as error:  # the script's InputError is one
             raise InputError(f"{matrix.path}: arm {arm}: {error}") from None
+        twin = seen.setdefault(json.dumps(dataclasses.asdict(config) | {"run_id": ""}), arm)
+        need(twin == arm, matrix.path, "arms that differ", f"{twin} and {arm} to be one")
         if config.val_max_tokens:
             print(f"notice: arm {arm}: VAL_MAX_TOKENS={config.val_max_tokens}: its scores will be partial", flush=True)
         here = {name: str(ROOT / getattr(config, name)) for name in ("data_path", "tokenizer_path")}
@@ -319,10 +282,6 @@ def prepare(matrix: Matrix) -> Plan:
             plan.data[arm] = plan.script.dataset_sha256(dataclasses.replace(config, **here))
         except (OSError, ValueError):  # the run says so, or makes them (preset smoke)
             plan.data[arm] = None
-    seen = {}
-    for arm, config in plan.configs.items():
-        twin = seen.setdefault(json.dumps(dataclasses.asdict(config) | {"run_id": ""}), arm)
-        need(twin == arm, matrix.path, "arms that differ", f"{twin} and {arm} to be one")
     return plan
 
 
@@ -341,7 +300,7 @@ def check_finished(matrix: Matrix, plan: Plan | None = None) -> None:
         need(current, here, f"a run of this {matrix.script}", "one of another version", mend)
         wanted = run.origin(found.get("script_sha256"))
         for name in wanted | found:
-            is_same, mend = wanted.get(name) == found.get(name), f"{run.mend}, or give the arm another name"
+            is_same, mend = wanted.get(name) == found.get(name), f"delete {here} to run it again, or rename the arm"
             need(is_same, here, f"{name}={wanted.get(name)}", found.get(name), mend)
         if data := result.get("dataset_sha256"):
             datasets.add(data)
@@ -392,13 +351,7 @@ class Queue:
         self.busy: dict[int, tuple] = {}  # by device: run, process, start
         self.failed: list[Run] = []
         self.stopping = False
-        matrix.work.mkdir(parents=True, exist_ok=True)
-        self.lock = open(matrix.work / "ablate.lock", "a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            found = "a process that runs it; wait for it or stop it"
-            raise InputError(f"{short(matrix.work)}: expected this matrix to be idle, found {found}") from None
+        self.lock = hold(matrix.work / "ablate.lock")
         self.lock.seek(0)
         owner, mine, mend = self.lock.read(), short(matrix.path), f"rename one of the two, or delete {self.lock.name}"
         need(owner in ("", mine), short(matrix.work), f"runs of {mine}", f"those of {owner}", mend)
@@ -410,20 +363,18 @@ class Queue:
 
     def work(self, deadline: float) -> None:
         """Until nothing is left, the clock (time.monotonic) shows `deadline`, or a signal comes."""
-        signals, numbers = [], (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in numbers}
-        try:
-            while (self.busy or self.waiting) and not signals and time.monotonic() < deadline:
-                for device in range(len(self.devices)):
-                    if device in self.busy and self.busy[device][1].poll() is not None:
-                        self.collect(device)
-                    if device not in self.busy and self.waiting:
-                        self.start(self.waiting.pop(0), device)
-                time.sleep(0.2)
-        finally:  # the time is up, a signal, or an error such as a full disk: the runs in hand must not go on alone
-            self.stop()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        signals = []
+        with handling(lambda number, _: signals.append(number), signal.SIGTERM, signal.SIGINT):
+            try:
+                while (self.busy or self.waiting) and not signals and time.monotonic() < deadline:
+                    for device in range(len(self.devices)):
+                        if device in self.busy and self.busy[device][1].poll() is not None:
+                            self.collect(device)
+                        if device not in self.busy and self.waiting:
+                            self.start(self.waiting.pop(0), device)
+                    time.sleep(0.2)
+            finally:  # the time is up, a signal, or an error such as a full disk: no run in hand may go on alone
+                self.stop()
         if signals:
             raise KeyboardInterrupt
 
@@ -450,12 +401,10 @@ class Queue:
         elif run.work.exists():
             shutil.rmtree(run.work)  # it stopped before its first checkpoint, or was another run
         write_json(started, origin)
-        launch = [sys.executable]
-        if self.matrix.processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.matrix.processes}"]
+        command = [*launch(self.matrix.processes), self.matrix.script, *run.flags(), f"--resume={int(resume)}"]
         with open(self.output(run), "w", encoding="utf-8") as output:  # collect() reads why it failed
             process = subprocess.Popen(
-                [*launch, self.matrix.script, *run.flags(), *(["--resume=1"] if resume else [])],
+                command,
                 cwd=ROOT,
                 env=self.environment() | self.devices[device],
                 stdin=subprocess.DEVNULL,
@@ -529,19 +478,17 @@ class Queue:
         commit = str((self.result_in_hand(run) or {}).get("commit"))
         if not copy.is_file() and of_commit(commit, self.matrix.script) != source.encode():
             write_text(copy, source)
-        part = run.home.with_name(f"{run.name}.tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        write_json(part / "run.json", run.origin(sha256(source)))
         log = (run.work / "train.log").read_bytes().decode("utf-8", "replace")
-        write_text(part / "train.log", log.replace(self.head, ""))  # a resumed run has it twice
-        for name in ("metrics.jsonl", *([] if diverged else ["result.json"])):
-            if (run.work / name).is_file():
-                shutil.copyfile(run.work / name, part / name)
+        with building(run.home, replace=True) as part:  # what lies there has no result, or the run were not started
+            write_json(part / "run.json", run.origin(sha256(source)))
+            write_text(part / "train.log", log.replace(self.head, ""))  # a resumed run has it twice
+            for name in ("metrics.jsonl", *([] if diverged else ["result.json"])):
+                if (run.work / name).is_file():
+                    shutil.copyfile(run.work / name, part / name)
+            if diverged:
+                write_json(part / "diverged.json", {"diverged": diverged})
         if diverged:
-            write_json(part / "diverged.json", {"diverged": diverged})
             print(f"    {run.name}: diverged, kept as a result: {diverged}", flush=True)
-        shutil.rmtree(run.home, ignore_errors=True)  # it has no result, or this run would not have been started
-        os.replace(part, run.home)
         # Whoever deletes run.home wants the run again, not the end of this one resumed.
         (run.work / "checkpoint.safetensors").unlink(missing_ok=True)
 
@@ -555,19 +502,14 @@ def describe_budget(matrix: Matrix) -> str:
     return words[kind].format(amount)
 
 
-def results_of(finished: list[tuple[Run, dict]], arm: str) -> list[dict]:
-    """Results of an arm's runs that have a score."""
-    return [result for run, result in finished if run.arm == arm and "diverged" not in result]
-
-
-def arm_row(matrix: Matrix, arm: str, finished: list[tuple[Run, dict]]) -> list[str]:
-    """A row of the report's table: means over an arm's seeds."""
-    found, planned = results_of(finished, arm), len(matrix.seeds)
-    diverged = sum(run.arm == arm for run, _ in finished) - len(found)
+def arm_row(matrix: Matrix, arm: str, ended: int, scored: dict[str, list[dict]]) -> list[str]:
+    """A row of the report's table: means over an arm's seeds, of which so many have ended."""
+    found, planned = scored[arm], len(matrix.seeds)
+    diverged = ended - len(found)
     if not found:
         said = f"diverged {diverged} times" if diverged else "not run yet"
         return [arm, f"0/{planned}", said, *["–"] * (3 + len(MEANS))]
-    scores, others = ([one["val_bpb"] for one in results_of(finished, name)] for name in (arm, matrix.against))
+    scores, others = ([one["val_bpb"] for one in scored[name]] for name in (arm, matrix.against))
     mean, std = mean_std(scores)
     n = f"{len(found)}/{planned}" + (f", {diverged} diverged" if diverged else "")
     name, p = (f"**{arm}**", "") if arm == matrix.against else (arm, p_text(welch_p(scores, others)))
@@ -575,39 +517,37 @@ def arm_row(matrix: Matrix, arm: str, finished: list[tuple[Run, dict]]) -> list[
     return [name, n, number(mean), number(std), p, f"`{found[0]['layout']}`", *means]
 
 
-def by_passes(matrix: Matrix, kept: list[tuple[Run, dict]]) -> str:
+def by_passes(scored: dict[str, list[dict]]) -> str:
     """A table of val_bpb by passes at test time (EVAL_LOOPS), means over seeds; "" where no run scored several."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for run, result in kept:
+    found: dict[str, dict[int, list[float]]] = {arm: {} for arm in scored}
+    for arm, result in ((arm, result) for arm, results in scored.items() for result in results):
         for passes, bpb in (result.get("val_bpb_by_loops") or {}).items():
-            found.setdefault(run.arm, {}).setdefault(int(passes), []).append(bpb)
+            found[arm].setdefault(int(passes), []).append(bpb)
     columns = sorted({passes for scores in found.values() for passes in scores})
-    several = {arm: scores for arm, scores in found.items() if len(scores) > 1}
     rows = [
         [arm, *(number(statistics.fmean(scores[passes]) if passes in scores else None) for passes in columns)]
-        for arm, scores in several.items()
+        for arm, scores in found.items()
+        if len(scores) > 1
     ]
     said = "The same artifacts with other numbers of passes, `val_bpb`:\n\n"
     return said + markdown_table(["arm", *columns], rows) + "\n" if rows else ""
 
 
-def notes(matrix: Matrix, finished: list[tuple[Run, dict]]) -> list[str]:
+def notes(matrix: Matrix, finished: list[tuple[Run, dict]], scored: dict[str, list[dict]]) -> list[str]:
     """What a reader of the table must know."""
     diverged = [f"`{run.name}`: {result['diverged']}" for run, result in finished if "diverged" in result]
-    results = [result for _, result in finished if "diverged" not in result]
+    results = [result for found in scored.values() for result in found]
     left, partial = len(matrix.runs()) - len(finished), sum(not result["complete"] for result in results)
-    said = []
-    if left:
-        said.append(f"**{left} of {len(matrix.runs())} runs are still to be done.**")
-    if diverged:
-        said.append(f"**{len(diverged)} runs diverged and are in no mean.** {'; '.join(diverged)}.")
-    if partial:
-        said.append(f"**Partial: {partial} runs scored a part of the validation set only.**")
-    if min(len(results_of(finished, arm)) for arm in matrix.arms) < 3:
-        said.append("Fewer than three seeds: this says which arm is ahead, and no more.")
-    if matrix.budget[0] == "seconds" and len({(result["device"], result["world_size"]) for result in results}) > 1:
-        said.append("**Runs on different devices under a budget of time: no fair comparison.**")
-    return said
+    devices = {(result["device"], result["world_size"]) for result in results}
+    unfair = matrix.budget[0] == "seconds" and len(devices) > 1
+    said = {
+        f"**{left} of {len(matrix.runs())} runs are still to be done.**": left,
+        f"**{len(diverged)} runs diverged and are in no mean.** {'; '.join(diverged)}.": diverged,
+        f"**Partial: {partial} runs scored a part of the validation set only.**": partial,
+        "Fewer than three seeds: this says which arm is ahead, and no more.": min(map(len, scored.values())) < 3,
+        "**Runs on different devices under a budget of time: no fair comparison.**": unfair,
+    }
+    return [note for note, holds in said.items() if holds]
 
 
 def several(values) -> str:
@@ -615,15 +555,20 @@ def several(values) -> str:
     return ", ".join(sorted(set(map(str, values))))
 
 
+def listed(settings: dict[str, object]) -> str:
+    return " ".join(f"`{name}={value}`" for name, value in settings.items())
+
+
 def origins(matrix: Matrix, kept: list[tuple[Run, dict]]) -> str:
     """What the runs were made of and on."""
     results = [result for _, result in kept]
-    one = results[0]
     scripts = [read_json(run.home / "run.json")["script_sha256"][:12] for run, _ in kept]
-    versions = [f"{name} {result['versions'].get(name)}" for result in results for name in ("python", one["framework"])]
-    data = {
-        f"`{r['dataset']}`, sha256 {r['dataset_sha256'][:12]}, {r['val_tokens']:,} validation tokens" for r in results
-    }
+    packages = ("python", results[0]["framework"])
+    versions = [f"{name} {result['versions'].get(name)}" for result in results for name in packages]
+    data = [
+        f"`{one['dataset']}`, sha256 {one['dataset_sha256'][:12]}, {one['val_tokens']:,} validation tokens"
+        for one in results
+    ]
     return f"""\
 - Data: {several(data)}.
 - Seeds: {", ".join(map(str, matrix.seeds))}. Script: `{matrix.script}` of commit \
@@ -634,10 +579,6 @@ Minutes are of training alone, perhaps beside other runs.
 """
 
 
-def listed(settings: dict[str, str]) -> str:
-    return " ".join(f"`{name}={value}`" for name, value in settings.items())
-
-
 def report(matrix: Matrix) -> str:
     """Writes README.md and matrix.png beside the finished runs, from their files alone. Returns the table."""
     check_finished(matrix)
@@ -645,12 +586,12 @@ def report(matrix: Matrix) -> str:
     if not finished:
         return "nothing finished yet\n"
     kept = [(run, result) for run, result in finished if "diverged" not in result]
-    means = {
-        arm: statistics.fmean(one["val_bpb"] for one in results_of(kept, arm)) for arm in {run.arm for run, _ in kept}
-    }
+    scored = {arm: [result for run, result in kept if run.arm == arm] for arm in matrix.arms}
+    means = {arm: statistics.fmean(one["val_bpb"] for one in found) for arm, found in scored.items() if found}
     arms = sorted(matrix.arms, key=lambda arm: means.get(arm, math.inf))
     head = ["arm", "n", "val_bpb", "std", f"p against {matrix.against}", "layout", *MEANS]
-    table = markdown_table(head, [arm_row(matrix, arm, finished) for arm in arms])
+    rows = [arm_row(matrix, arm, sum(run.arm == arm for run, _ in finished), scored) for arm in arms]
+    table, said = markdown_table(head, rows), [note + "\n\n" for note in notes(matrix, finished, scored)]
     picture = "![loss against FLOPs, and final scores](matrix.png)\n\n" if kept else ""
     text = f"""<!-- written by records/ablate.py from {matrix.path.name} and the runs in this folder -->
 # {matrix.path.stem}
@@ -662,8 +603,7 @@ better; std: sample standard deviation over seeds; p: Welch's t-test, two-sided,
 the number of arms).
 
 {table}
-{"".join(note + chr(10) + chr(10) for note in notes(matrix, finished))}{by_passes(matrix, kept)}{picture}\
-{origins(matrix, kept) if kept else ""}
+{"".join(said)}{by_passes(scored)}{picture}{origins(matrix, kept) if kept else ""}
 Arms, and what each sets beyond that:
 
 {chr(10).join(f"- `{arm}`: {listed(settings) or 'nothing more'}" for arm, settings in matrix.arms.items())}
@@ -672,42 +612,40 @@ Again, with that script: `python records/ablate.py {short(matrix.path)}`. Each r
 folder here.
 """
     if kept:
-        draw(matrix, kept)
+        draw(matrix, {arm: found for arm, found in scored.items() if found}, kept)
     write_text(matrix.home / "README.md", text)
     return table
 
 
-def draw(matrix: Matrix, kept: list[tuple[Run, dict]]) -> None:
+def draw(matrix: Matrix, scored: dict[str, list[dict]], kept: list[tuple[Run, dict]]) -> None:
     """Left: validation bpb against training FLOPs, a line a seed; where nothing was scored on the way, the final scores
     by passes. Right: final scores, mean and standard deviation."""
-    arms = [arm for arm in matrix.arms if any(run.arm == arm for run, _ in kept)]
-    figure, (left, right) = canvas(11, max(4.2, 1.2 + 0.32 * len(arms)), ncols=2, width_ratios=(3, 2))
-    shown, axis = [], "training FLOPs"
-    once = all(sum("val_bpb" in row for row in read_metrics(run.home / "metrics.jsonl")) < 2 for run, _ in kept)
-    if once and by_passes(matrix, kept):
-        axis = "passes at test time"
-    for i, arm in enumerate(arms):
-        color, paths = COLORS[i % len(COLORS)], [run.home / "metrics.jsonl" for run, _ in kept if run.arm == arm]
-        if axis == "training FLOPs":
-            shown += draw_validation(left, paths, i, arm)
-        for result in results_of(kept, arm)[:1] if axis != "training FLOPs" else ():
-            scores = sorted((int(n), bpb) for n, bpb in (result.get("val_bpb_by_loops") or {}).items())
-            draw_line(left, scores, i, arm, marker="o", markersize=3)
-            shown += [bpb for _, bpb in scores]
-        scores = [result["val_bpb"] for result in results_of(kept, arm)]
-        right.plot(scores, [i] * len(scores), "o", color=color, markersize=4, alpha=0.45)
+    figure, (left, right) = canvas(11, max(4.2, 1.2 + 0.32 * len(scored)), ncols=2, width_ratios=(3, 2))
+    metrics = {arm: [run.home / "metrics.jsonl" for run, _ in kept if run.arm == arm] for arm in scored}
+    scored_once = all(sum("val_bpb" in row for row in read_metrics(path)) < 2 for path in sum(metrics.values(), []))
+    of_passes = scored_once and by_passes(scored)
+    shown = []
+    for i, (arm, results) in enumerate(scored.items()):
+        if of_passes:
+            points = sorted((int(n), bpb) for n, bpb in (results[0].get("val_bpb_by_loops") or {}).items())
+            draw_line(left, points, i, arm, marker="o", markersize=3)
+            shown += [bpb for _, bpb in points]
+        else:
+            shown += draw_validation(left, metrics[arm], i, arm)
+        scores, color = [result["val_bpb"] for result in results], COLORS[i % len(COLORS)]
         mean, std = mean_std(scores)
+        right.plot(scores, [i] * len(scores), "o", color=color, markersize=4, alpha=0.45)
         right.errorbar(mean, i, xerr=std or 0, fmt="D", color=color, capsize=4, markersize=6)
         right.annotate(f"{mean:.4f}", (mean, i), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9)
-    if axis == "training FLOPs":
+    if of_passes:  # of which some blow up
+        left.set(xlabel="passes at test time", ylim=(min(shown) - 0.02, min(shown) + 1))
+        left.set_ylabel("validation, bits per byte (artifact from disk, first seed)")
+    else:
         zoom(left, shown)
-    else:  # of which some blow up
-        left.set_ylim(min(shown) - 0.02, min(shown) + 1)
-    said = "before export" if axis == "training FLOPs" else "artifact from disk, first seed"
-    left.set(xlabel=axis, ylabel=f"validation, bits per byte ({said})")
+        left.set(xlabel="training FLOPs", ylabel="validation, bits per byte (before export)")
     left.legend(frameon=False, fontsize=8)
-    right.set_yticks(range(len(arms)), arms)
-    right.set(xlabel="final bits per byte, artifact from disk", ylim=(len(arms) - 0.4, -0.6))
+    right.set_yticks(range(len(scored)), scored)
+    right.set(xlabel="final bits per byte, artifact from disk", ylim=(len(scored) - 0.4, -0.6))
     right.margins(x=0.12)
     tidy(left)
     tidy(right)
@@ -721,20 +659,17 @@ def draw(matrix: Matrix, kept: list[tuple[Run, dict]]) -> None:
 def run_matrix(matrix: Matrix, plan: Plan, jobs: int, max_minutes: float) -> None:
     """Runs what is missing and reports. Raises InputError if runs failed."""
     devices = find_devices(matrix, jobs)
-    todo = sum(run.result() is None for run in matrix.runs())
-    counts = f"{len(matrix.runs())} runs, {todo} to do, {len(devices)} at a time"
-    print(f"{matrix.path.stem}: {counts}, {describe_budget(matrix)} each", flush=True)
-    deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
     queue = Queue(matrix, plan, devices)
+    counts = f"{len(matrix.runs())} runs, {len(queue.waiting)} to do, {len(devices)} at a time"
+    print(f"{matrix.path.stem}: {counts}, {describe_budget(matrix)} each", flush=True)
     try:
-        queue.work(deadline)
+        queue.work(time.monotonic() + 60 * max_minutes if max_minutes else math.inf)
     finally:
         print(report(matrix), end="")
         queue.lock.close()  # or it waits for the garbage collector
-    if queue.failed:
-        names = ", ".join(run.name for run in queue.failed)
-        mend = f"see logs/{matrix.path.stem}/<run>.out; the same command tries them again"
-        raise InputError(f"{len(queue.failed)} runs failed ({names}): {mend}")
+    names = ", ".join(run.name for run in queue.failed)
+    mend = f"see logs/{matrix.path.stem}/<run>.out; the same command tries them again"
+    need(not names, short(matrix.path), "no failures", f"{len(queue.failed)} runs failed ({names})", mend)
     left = sum(run.result() is None for run in matrix.runs())
     rest = f"; {left} runs left, the same command goes on" if left else ""
     print(f"report: {short(matrix.home / 'README.md')}{rest}")

@@ -20,12 +20,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import check_code  # noqa: F401  (their rules join the table)
-import check_files  # noqa: F401
+import check_files  # noqa: F401  (their rules join the table)
 import check_logs  # noqa: F401
 import check_ours  # noqa: F401
-from common import TRACKS, Parser, need, run_tool
+from common import TRACKS
 from folder import RULES, SEVERITIES, Submission
+from tool import Parser, need, run_tool
 
 EXIT_CODES = {"info": 0, "warning": 2, "error": 3}
 VERDICTS = {"info": "sound", "warning": "needs a look", "error": "does not hold"}
@@ -82,31 +82,27 @@ def worst(findings: list[Finding]) -> str:
     return max((finding.severity for finding in findings), key=SEVERITIES.index, default="info")
 
 
-def report(folder: Path, findings: list[Finding], seconds: float, show_info: bool) -> None:
-    print(folder)
-    for finding in findings:
-        if show_info or finding.severity != "info":
-            print(f"  {finding}")
+def report(folder: Path, findings: list[Finding], seconds: float) -> None:
+    print(folder, *findings, sep="\n  ")
     errors, warnings, notes = (sum(finding.severity == name for finding in findings) for name in reversed(SEVERITIES))
     print(f"  {VERDICTS[worst(findings)]}: {errors} errors, {warnings} warnings, {notes} notes ({seconds:.1f} s)")
 
 
-def parse_args(argv: list[str] | None):
+def need_score(beat: float | None) -> None:
+    need(beat is None or 0 < beat < 16, "--beat", "a score in bits per byte", beat)
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="submission folders")
     parser.add_argument("--track", choices=TRACKS, help="default: from the parent folder or submission.json")
     parser.add_argument("--beat", type=float, metavar="BPB", help="the score that a record is to beat")
     parser.add_argument("--json", action="store_true", help="findings as JSON, for programs")
-    parser.add_argument("--quiet", action="store_true", help="leave out findings of severity info")
     args = parser.parse_args(argv)
-    need(args.beat is None or 0 < args.beat < 16, "--beat", "a score in bits per byte", args.beat)
+    need_score(args.beat)
     for folder in args.folders:
         existing(folder)
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    args, results, everything = parse_args(argv), [], []
+    results, everything = [], []
     for folder in args.folders:
         began, track = time.perf_counter(), args.track or guess_track(folder)
         findings = check_folder(folder, track, args.beat)
@@ -114,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         verdict = {"folder": str(folder), "track": track, "verdict": worst(findings)}
         results.append(verdict | {"findings": [asdict(finding) for finding in findings]})
         if not args.json:
-            report(folder, findings, time.perf_counter() - began, not args.quiet)
+            report(folder, findings, time.perf_counter() - began)
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     return EXIT_CODES[worst(everything)]

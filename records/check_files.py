@@ -1,12 +1,15 @@
-"""The rules of check.py for what a folder holds, what submission.json states, and the bytes that are counted."""
+"""The rules of check.py for a folder's files and code, what submission.json states, and the bytes that are counted."""
 
+import ast
 import datetime
+import math
 import re
 import statistics
+import sys
 from collections.abc import Iterator
 
 from common import Track, is_number
-from folder import Complaints, Submission, file_seed, rule, weights_alone
+from folder import Complaints, Source, Submission, file_seed, rule, weights_alone
 
 WEIGHTS = {".pt", ".pth", ".ptz", ".bin", ".npz", ".npy", ".safetensors", ".ckpt", ".rgpt", ".pkl"}
 STRAY = {"__pycache__", ".DS_Store", ".git", ".ipynb_checkpoints", "wandb", ".venv", "node_modules", ".pytest_cache"}
@@ -115,12 +118,12 @@ def cap(s: Submission) -> Complaints:
         if size > limit:
             over = True
             yield "error", f"{name}:{line}", f"a submission within {limit:,} bytes", f"{size:,}"
-    logs = [log for log in (*s.claimed.values(), *s.logs.values()) if "model" in log.sizes]
+    logs = [log for log in s.logs.values() if "model" in log.sizes]
     if over or not logs or not s.counts_code or not s.code_size:
         return
-    model = max(log.sizes["model"][1] for log in logs)
+    model = max(log.size("model") for log in logs)
     if model + s.code_size > limit:
-        counted = max(log.sizes.get("code_compressed", (0, 0))[1] for log in logs)
+        counted = max(log.size("code_compressed") or 0 for log in logs)
         shipped = ", ".join(f"{name} {source.size:,}" for name, source in s.shipped.items())
         found = f"{model + s.code_size:,} = artifact {model:,} + {shipped}"
         if counted and model + counted <= limit:  # accepted in review from PR #1530 on
@@ -152,8 +155,7 @@ def evaluation(s: Submission) -> Complaints:
     if s.limits.eval_cost is None:
         return
     for name, log in s.claimed.items():
-        found = re.search(r"^data: .* val bytes: (\d+)", "\n".join(log.lines), re.M)
-        size, config = int(found[1]) if found else 0, log.config or {}
+        size, config = log.said.get("val_bytes", 0), log.config or {}
         result = s.parse(f"result_seed{file_seed(name)}.json")
         for wrong in wrong_scoring(s.limits, config, size, result.get("loops"), result.get("eval_loops")):
             yield "error", name, *wrong
@@ -218,13 +220,13 @@ def near(counts, value: float) -> bool:
 @rule
 def total_bytes(s: Submission) -> Complaints:
     """The artifact bytes of submission.json are those of the logs, with or without code as the track asks."""
-    models = [log.sizes["model"][1] for log in s.logs.values() if "model" in log.sizes]
-    totals = [log.sizes["total"][1] for log in s.logs.values() if "total" in log.sizes] if s.counts_code else models
+    models = [log.size("model") for log in s.logs.values() if "model" in log.sizes]
+    totals = [log.size("total") for log in s.logs.values() if "total" in log.sizes] if s.counts_code else models
     for name, log in s.logs.items():
         line, total = log.sizes.get("total", (0, 0))
-        parts = [log.sizes[kind][1] for kind in ("code", "code_compressed") if kind in log.sizes]
-        if line and parts and "model" in log.sizes and total - log.sizes["model"][1] not in parts:
-            expected = f"total = artifact {log.sizes['model'][1]:,} + code {parts[-1]:,}"
+        parts = [log.size(kind) for kind in ("code", "code_compressed") if kind in log.sizes]
+        if line and parts and "model" in log.sizes and total - log.size("model") not in parts:
+            expected = f"total = artifact {log.size('model'):,} + code {parts[-1]:,}"
             yield "warning", f"{name}:{line}", expected, f"{total:,}"
         if s.counts_code and weights_alone(log):
             yield "error", f"{name}:{line}", "bytes with those of the code", "COUNT_CODE=0, the weights alone"
@@ -258,3 +260,72 @@ def placeholders(s: Submission) -> Complaints:
             if match := form.search(line):
                 yield "warning", f"{name}:{number}", "finished text", f"{match[0]!r} in {line.strip()[:60]!r}"
                 break
+
+
+@rule
+def compiles(s: Submission) -> Complaints:
+    """Every shipped Python file compiles."""
+    for name, source in s.shipped.items():
+        if source.error is not None:
+            newer = "f-string" in str(source.error) and sys.version_info < (3, 12)
+            severity, where = "info" if newer else "error", f"{name}:{source.error.lineno or 1}"
+            expected = "Python that 3.11 reads too" if newer else "a script that compiles"
+            yield severity, where, expected, f"{source.error.msg}{' (unpacked)' * source.packed}"
+
+
+TRAINS = (".backward", "autograd.grad")
+SCORES = re.compile(r"no_grad|inference_mode|accum|score|bpb|eval")
+SUMS = re.compile(r"(loss|nll|bits|byte|score)_?\w*sum")
+
+
+def calls(node: ast.AST) -> list[tuple[int, str]]:
+    """Line and name of every call below a node, in order."""
+    return sorted((call.lineno, ast.unparse(call.func)) for call in ast.walk(node) if isinstance(call, ast.Call))
+
+
+def first_scoring(function: ast.AST) -> float:
+    """The line where a function first scores: a block without gradients, or a call or sum that says so."""
+    lines = [line for line, call in calls(function) if SCORES.search(call)]
+    sums = [node for node in ast.walk(function) if isinstance(node, ast.AugAssign)]
+    return min([*lines, *(node.lineno for node in sums if SUMS.search(ast.unparse(node.target)))], default=math.inf)
+
+
+def first_training(function: ast.FunctionDef) -> float | None:
+    """The line where a function that is fed validation tokens, and no others, first takes a gradient and steps."""
+    words = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+    words |= {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+    words |= {arg.arg for arg in function.args.args + function.args.kwonlyargs}
+    feeds = any(re.fullmatch(r"val_(?:tokens|data|loader|seqs|ids)\w*", word) for word in words)
+    loads = any(re.search(r"train_(?:loader|files|tokens|stream|batch)", word) for word in words)
+    trains = [line for line, call in calls(function) if call.endswith(TRAINS)]
+    steps = any(call.endswith(".step") for _, call in calls(function))
+    return trains[0] if feeds and not loads and steps and trains else None
+
+
+def scored_before(function: ast.FunctionDef, functions: list[ast.FunctionDef]) -> bool:
+    """Whether all who call a function score first: an evaluation that trains on what it has scored is legal."""
+    uses = []
+    for user in functions:
+        lines = [line for line, call in calls(user) if call.split(".")[-1] == function.name]
+        if lines and user is not function:
+            uses.append(user.name.startswith("eval") and first_scoring(user) < lines[0])
+    return bool(uses) and all(uses)
+
+
+@rule
+def trains_on_val(s: Submission) -> Complaints:
+    """No optimiser step on validation tokens before they are scored (PRs #1376, #1487, #1517): a suspicion only."""
+    for name, source in s.shipped.items():
+        functions = functions_of(source)
+        for function in functions:
+            line = first_training(function)
+            if line and first_scoring(function) > line and not scored_before(function, functions):
+                where = f"{name}{' (unpacked)' * source.packed}:{line}"
+                found = f"{function.name}() only trains"
+                yield "warning", where, "validation tokens scored before training on them", found
+
+
+def functions_of(source: Source) -> list[ast.FunctionDef]:
+    if source.tree is None or ".backward" not in source.text and "autograd.grad" not in source.text:
+        return []
+    return [node for node in ast.walk(source.tree) if isinstance(node, ast.FunctionDef)]

@@ -6,7 +6,7 @@ import statistics
 
 from common import NATS_TO_BEAT, P_TO_BEAT, bytes_implied, mean_std, p_below, p_text
 from folder import Complaints, Submission, agree, file_seed, rule, unit
-from logs import Log, Shown, StepLine
+from logs import Line, Log, Shown
 
 TIME_SLACK_MS = 500  # a run stops after the step that crossed the cap: all merged records end within 150 ms of it
 # Validation set: tokens, bytes of text a token. All published records imply 151.0 to 151.1 million bytes, except the
@@ -19,9 +19,6 @@ KNOWN_TEXT = {
     "byte": (151_080_000, 1.0),
 }
 TEXT_BYTES = (150.9e6, 151.7e6)
-
-
-# The validation text -------------------------------------------------------------------------------------------------
 
 
 @rule
@@ -95,9 +92,6 @@ def of_known_text(where: str, log: Log, length: float) -> Complaints:
         yield severity, where, "151.1 million bytes of validation text", f"{text / 1e6:.2f} million"
 
 
-# Steps and times -----------------------------------------------------------------------------------------------------
-
-
 @rule
 def time_caps(s: Submission) -> Complaints:
     """Training and evaluation each within the time that the track allows."""
@@ -133,7 +127,7 @@ def monotonic(s: Submission) -> Complaints:
                 yield "warning", f"{name}:{number}", "numbers as a script prints them", f"{text.strip()[:60]!r}"
 
 
-def steps_back(log: Log) -> list[tuple[StepLine, str, str]]:
+def steps_back(log: Log) -> list[tuple[Line, str, str]]:
     """Lines whose step or time is before that of the line above, with what was expected and found."""
     step, clock, seen, resumes, found = -1, 0.0, {}, list(log.resumes), []
     for line in log.trained:
@@ -179,9 +173,6 @@ def finite(s: Submission) -> Complaints:
                 break
 
 
-# Scores --------------------------------------------------------------------------------------------------------------
-
-
 def families(logs: dict[str, Log]) -> list[list[Log]]:
     """Logs that belong together: all, and those whose names differ by the seed only."""
     groups: dict[str, list[Log]] = {}
@@ -191,14 +182,13 @@ def families(logs: dict[str, Log]) -> list[list[Log]]:
 
 
 def averages(s: Submission, key: str) -> list[tuple[float, float, float]]:
-    """Mean, sample and population deviation of each score that every log of a family states."""
-    found = []
-    for family in families(s.logs):
-        for label in family[0].scores if len(family) > 1 else ():
-            values = [log.scores[label][key] for log in family if key in log.scores.get(label, {})]
-            if len(values) > 1 and all(map(math.isfinite, values)):
-                found.append((statistics.fmean(values), statistics.stdev(values), statistics.pstdev(values)))
-    return found
+    """Mean, sample and population deviation of each score that every log of a family states, or every seed's result."""
+    pairs = [(family, label) for family in families(s.logs) if len(family) > 1 for label in family[0].scores]
+    groups = [[log.scores[label][key] for log in family if key in log.scores.get(label, {})] for family, label in pairs]
+    listed = list(s.listed(key).values())
+    groups += [listed] if len(listed) == len(s.seed_results) else []
+    sound = [values for values in groups if len(values) > 1 and all(map(math.isfinite, values))]
+    return [(statistics.fmean(values), statistics.stdev(values), statistics.pstdev(values)) for values in sound]
 
 
 @rule
@@ -212,17 +202,13 @@ def scores(s: Submission) -> Complaints:
                 severity = "warning" if key == "val_bpb" else "info"
                 yield severity, s.json_name, f"a log that states {key}, to compare with {stated}", "none"
             continue
-        means, listed = [mean for mean, _, _ in averages(s, key)], s.listed(key)
-        if listed and len(listed) == len(s.seed_results):
-            means.append(statistics.fmean(listed.values()))
+        means = [mean for mean, _, _ in averages(s, key)]
         if not any(agree(stated, mean, 1.5e-5) for mean in means) and not any(agree(stated, x) for x in known):
             nearest = min([*known, *means], key=lambda value: abs(value - stated))
             severity = "error" if abs(nearest - stated) > 5e-4 else "warning"
             yield severity, s.json_name, f"{key} from the logs (nearest: {nearest:.6f})", stated
-    std, listed = s.facts.get("val_bpb_std"), list(s.listed("val_bpb").values())
+    std = s.facts.get("val_bpb_std")
     spreads = [spread for _, *pair in averages(s, "val_bpb") for spread in pair]
-    if len(listed) > 1 and len(listed) == len(s.seed_results):
-        spreads += [statistics.stdev(listed), statistics.pstdev(listed)]
     if std is not None and spreads:
         if min(abs(std - spread) for spread in spreads) > min(max(unit(std), 1.5e-5), 5e-4):
             yield "warning", s.json_name, f"val_bpb_std {spreads[0]:.5f} as computed from the seeds", std
@@ -283,9 +269,6 @@ def readme_score(s: Submission) -> Complaints:
         yield "warning" if known else "error", where, f"a score that a log states ({nearest})", f"{float(claim)}"
     if s.bpb is not None and abs(s.bpb - claim) > max(unit(s.bpb), unit(claim)) * 1.5:
         yield "info", where, f"val_bpb of {s.json_name} ({s.bpb})", f"{float(claim)}"
-
-
-# Seeds ---------------------------------------------------------------------------------------------------------------
 
 
 @rule

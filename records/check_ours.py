@@ -1,7 +1,6 @@
 """The rules of check.py for folders that submit.py wrote: log, result, metrics and script of a run state the same."""
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -9,12 +8,11 @@ from pathlib import Path
 
 from common import facts_of, is_number
 from folder import Complaints, Submission, rule, weights_alone
-from logs import Log
+from logs import Log, parse_metrics
+from tool import InputError
 
-SIZES = {"bytes_artifact": "model", "bytes_code": "code", "bytes_total": "total"}  # of result.json; of a log
-SAID = """script_sha256 count_code seed steps tokens train_flops val_tokens layout dataset device world_size
-    train_time_ms eval_time_ms""".split()
-SLACK = {"train_time_ms": 1e-3, "train_flops": 5e-3}  # relative: the log rounds them
+# Relative: the log rounds them.
+SLACK = {"val_loss": 1e-7, "val_bpb": 1e-7, "train_time_ms": 1e-3, "train_flops": 5e-3}
 SHOWN = {"train_loss": 6e-5, "val_loss": 6e-5, "val_bpb": 6e-5, "train_time": 0.6}  # of a log; how finely it shows it
 
 
@@ -27,16 +25,8 @@ def our_numbers(s: Submission) -> Complaints:
         if log is None:
             yield "error", name, f"the log of {where}", "none"
             continue
-        score, listed = log.score() or {}, s.seed_results.get(seed, {})
-        for key in ("val_loss", "val_bpb"):
-            value = result.get(key)
-            if not is_number(value) or not abs(value - score.get(key, math.nan)) <= 1e-6:
-                yield "error", where, f"{key} {score.get(key)} of its log", value
-            elif is_number(listed.get(key)) and abs(listed[key] - value) > 1e-9:
-                yield "error", s.json_name, f"{key} {value} of {where}", listed[key]
-        said = said_by(log) | {key: log.sizes[kind][1] for key, kind in SIZES.items() if kind in log.sizes}
-        for key in [*SIZES, *SAID, *(("loops", "eval_loops") if log.sizes else ())]:
-            found, expected = result.get(key), said.get(key)
+        for key, expected in said_by(log).items():
+            found = result.get(key)
             close = is_number(found) and is_number(expected) and abs(found - expected) <= SLACK.get(key, 0) * expected
             if found != expected and not close:
                 yield "error", where, f"{key} {expected} of its log", found
@@ -79,34 +69,42 @@ def differences(where: str, expected: object, found: object) -> Iterator[tuple]:
 
 
 def said_by(log: Log) -> dict[str, object]:
-    """What a log of ours says of its run, in the keys of result.json; the last word counts, if it was resumed."""
-    said = {"seed": log.seed, "val_tokens": log.val_tokens, "steps": log.steps[-1].step if log.steps else None}
-    config = log.config or {}
-    said |= {"script_sha256": log.script_sha256, "count_code": config.get("count_code")}
-    said |= {"layout": config.get("layout"), "dataset": Path(str(config.get("data_path") or "")).name or None}
-    for line in log.lines:
-        if match := re.match(r"score: .* before export, (\d+) passes\)", line):
-            passes = re.search(r"x(\d+)", str(config.get("layout")))
-            said |= {"eval_loops": int(match[1]), "loops": int(passes[1]) if passes else 1}
-        elif match := re.match(r"device: (.+?)  processes: (\d+)  ", line):
-            said |= {"device": match[1], "world_size": int(match[2])}
-        elif match := re.match(r"training: \d+ steps, (\d+) tokens, ([\d.e+]+) FLOPs", line):
-            said |= {"tokens": int(match[1]), "train_flops": float(match[2])}
+    """What a log of ours says of its run, in the keys of result.json, None where it does not; the last word counts, if
+    it was resumed."""
+    config, score = log.config or {}, log.score() or {}
     times = [step.values["train_time"] for step in log.steps if {"val_loss", "train_time"} <= step.values.keys()]
-    evals = log.values("eval_time")
-    return said | {"train_time_ms": times[-1] if times else None, "eval_time_ms": evals[-1] if evals else None}
+    said = {
+        "val_loss": score.get("val_loss"),
+        "val_bpb": score.get("val_bpb"),
+        "bytes_artifact": log.size("model"),
+        "bytes_code": log.size("code"),
+        "bytes_total": log.size("total"),
+        "count_code": config.get("count_code"),
+        "seed": log.seed,
+        "steps": log.steps[-1].step if log.steps else None,
+        "val_tokens": log.val_tokens,
+        "layout": config.get("layout"),
+        "dataset": Path(str(config.get("data_path") or "")).name or None,
+        "train_time_ms": times[-1] if times else None,
+        "eval_time_ms": next(reversed(log.values("eval_time")), None),
+        **{key: log.said.get(key) for key in ("script_sha256", "device", "world_size", "tokens", "train_flops")},
+    }
+    if log.sizes:  # it came to its end
+        looped = re.search(r"x(\d+)", str(config.get("layout")))
+        said["eval_loops"] = log.said.get("eval_loops")
+        said["loops"] = said["eval_loops"] and (int(looped[1]) if looped else 1)
+    return said
 
 
 def our_metrics(s: Submission, seed: str, log: Log) -> Complaints:
     """The steps of a log are those of its metrics.jsonl, with the same numbers. Only the first difference is told."""
-    name, rows = f"metrics_seed{seed}.jsonl", {}
-    for number, line in enumerate(s.text(name).splitlines(), 1):
-        try:
-            row = json.loads(line)
-            rows[row["step"], "val_loss" in row] = (number, row)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            yield "error", f"{name}:{number}", "a JSON object with a step", line[:40]
-            return
+    name = f"metrics_seed{seed}.jsonl"
+    try:
+        listed = enumerate(parse_metrics(name, s.text(name)), 1)
+        rows = {(row["step"], "val_loss" in row): (number, row) for number, row in listed}
+    except InputError as error:
+        yield "error", *re.split(": expected |, found ", str(error), maxsplit=2)
+        return
     if not rows:
         yield "error", name, "the metrics of the run", "none"
         return
@@ -145,8 +143,9 @@ def our_source(s: Submission) -> Complaints:
             yield "error", name, "the script's source at its head", "none"
             continue
         hashes = [hashlib.sha256((log.source + end).encode()).hexdigest() for end in ("", "\n")]
-        if log.script_sha256 and log.script_sha256 not in hashes:
-            yield "error", name, f"the source of SHA-256 {log.script_sha256[:12]}, as it says", hashes[0][:12]
+        stated = log.said.get("script_sha256", hashes[0])
+        if stated not in hashes:
+            yield "error", name, f"the source of SHA-256 {stated[:12]}, as it says", hashes[0][:12]
         logged, here = plain(log.source), plain(shipped.text if shipped else "")
         if logged != here:
             both = enumerate(zip(logged.splitlines(), here.splitlines()), 1)
@@ -157,10 +156,10 @@ def our_source(s: Submission) -> Complaints:
         elif shipped and shipped.packed:  # another release of LZMA may differ by some bytes, and so do the settings
             expected, slack = shipped.size, 0.03 * shipped.size
         else:  # the log drops the last line's end
-            expected, slack = log.source_bytes, 1
-        line, code = log.sizes.get("code", (0, None))
+            expected, slack = len(log.source.encode()), 1
+        code = log.size("code")
         if code is not None and abs(code - expected) > slack:
-            yield "error", f"{name}:{line}", f"code {expected} bytes, as shipped or at its head", code
+            yield "error", f"{name}:{log.sizes['code'][0]}", f"code {expected} bytes, as shipped or at its head", code
 
 
 # The preset that submit adds: a text, or a call in the scripts before those.

@@ -1,12 +1,12 @@
-"""What the record tools share: the tracks, statistics, and how numbers and tables are shown.
+"""What the record tools share: the tracks, results, statistics, and how numbers and tables are shown.
 
-Errors, exit codes and safe writing come from data/tool.py and are handed on from here.
+Errors, exit codes and safe writing come from data/tool.py, which this makes known.
 """
 
 import math
 import statistics
 import sys
-import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +15,7 @@ ROOT = RECORDS.parent
 if str(ROOT / "data") not in sys.path:
     sys.path.insert(1, str(ROOT / "data"))  # behind the folder of the tool that was started
 
-from tool import (  # noqa: E402, F401  (handed on)
-    InputError,
-    Parser,
-    atomic,
-    need,
-    read_json,
-    run_tool,
-    sha256_of,
-    write_json,
-    write_text,
-)
+from tool import InputError, Parser, need, read_json, run_tool, write_text  # noqa: E402, F401 (for tests and retrofit/)
 
 NATS_TO_BEAT = 0.005  # a record must beat the last by this many nats a token ...
 P_TO_BEAT = 0.01  # ... at this p
@@ -60,21 +50,6 @@ TRACKS = {
     "local": Track("own text, own machine: to be compared within one dataset only", counts_code=None, fineweb=False),
 }
 
-
-def read_toml(path: Path, what: str) -> dict:
-    """The table in a TOML file. Raises InputError if there is none."""
-    try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected TOML, found an error ({error})") from None
-    except OSError as error:
-        raise InputError(f"{path}: expected {what} (TOML), found nothing to read ({error.strerror})") from None
-
-
-# Statistics ----------------------------------------------------------------------------------------------------------
-
-
 LARGEST = 1e100  # what is larger is no measurement, and overflows where it is drawn or squared
 # Keys of result.json whose values are numbers, or null where there is none.
 MEASURED = """steps tokens train_flops train_time_ms eval_time_ms calib_time_ms val_loss val_bpb val_loss_raw
@@ -86,13 +61,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def read_result(path: Path, what: str = "the result of a run") -> dict:
-    """The object in a result.json. Raises InputError where a number is none; it may be null, NaN or infinite."""
-    result = read_json(path, what)
+def read_result(path: Path, needed: Iterable[str] = (), mend: str = "") -> dict:
+    """The object in a result.json. Raises InputError where it lacks one of the keys `needed`, or where a number is
+    none; it may be null, NaN or infinite."""
+    result = read_json(path, "the result of a run")
+    missing = [key for key in needed if key not in result]
+    need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}", mend)
     by_loops = result.get("val_bpb_by_loops") or {}
     need(isinstance(by_loops, dict), f"{short(path)}: val_bpb_by_loops", "an object", repr(by_loops)[:40])
     for key, value in {**{key: result.get(key) for key in MEASURED}, **by_loops}.items():
-        fine = value is None or is_number(value) or (isinstance(value, float) and not math.isfinite(value))
+        fine = value is None or is_number(value) or isinstance(value, float) and not math.isfinite(value)
         need(fine, f"{short(path)}: {key}", "a number or null", repr(value)[:40])
     return result
 
@@ -102,15 +80,15 @@ def mean_std(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def welch_p(a: list[float], b: list[float], alternative: str = "two-sided") -> float | None:
-    """p of Welch's t-test that `a` and `b` have one mean; alternative "less": that a's is not below b's.
+def welch_p(a: list[float], b: list[float]) -> float | None:
+    """p of Welch's two-sided t-test that `a` and `b` have one mean.
 
     None where the test says nothing: fewer than two values on a side, or no spread on both."""
     if min(len(a), len(b)) < 2 or max(statistics.pstdev(a), statistics.pstdev(b)) < 1e-9:
         return None
     from scipy import stats
 
-    return float(stats.ttest_ind(a, b, equal_var=False, alternative=alternative).pvalue)
+    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 
 def p_below(values: list[float], threshold: float) -> float | None:
@@ -125,9 +103,6 @@ def p_below(values: list[float], threshold: float) -> float | None:
 def bytes_implied(tokens: int, val_loss: float, val_bpb: float) -> float:
     """Bytes of the validation text that a loss (nats a token) and a score (bits a byte) over `tokens` tokens imply."""
     return tokens * val_loss / (math.log(2) * val_bpb)
-
-
-# Showing -------------------------------------------------------------------------------------------------------------
 
 
 def short(path: Path) -> str:
@@ -149,24 +124,25 @@ def markdown_table(head: list[str], rows: list[list[object]]) -> str:
     return "".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
-def seed_result(result: dict) -> dict:
-    """A seed's entry in submission.json, from its result.json."""
-    same = {key: result[key] for key in ("val_loss", "val_bpb", "steps", "tokens", "train_flops")}
-    times = {"train_time_s": result["train_time_ms"] / 1000, "eval_time_s": result["eval_time_ms"] / 1000}
-    return same | times | {"val_bpb_before_export": result["val_bpb_raw"], "artifact_bytes": result["bytes_artifact"]}
-
-
 def facts_of(results: list[dict]) -> dict:
     """What submission.json says of its runs, from their result.json."""
-    first = results[0]
+    first, seeds = results[0], {}
     loss, bpb = (mean_std([result[key] for result in results]) for key in ("val_loss", "val_bpb"))
+    for result in results:
+        seeds[str(result["seed"])] = {
+            **{key: result[key] for key in ("val_loss", "val_bpb", "steps", "tokens", "train_flops")},
+            "train_time_s": result["train_time_ms"] / 1000,
+            "eval_time_s": result["eval_time_ms"] / 1000,
+            "val_bpb_before_export": result["val_bpb_raw"],
+            "artifact_bytes": result["bytes_artifact"],
+        }
     return {
         "val_loss": loss[0],
         "val_bpb": bpb[0],
         "val_loss_std": loss[1],
         "val_bpb_std": bpb[1],
         "seeds": [result["seed"] for result in results],
-        "seed_results": {str(result["seed"]): seed_result(result) for result in results},
+        "seed_results": seeds,
         "hardware": f"{first['world_size']} x {first['device']}",
         "framework": first["framework"],
         "train_flops": mean_std([result["train_flops"] for result in results])[0],

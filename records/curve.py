@@ -8,15 +8,15 @@ turned with the bits per byte and the loss of the run's own validation. Dotted l
 What is not finite is left out, and a line says so; without a finite validation the picture is in nats a token.
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from common import Parser, is_number, need, read_result, run_tool
+from common import is_number, read_result
 from draw import COLORS, canvas, draw_line, finite, save_picture, tidy, zoom
-from logs import read_metrics
+from logs import read_log, read_metrics
+from tool import Parser, need, run_tool
 
 X_AXES = {  # name: (key of metrics.jsonl, unit divided out, label)
     "steps": ("step", 1, "training steps"),
@@ -75,11 +75,7 @@ def read_curve(folder: Path, axis: str, label: str) -> Curve:
 def read_switches(folder: Path, rows: list[dict]) -> list[tuple[int, int, int]]:
     """(step, passes before, passes after) of every change, from train.log, else from the metrics (less exact)."""
     log = folder / "train.log"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    said = {
-        int(step): (int(a), int(b))
-        for step, a, b in re.findall(r"^step:(\d{1,15})/\d+ loops:(\d{1,4})->(\d{1,4})", text, re.M)
-    }
+    said = read_log(log).switches if log.is_file() else {}
     if not said:  # a resumed run may say a change twice, hence the dictionary
         with_loops = [row for row in rows if is_number(row.get("loops"))]
         pairs = [(a, b) for a, b in zip(with_loops, with_loops[1:]) if a["loops"] != b["loops"]]
@@ -143,14 +139,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, such as logs/RUN")
     parser.add_argument("--x", choices=X_AXES, default="steps", help="what runs to the right (default: steps)")
     parser.add_argument("--out", type=Path, help="the PNG (default: curve.png in the first run's folder)")
-    parser.add_argument("--label", action="append", default=[], help="name of a run in the legend, one for each run")
     args = parser.parse_args(argv)
-    named, count = len(args.label) in (0, len(args.runs)), len(args.runs)
-    need(named, "--label", f"one for each of {count} runs", len(args.label))
+    count = len(args.runs)
     need(count <= LARGEST_RUNS, "RUN", f"at most {LARGEST_RUNS} runs in one picture", count)
     out = args.out or args.runs[0] / "curve.png"
-    labels = args.label or labels_of(args.runs)
-    curves = [read_curve(run, args.x, label) for run, label in zip(args.runs, labels)]
+    curves = [read_curve(run, args.x, label) for run, label in zip(args.runs, labels_of(args.runs))]
     for curve in curves:
         if curve.remarks:
             print(f"notice: {curve.label}: {', '.join(curve.remarks)}")

@@ -3,8 +3,9 @@
 import io
 from pathlib import Path
 
-from common import InputError, atomic, is_number
+from common import is_number
 from logs import read_metrics
+from tool import InputError, atomic
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # told apart by the colour-blind
 DASHES = ("-", "--", ":", "-.")

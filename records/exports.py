@@ -25,33 +25,17 @@ that diverged is skipped, with a line that says so.
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from ablate import SCRIPTS, check_keys, checker, load_script, sha256
-from common import (
-    RECORDS,
-    ROOT,
-    InputError,
-    Parser,
-    atomic,
-    is_number,
-    markdown_table,
-    mean_std,
-    need,
-    number,
-    read_json,
-    read_toml,
-    run_tool,
-    sha256_of,
-    short,
-    write_text,
-)
+from ablate import listed, load_script, read_declared, said_of, several, sha256
+from common import RECORDS, ROOT, is_number, markdown_table, mean_std, number, short
 from draw import canvas, draw_line, save_picture, tidy
 from logs import read_log
+from tool import InputError, Parser, need, read_json, run_tool, sha256_of, write_text
 
 LOGS, MATRICES = ROOT / "logs", RECORDS / "ablations"
 KEYS = dict(about=str, script=str, models=str, runs=list, seeds=list, base=dict, exports=dict)
@@ -90,32 +74,27 @@ class Plan:
 
 def read_plan(path: Path) -> Plan:
     """Reads and checks the TOML, as far as that goes without the script."""
-    toml, need = read_toml(path, "a plan"), checker(path)
-    need(path.suffix == ".toml", "the file's name", "NAME.toml", path.name)
-    check_keys(need, toml, KEYS)
-    for key in ("models", "runs", "exports"):
-        need(toml.get(key), key, "a value", "none")
-    exports = []
-    for kind, settings in toml["exports"].items():
-        need(isinstance(settings, dict), f"[exports.{kind}]", "a table of settings", settings)
-        lists = [value if isinstance(value, list) else [value] for value in settings.values()]
-        exports += [(kind, dict(zip(settings, values))) for values in itertools.product(*lists)]
-    script, seeds = toml.get("script", SCRIPTS[0]), toml.get("seeds", [1337])
-    need(script in SCRIPTS, "script", " or ".join(SCRIPTS), script)
-    need(seeds and all(type(seed) is int for seed in seeds), "seeds", "whole numbers", seeds)
-    parts = (toml.get("about", ""), toml["models"], toml["runs"], seeds, toml.get("base", {}), exports, script)
-    return Plan(path, *parts)
+    toml, exports = read_declared(path, "a plan", KEYS), []
+    with said_of(path):
+        for key in ("models", "runs", "exports"):
+            need(toml.get(key), key, "a value", "none")
+        for kind, settings in toml["exports"].items():
+            need(isinstance(settings, dict), f"[exports.{kind}]", "a table of settings", settings)
+            lists = [value if isinstance(value, list) else [value] for value in settings.values()]
+            exports += [(kind, dict(zip(settings, values))) for values in itertools.product(*lists)]
+    return Plan(path, **(toml | {"base": toml.get("base", {}), "exports": exports}))
 
 
 def check_settings(plan: Plan, script) -> None:
     """Refuses settings that are no business of an export, or that the script refuses, before hours of work."""
-    need, known = checker(plan.path), {*script.GROUPS["artifact"].split(), "eval_loops"}
-    for kind, settings in plan.exports:
+    known = {*script.GROUPS["artifact"].split(), "eval_loops"}
+    every = [("base", plan.base, known | set(MACHINE))]
+    every += [(f"exports.{kind}", settings, known) for kind, settings in plan.exports]
+    for where, settings, allowed in every:
         for name in settings:
-            need(name in known, f"[exports.{kind}] {name}", f"one of {', '.join(sorted(known))}", "another setting")
-        for name in plan.base:
-            allowed = sorted(known | set(MACHINE))
-            need(name in allowed, f"[base] {name}", f"one of {', '.join(allowed)}", "another setting")
+            expected = f"one of {', '.join(sorted(allowed))}"
+            need(name in allowed, f"{plan.path}: [{where}] {name}", expected, "another setting", "see --help")
+    for _, settings in plan.exports:
         given = plan.base | settings | {"mode": "export", "checkpoint": "given"}
         c = script.load_config([f"--{name}={value}" for name, value in given.items()], {}, "")[0]
         for values in (plan.base, settings):
@@ -137,9 +116,6 @@ def read_lines(plan: Plan) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             continue
     return list(found.values())
-
-
-# Exporting -----------------------------------------------------------------------------------------------------------
 
 
 class Model:
@@ -195,8 +171,7 @@ class Model:
         except ValueError as error:  # weights that are far too large
             return {"skipped": str(error)}
         coding = time.perf_counter() - began
-        with atomic(path, "wb") as file:
-            file.write(made.data)
+        path.write_bytes(made.data)
         bpb = self.score.bpb(self.script.score_from_disk(c, self.engine, path, self.score, loops))
         if not is_number(bpb):
             return {"skipped": f"it scores {bpb} after export"}
@@ -237,9 +212,9 @@ def work(plan: Plan) -> None:
     todo = [line for line in plan.wanted() if key_of(line) not in done]
     origin = {"script_sha256": source, "commit": script.source_commit(), "versions": script.versions()}
     plan.home.mkdir(parents=True, exist_ok=True)
-    missing, scratch = {}, plan.home / f"artifact.{os.getpid()}.tmp"
+    missing = {}
     print(f"{plan.path.stem}: {len(plan.wanted())} exports, {len(todo)} to do", flush=True)
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
         for (seed, run), group in itertools.groupby(todo, lambda line: (line["seed"], line["run"])):
             reason, model = diverged(plan, run, seed), None
             try:
@@ -248,23 +223,14 @@ def work(plan: Plan) -> None:
                 missing[short(Path(error.filename))] = plan.place(run).rsplit("/", 1)[0]
                 continue
             for line in group:
-                found = {"skipped": reason} if reason else model.export(line["settings"], scratch)
+                found = {"skipped": reason} if reason else model.export(line["settings"], Path(scratch) / "artifact")
                 append(plan, line | found | origin | {"device": model.engine.device_name if model else None})
-    finally:
-        scratch.unlink(missing_ok=True)
     train = " and ".join(f"python records/ablate.py records/ablations/{name}.toml" for name in set(missing.values()))
     need(not missing, ", ".join(missing), "the weights of finished runs", "none", f"train them with {train}")
 
 
-# The report ----------------------------------------------------------------------------------------------------------
-
-
 def label(settings: dict) -> str:
     return " ".join(f"{name.removeprefix('quant_')}={value}" for name, value in settings.items() if name != "quantizer")
-
-
-def average(lines: list[dict], key: str) -> float:
-    return statistics.fmean(line[key] for line in lines)
 
 
 def summarize(plan: Plan, lines: list[dict]) -> tuple[list[list[str]], dict[tuple[str, str], list[tuple]]]:
@@ -272,28 +238,23 @@ def summarize(plan: Plan, lines: list[dict]) -> tuple[list[list[str]], dict[tupl
     groups: dict[tuple, list[dict]] = {}
     for line in lines:
         groups.setdefault((line["run"], line["kind"], label(line["settings"])), []).append(line)
-    order = {run: i for i, run in enumerate(plan.runs)}
+
+    def mean(found: list[dict], key: str) -> float:
+        return statistics.fmean(line[key] for line in found)
+
+    def place(group: tuple) -> tuple:
+        (run, kind, _), found = group
+        return plan.runs.index(run), kind, mean(found, "bits_per_weight")
+
     rows, points = [], {}
-    for key in sorted(groups, key=lambda key: (order[key[0]], key[1], average(groups[key], "bits_per_weight"))):
-        (run, kind, settings), found = key, groups[key]
+    for (run, kind, settings), found in sorted(groups.items(), key=place):
         gap, std = mean_std([line["gap"] for line in found])
-        size = average(found, "bytes_artifact")
-        aims = [line["loss_aimed"] for line in found]
-        bits = number(average(found, "bits_per_weight"), ".3f")
-        scores = [number(average(found, "val_bpb")), number(gap), number(std)]
-        aim = number(statistics.fmean(aims)) if all(aims) else ""
+        size, bits = mean(found, "bytes_artifact"), number(mean(found, "bits_per_weight"), ".3f")
+        scores = [number(mean(found, "val_bpb")), number(gap), number(std)]
+        aim = number(mean(found, "loss_aimed")) if all(line["loss_aimed"] for line in found) else ""
         rows.append([run, f"`{found[0]['layout']}`", kind, settings, len(found), bits, f"{size:,.0f}", *scores, aim])
         points.setdefault((run, kind), []).append((size / 1000, gap))
     return rows, points
-
-
-def notes(plan: Plan, lines: list[dict], left: int) -> list[str]:
-    """What a reader of the table must know."""
-    said = [f"**{left} of {len(plan.wanted())} exports are still to be done.**"] if left else []
-    skipped = [f"`{line['run']}` seed {line['seed']}: {line['skipped']}" for line in lines if "skipped" in line]
-    if skipped := dict.fromkeys(skipped):
-        said.append(f"**Left out:** {'; '.join(skipped)}.")
-    return said
 
 
 def report(plan: Plan) -> str:
@@ -309,12 +270,11 @@ def report(plan: Plan) -> str:
     rows, points = summarize(plan, lines)
     head = ["model", "layout", "kind", "settings", "n", "bits a weight", "artifact bytes", "val_bpb", "gap"]
     table, one = markdown_table([*head, "std of gap", "nats aimed at"], rows), lines[0]
-    said = "".join(note + "\n\n" for note in notes(plan, done, len(wanted) - len(done)))
+    left = len(wanted) - len(done)
+    notes = f"**{left} of {len(wanted)} exports are still to be done.**\n\n" if left else ""
+    skipped = [f"`{line['run']}` seed {line['seed']}: {line['skipped']}" for line in done if "skipped" in line]
+    notes += f"**Left out:** {'; '.join(dict.fromkeys(skipped))}.\n\n" if skipped else ""
     partial = f" (partial: the first {one['val_tokens']:,} tokens)" if one["partial"] else ""
-    settings = " ".join(f"`{name}={value}`" for name, value in plan.base.items()) or "the script's own"
-    places = ", ".join(f"`{plan.place(run)}`" for run in plan.runs)
-    commits, devices = (", ".join(sorted({str(line[key]) for line in lines})) for key in ("commit", "device"))
-    again = f"Again, with that script: `python records/exports.py {short(plan.path)}`. "
     text = f"""<!-- written by records/exports.py from {plan.path.name} and exports.jsonl -->
 # {plan.path.stem}
 
@@ -325,15 +285,15 @@ disk, less those of the weights before; nats aimed at: QUANT_LOSS, or what TARGE
 add to the loss, nats a token, if the Fisher information were all.
 
 {table}
-{said}![gap against the artifact's bytes](exports.png)
+{notes}![gap against the artifact's bytes](exports.png)
 
-- Models: {places}; seeds {", ".join(map(str, plan.seeds))}. Data: `{one["dataset"]}`, sha256 \
-{one["dataset_sha256"][:12]}, {one["val_tokens"]:,} validation tokens{partial}.
-- Script: `{plan.script}`, commit {commits}; hash {one["script_sha256"][:12]}.
-- Devices: {devices}.
-- Settings of every export: {settings}.
+- Models: {", ".join(f"`{plan.place(run)}`" for run in plan.runs)}; seeds {", ".join(map(str, plan.seeds))}. \
+Data: `{one["dataset"]}`, sha256 {one["dataset_sha256"][:12]}, {one["val_tokens"]:,} validation tokens{partial}.
+- Script: `{plan.script}`, commit {several(line["commit"] for line in lines)}; hash {one["script_sha256"][:12]}.
+- Devices: {several(line["device"] for line in lines)}.
+- Settings of every export: {listed(plan.base) or "the script's own"}.
 
-{again}A line an export: `exports.jsonl`.
+Again, with that script: `python records/exports.py {short(plan.path)}`. A line an export: `exports.jsonl`.
 """
     draw(plan, points)
     write_text(plan.home / "README.md", text)

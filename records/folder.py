@@ -5,13 +5,15 @@ Everything is read once, on demand, bounded in size, and nothing of the folder i
 
 import ast
 import base64
-import binascii
 import bz2
+import contextlib
+import itertools
 import json
 import lzma
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,7 +31,6 @@ NUMBER_KEYS = {*SCORE_KEYS, *"val_loss val_bpb_std val_loss_std bytes_code code_
 SIZE_KEY = re.compile(r"(?:bytes_(?:total|model\w*)|\w*(?:artifact|model|total|submission)_\w*(?:bytes|size)\w*)$")
 
 
-# The table of rules --------------------------------------------------------------------------------------------------
 # A rule takes the submission and yields (severity, where, expected, found); `@rule` puts it into the table.
 
 Complaints = Iterator[tuple[str, str, str, object]]
@@ -39,9 +40,6 @@ RULES: list[Callable[["Submission"], Complaints]] = []
 def rule(function: Callable[["Submission"], Complaints]) -> Callable[["Submission"], Complaints]:
     RULES.append(function)
     return function
-
-
-# Numbers -------------------------------------------------------------------------------------------------------------
 
 
 def unit(value: float) -> float:
@@ -63,17 +61,6 @@ def number_in(value: object) -> float | None:
 def file_seed(name: str) -> int | None:
     match = re.search(r"seed[_-]?(\d{1,15})(?!\d)|(?:^|/)\w*log_(\d{1,15})\.txt$", name)
     return int(match[1] or match[2]) if match else None
-
-
-# The folder ----------------------------------------------------------------------------------------------------------
-
-
-def leads_into(link: Path, home: Path) -> bool:
-    """Whether a link ends under `home`; one that leads to itself ends nowhere."""
-    try:
-        return link.resolve().is_relative_to(home)
-    except (OSError, RuntimeError):
-        return False
 
 
 @dataclass
@@ -103,9 +90,10 @@ class Submission:
         found, home = {}, self.folder.resolve()
         for path in sorted(self.folder.rglob("*"))[:5000]:
             name = path.relative_to(self.folder).as_posix()
-            if path.is_symlink() and not leads_into(path, home):
+            inside = path.exists() and path.resolve().is_relative_to(home)
+            if path.is_symlink() and not inside:
                 self.problems.append(("error", name, "files inside the folder", "a link that leads out of it"))
-            elif path.is_file() and path.resolve().is_relative_to(home):
+            elif inside and path.is_file():
                 found[name] = path
                 if path.stat().st_size > LARGE:
                     self.problems.append(("error", name, f"at most {LARGE >> 20} MiB", f"{path.stat().st_size} bytes"))
@@ -113,30 +101,32 @@ class Submission:
 
     def text(self, name: str) -> str:
         """The text of a file, whatever its line ends; "" where it has none that can be read."""
-        if name not in self.texts:
-            self.texts[name] = self.read_text(name)
-        return self.texts[name]
-
-    def read_text(self, name: str) -> str:
-        path = self.files.get(name)
-        if path is None or path.stat().st_size > LARGE:
-            return ""
+        if name in self.texts or name not in self.files or self.files[name].stat().st_size > LARGE:
+            return self.texts.get(name, "")
         try:
-            raw = path.read_bytes()
+            raw = self.files[name].read_bytes()
         except OSError as error:
             self.problems.append(("error", name, "a readable file", error.strerror))
-            return ""
+            raw = b""
         if b"\0" in raw[:65536]:
             self.problems.append(("error", name, "text", "binary data"))
-            return ""
-        return plain_text(raw)
+            raw = b""
+        self.texts[name] = plain_text(raw)
+        return self.texts[name]
 
     def parse(self, name: str) -> dict:
         """The JSON object of a file; {} where there is none, which is a finding if there is such a file."""
+
+        def once(pairs: list[tuple[str, object]]) -> dict:
+            twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            if twice:
+                self.problems.append(("error", name, "every key once", f"{', '.join(twice)} several times"))
+            return dict(pairs)
+
         if name not in self.files:
             return {}
         try:
-            value = json.loads(self.text(name), parse_float=Shown, object_pairs_hook=self.without_repeats(name))
+            value = json.loads(self.text(name), parse_float=Shown, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             found = " ".join(str(error).split())[:80] if self.text(name).strip() else "an empty file"
             self.problems.append(("error", name, "valid JSON", found))
@@ -145,16 +135,6 @@ class Submission:
             self.problems.append(("error", name, "a JSON object", type(value).__name__))
             return {}
         return value
-
-    def without_repeats(self, name: str) -> Callable[[list[tuple[str, object]]], dict]:
-        def make(pairs: list[tuple[str, object]]) -> dict:
-            value = dict(pairs)
-            if len(value) < len(pairs):
-                twice = sorted(key for key in value if sum(key == other for other, _ in pairs) > 1)
-                self.problems.append(("error", name, "every key once", f"{', '.join(twice)} several times"))
-            return value
-
-        return make
 
     @cached_property
     def readme(self) -> str:
@@ -271,11 +251,9 @@ class Submission:
     @cached_property
     def entry(self) -> str | None:
         """The script that trains: train_gpt.py, or the one that most likely is it."""
-        names = [name for name in self.files if "/" not in name and name.endswith(".py")]
-        if "train_gpt.py" in names and self.files["train_gpt.py"].stat().st_size:
-            return "train_gpt.py"
-        near = [name for name in names if name.startswith("train")]
-        return near[0] if near else "train_gpt.py" if "train_gpt.py" in names else None
+        near = [name for name in self.files if re.fullmatch(r"train[^/]*\.py", name)]
+        whole = [name for name in near if name == "train_gpt.py" and self.files[name].stat().st_size]
+        return next(iter(whole + near), None)
 
     @cached_property
     def shipped(self) -> dict[str, "Source"]:
@@ -300,9 +278,6 @@ def weights_alone(log: Log) -> bool:
     return log.config is not None and str(log.config.get("count_code")) == "0"
 
 
-# Sources -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Source:
     """A code file that is shipped: its bytes as they lie, and its text, unpacked if it was compressed."""
@@ -321,10 +296,8 @@ def unpack(packed: str | bytes) -> str | None:
     raw = b"".join(raw.split()) if raw.isascii() else raw
     blobs = [raw]
     for decode in (base64.b85decode, lambda data: base64.b64decode(data, validate=True), base64.a85decode):
-        try:
+        with contextlib.suppress(ValueError):
             blobs.append(decode(raw))
-        except (ValueError, binascii.Error):
-            pass
     lzma2 = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
     makers = (
         lzma.LZMADecompressor,
@@ -333,38 +306,31 @@ def unpack(packed: str | bytes) -> str | None:
         zlib.decompressobj,
         lambda: zlib.decompressobj(31),
     )
-    for blob in blobs:
-        for make in makers:
-            try:
-                text = make().decompress(blob, UNPACKED).decode("utf-8")
-            except (ValueError, lzma.LZMAError, zlib.error, OSError, EOFError):
-                continue
+    for blob, make in itertools.product(blobs, makers):
+        with contextlib.suppress(ValueError, lzma.LZMAError, zlib.error, OSError, EOFError):
+            text = make().decompress(blob, UNPACKED).decode("utf-8")
             if "import" in text:
                 return text
     return None
 
 
-def parse_source(text: str) -> tuple[ast.Module | None, SyntaxError | None]:
+def read_source(path: Path, text: str, packed: bool = False) -> Source:
+    """A code file, or the script inside where it is a small loader round a compressed one."""
+    source = Source(path, path.stat().st_size, text, packed)
+    if path.suffix != ".py":
+        return source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return ast.parse(text), None
+            source.tree = ast.parse(text)
     except SyntaxError as error:
-        return None, error
+        source.error = error
     except (ValueError, RecursionError, MemoryError) as error:
-        return None, SyntaxError(str(error) or type(error).__name__)
-
-
-def read_source(path: Path, text: str) -> Source:
-    source = Source(path, path.stat().st_size, text)
-    if path.suffix != ".py":
-        return source
-    source.tree, source.error = parse_source(text)
+        source.error = SyntaxError(str(error) or type(error).__name__)
     constants = [node.value for node in ast.walk(source.tree or ast.Pass()) if isinstance(node, ast.Constant)]
     longest = max((value for value in constants if isinstance(value, (str, bytes))), key=len, default="")
-    if len(longest) > max(2000, 0.5 * len(text)) and (inner := unpack(longest)):  # a small loader round it
-        tree, error = parse_source(inner)
-        source.text, source.packed, source.error, source.tree = inner, True, error, tree or source.tree
+    if not packed and len(longest) > max(2000, 0.5 * len(text)) and (inner := unpack(longest)):
+        return read_source(path, inner, packed=True)
     return source
 
 

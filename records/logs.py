@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import InputError, is_number, need
+from common import is_number
+from tool import InputError, need
 
 SOURCE_END = "=" * 120  # stands in our logs between the script's source and what the run says
 TOKENIZERS = {  # name: how a log names it
@@ -20,9 +21,6 @@ TOKENIZERS = {  # name: how a log names it
     "sp8192": "sp8192|fineweb_8192",
 }
 TIMES = ("train_time", "eval_time", "step_avg", "elapsed", "total_eval_time")  # turned into milliseconds
-
-
-# Text and numbers as people write them -------------------------------------------------------------------------------
 
 
 def plain_text(raw: bytes) -> str:
@@ -67,30 +65,14 @@ def quantity(text: str) -> Shown | None:
     return Shown(re.sub(r"[^\d+-]", "", whole) + match["rest"], factor)
 
 
-# What a log says -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
-class StepLine:
-    """A line of a training log that names a step."""
+class Line:
+    """A line of a log that names a step, or states a validation score and no step."""
 
-    number: int  # of the line, from 1
-    step: int
+    number: int  # from 1
     values: dict[str, float]  # train_loss, val_loss, val_bpb, train_time (ms), step_avg (ms), ... as printed
-
-    @property
-    def measured(self) -> bool:
-        """Whether the line reports on training, and does not only mention a step."""
-        return not {"train_loss", "val_loss", "train_time"}.isdisjoint(self.values)
-
-
-@dataclass
-class Score:
-    """A line of a log that states a validation score and no step."""
-
-    number: int  # of the line, from 1
-    label: str  # what stands before the score: final_int8_zlib_roundtrip_exact, diagnostic quantized, ...
-    values: dict[str, float]  # val_loss, val_bpb, eval_time (ms), ...
+    step: int | None = None
+    label: str = ""  # what stands before the score: final_int8_zlib_roundtrip_exact, diagnostic quantized, ...
 
 
 @dataclass
@@ -99,12 +81,12 @@ class Log:
 
     path: Path
     lines: list[str]
-    steps: list[StepLine] = field(default_factory=list)
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # label of a final line: val_loss, val_bpb, ...
-    all_scores: list[Score] = field(default_factory=list)  # in order; `scores` has the last of each label
+    steps: list[Line] = field(default_factory=list)
+    all_scores: list[Line] = field(default_factory=list)  # in order
     config: dict | None = None  # of our own logs
     source: str | None = None  # the script at the head of our own logs
-    script_sha256: str | None = None  # of the script, as our own logs state it
+    said: dict[str, object] = field(default_factory=dict)  # what else our own logs state, the groups of OURS
+    switches: dict[int, tuple[int, int]] = field(default_factory=dict)  # step of a change of passes: before, after
     settings: dict[str, str] = field(default_factory=dict)  # hyperparameters as other people's logs print them
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # model, code, code_compressed, total: line, bytes
     val_tokens: int | None = None
@@ -115,26 +97,28 @@ class Log:
     eval_total: tuple[int, float] | None = None  # line and time (ms) of all evaluation, where stated
 
     @property
-    def source_bytes(self) -> int | None:
-        """Bytes of the script at the head, with the line ends that it ran with; None where the log has none."""
-        return None if self.source is None else len(self.source.encode())
+    def trained(self) -> list[Line]:
+        """The lines that report on a step of training, and do not only mention one."""
+        return [line for line in self.steps if not {"train_loss", "val_loss", "train_time"}.isdisjoint(line.values)]
 
     @property
-    def trained(self) -> list[StepLine]:
-        """The lines that report on a step of training."""
-        return [line for line in self.steps if line.measured]
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The last score of each label: val_loss, val_bpb, ..."""
+        return {score.label: score.values for score in self.all_scores}
 
     def values(self, key: str) -> list[float]:
         """A key (val_bpb, val_loss, eval_time) of every line that states a score."""
         return [score.values[key] for score in self.all_scores if key in score.values]
 
+    def size(self, kind: str) -> int | None:
+        """The bytes of a kind that the log states."""
+        return self.sizes[kind][1] if kind in self.sizes else None
+
     def score(self) -> dict[str, float] | None:
-        """The last exact score of the log, if it has one."""
+        """The last exact score of the log, else its last; None where it has none."""
         exact = [values for label, values in self.scores.items() if label.endswith("_exact")]
         return exact[-1] if exact else next(reversed(self.scores.values()), None)
 
-
-# Reading lines -------------------------------------------------------------------------------------------------------
 
 PAIR = re.compile(r"\b([A-Za-z_]+)[:=]\s*~?(-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?|-?nan|-?inf)(ms|s|m)?\b")
 COLOR = re.compile(r"\x1b\[[\d;]*m")
@@ -149,8 +133,8 @@ PREFIX = re.compile(  # what loggers and launchers put before a line; one blank 
 )
 # A step at the start of a line in any of the usual forms, or anywhere in the challenge's own form.
 STEP = re.compile(
-    r"\s*(?:step[: ]\s*(?P<a>\d+)(?:/\d+)?\b|(?P<b>\d+)/\d+ (?=\w+:))(?P<rest>.*)"
-    r"|.*?\bstep:(?P<c>\d+)/\d+(?= (?:train_loss|val_loss):)(?P<rest_c>.*)",
+    r"\s*(?:step[: ]\s*(?P<a>\d{1,15})(?:/\d+)?\b|(?P<b>\d{1,15})/\d+ (?=\w+:))(?P<rest>.*)"
+    r"|.*?\bstep:(?P<c>\d{1,15})/\d+(?= (?:train_loss|val_loss):)(?P<rest_c>.*)",
     re.I,
 )
 SCORE = re.compile(
@@ -166,7 +150,14 @@ OUR_SIZE = re.compile(
     r"\(code (?P<code>\d+)(?: packed)?(?:, not counted)?(?: packed)? \+ artifact (?P<model>\d+)"
 )
 CONFIG = re.compile(r"config: (\{.*)")
-SCRIPT = re.compile(r"run: .*\bsha256: ([0-9a-f]{64})\b")
+OURS = re.compile(
+    r"run: .*\bsha256: (?P<script_sha256>[0-9a-f]{64})\b"
+    r"|device: (?P<device>.+?)  processes: (?P<world_size>\d{1,9})  "
+    r"|data: .* val bytes: (?P<val_bytes>\d{1,15})"
+    r"|score: .* before export, (?P<eval_loops>\d{1,9}) passes\)"
+    r"|training: \d+ steps, (?P<tokens>\d{1,15}) tokens, (?P<train_flops>\d+(?:\.\d+)?(?:e\+?\d+)?) FLOPs"
+)
+KINDS = {"script_sha256": str, "device": str, "train_flops": float}  # of what it finds; the others are whole numbers
 RESUME = re.compile(r"resume: from step:(\d{1,15});")
 VAL_TOKENS = re.compile(r"(?:val_loader:.*\btokens:|(?i:val(?:idation)?[_ ]tokens): ?|data: .* val tokens: )([\d,]+)")
 SETTING = re.compile(r"\b([a-z_]\w*)[:=] ?([^\s:=]+)(?=\s|$)")
@@ -182,16 +173,16 @@ def pairs(text: str) -> dict[str, float]:
 
 
 def read_step(log: Log, number: int, match: re.Match) -> None:
-    step = match["a"] or match["b"] or match["c"]
-    if len(step) > 15:
-        return  # a digit string made to overflow
     rest = match["rest"] or match["rest_c"] or ""
     values = pairs(rest)
     if loss := re.search(r"\| loss (\d+\.\d+)", rest):
         values["train_loss"] = float(loss[1])
-    if "train_time" not in values and "t" in values:
-        values["train_time"] = values["t"]  # some scripts shorten it
-    log.steps.append(StepLine(number, int(step), values))
+    if "t" in values:  # some scripts shorten it
+        values.setdefault("train_time", values["t"])
+    step = int(match["a"] or match["b"] or match["c"])
+    log.steps.append(Line(number, values, step))
+    if passes := re.match(r" loops:(\d{1,4})->(\d{1,4})", rest):
+        log.switches[step] = (int(passes[1]), int(passes[2]))
 
 
 def read_score(log: Log, number: int, match: re.Match) -> None:
@@ -199,8 +190,7 @@ def read_score(log: Log, number: int, match: re.Match) -> None:
     if match["bare"]:  # a line that states nothing but BPB
         values["val_bpb"] = float(match["number"].rstrip("."))
     label = re.split(r"\s+\w+[:=]", match["label"])[0].strip(" :") + (match["bare"] or "")[3:]
-    log.all_scores.append(Score(number, label, values))
-    log.scores[label] = values
+    log.all_scores.append(Line(number, values, label=label))
 
 
 def read_size(log: Log, number: int, match: re.Match) -> None:
@@ -208,9 +198,7 @@ def read_size(log: Log, number: int, match: re.Match) -> None:
     kind = {"s": "model", "c": "code", "t": "total"}[match["what"][0].lower()]
     if kind == "code" and how == "(compressed)":
         kind = "code_compressed"
-    if kind == "model" and not how:
-        kind = "raw"  # before it is compressed
-    if size is not None:
+    if size is not None and (kind != "model" or how):  # one without is of the model before it is compressed
         log.sizes[kind] = (number, round(size))
 
 
@@ -233,11 +221,11 @@ def read_head_line(log: Log, line: str) -> None:
 
 
 def read_line(log: Log, number: int, line: str) -> None:
-    """Adds what a line says to `log`. The first form that it has counts."""
+    """Adds what a line says to `log`. The first form that it has counts, and of what we say, the last word."""
+    if match := OURS.match(line):
+        log.said |= {name: KINDS.get(name, int)(text) for name, text in match.groupdict().items() if text}
     if match := CONFIG.match(line):
-        log.config = log.config or json_object(match[1])
-    elif match := SCRIPT.match(line):
-        log.script_sha256 = log.script_sha256 or match[1]
+        log.config = log.config or read_config(match[1])
     elif match := STEP.match(line):
         read_step(log, number, match)
     elif match := SCORE.match(line):
@@ -248,23 +236,19 @@ def read_line(log: Log, number: int, line: str) -> None:
         log.sizes |= {kind: (number, int(size)) for kind, size in match.groupdict().items()}
     elif match := RESUME.match(line):
         log.resumes.append((number, int(match[1])))
-    elif line.startswith("stopping_early") and "train_time" in (values := pairs(line)):
-        log.train_end = (number, values["train_time"])
-    elif line.startswith("total_eval_time") and "total_eval_time" in (values := pairs(line)):
-        log.eval_total = (number, values["total_eval_time"])
+    elif line.startswith("stopping_early") and (time := pairs(line).get("train_time")) is not None:
+        log.train_end = (number, time)
+    elif line.startswith("total_eval_time") and (time := pairs(line).get("total_eval_time")) is not None:
+        log.eval_total = (number, time)
     elif not log.steps:
         read_head_line(log, line)
 
 
-def json_object(text: str) -> dict | None:
+def read_config(text: str) -> dict | None:
     try:
-        value = json.loads(text)
+        return json.loads(text)  # its pattern begins as an object
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
-
-
-# Files ---------------------------------------------------------------------------------------------------------------
 
 
 def parse_log(path: Path, text: str) -> Log:
@@ -287,23 +271,28 @@ def parse_log(path: Path, text: str) -> Log:
     return log
 
 
-def read_log(path: Path) -> Log:
-    """Parses a training log; a script's source at its head is kept apart. Raises InputError if there is no file."""
-    return parse_log(path, plain_text(read_bytes(path, "a training log")))
-
-
-def read_bytes(path: Path, what: str) -> bytes:
+def read_text(path: Path, what: str) -> str:
     try:
-        return Path(path).read_bytes()
+        return plain_text(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"{path}: expected {what}, found nothing to read ({error.strerror})") from None
 
 
+def read_log(path: Path) -> Log:
+    """Parses a training log; a script's source at its head is kept apart. Raises InputError if there is no file."""
+    return parse_log(path, read_text(path, "a training log"))
+
+
 def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl, as of `parse_metrics`."""
+    return parse_metrics(path, read_text(path, "the metrics of a run"))
+
+
+def parse_metrics(path: Path | str, text: str) -> list[dict]:
     """The rows of a metrics.jsonl, each with a step; other values may be anything.
 
     A last line without an end is left out where it is cut: the run is writing it, or died. Raises InputError."""
-    lines, rows = plain_text(read_bytes(path, "the metrics of a run")).split("\n"), []
+    lines, rows = text.split("\n"), []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)

@@ -10,7 +10,6 @@ other settings or another script. A seed that is too large or took too long ends
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import shlex
 import signal
@@ -26,8 +25,10 @@ import table
 from check_files import wrong_scoring
 from check_logs import OUR_RUN_KEYS, of_known_text, too_few_tokens
 from check_ours import said_by
-from common import ROOT, TRACKS, InputError, Parser, need, read_json, run_tool, short
+from common import ROOT, TRACKS, short
 from logs import Log, parse_log, plain_text, read_log
+from runs import handling, hold, launch
+from tool import InputError, Parser, need, read_json, run_tool
 
 SCRIPT = ROOT / "train_gpt.py"
 ASK_GPUS = "import torch; n = torch.cuda.device_count(); print(n, torch.cuda.get_device_name(0) if n else 'cpu')"
@@ -94,8 +95,6 @@ def check_plan(plan: Plan, seed: int, home: Path, proof: bool) -> None:
     """Refuses before the first run what is known by then; `home`: the folder of the entry. Raises InputError."""
     config, script, track = plan.config(seed), plan.script, TRACKS[plan.track]
     need(config.mode == "train", "MODE", "train", config.mode)
-    start, mend = config.init_from, "what it started from is not in the artifact's ten minutes"
-    need(not start, "INIT_FROM", "a run from scratch", start, mend)
     cap = config.target_bytes or config.bytes_cap
     need(cap <= track.bytes_cap, "TARGET_BYTES, BYTES_CAP", f"at most the track's {track.bytes_cap}", cap)
     sequences = config.train_batch_tokens // config.train_seq_len
@@ -110,9 +109,7 @@ def check_plan(plan: Plan, seed: int, home: Path, proof: bool) -> None:
     check_score(plan, config, script.Score(config))
     for path in [submit.recorded_settings(run)[name] for name in ("data_path", "tokenizer_path")] if proof else []:
         there, mend = Path(os.path.normpath(home / path)), "link it there; --no-proof leaves the proof out"
-        need(
-            there.exists(), f"proof: {short(there)}", "the data, as the folder's script will look for it", "none", mend
-        )
+        need(there.exists(), f"proof: {short(there)}", "the data, where the folder's script looks for it", "none", mend)
     leave_room(plan, run)
 
 
@@ -152,8 +149,10 @@ def check_score(plan: Plan, config, score) -> None:
 def leave_room(plan: Plan, run: submit.Run) -> None:
     """The folder's script states its settings and so is larger than the one that runs: TARGET_BYTES makes up for it, by
     a round number, that every order of the seeds and every LZMA leads to the same."""
-    size = {"1": lambda source: len(source.encode()), "packed": lambda source: len(plan.script.packed(source)),
-            "0": lambda source: 0}[run.count_code]  # fmt: skip
+
+    def size(source: str) -> int:
+        return len({"1": source.encode(), "packed": plan.script.packed(source), "0": b""}[run.count_code])
+
     baked, _, _ = submit.baked_script(run, plan.script)
     plan.code_bytes, target = size(baked), run.log.config["target_bytes"]
     room = (TRACKS[plan.track].bytes_cap - (plan.code_bytes - size(plan.source)) - 100) // 1000 * 1000
@@ -167,11 +166,11 @@ def check_in_hand(plan: Plan, folder: Path, seed: int) -> None:
     mend = "choose another name, or give runs that are done to records/submit.py"
     need(log.source == plan.source, short(folder), "a run of this train_gpt.py", "one of another version", mend)
     asked = dataclasses.asdict(config)
-    keys = {*asked} - OUR_RUN_KEYS | {"seed"}
-    found = ", ".join(f"{n}={log.config.get(n)}, not {asked[n]}" for n in sorted(keys) if log.config.get(n) != asked[n])
-    need(not found, short(folder), "a run with these settings", found, mend)
+    for key in sorted({*asked} - OUR_RUN_KEYS | {"seed"}):
+        same, found = log.config.get(key) == asked[key], f"{key}={log.config.get(key)}, not {asked[key]}"
+        need(same, short(folder), "a run with these settings", found, mend)
     said = said_by(log)
-    count, device = said.get("world_size"), said.get("device")
+    count, device = said["world_size"], said["device"]
     need(count == plan.processes, short(folder), f"a run of {plan.processes} processes", count, mend)
     same = device == plan.device or plan.device == "cpu" and str(device).startswith("cpu ")
     need(same, short(folder), f"a run on {plan.device}", device, mend)
@@ -196,25 +195,9 @@ def accepted(plan: Plan, folder: Path) -> submit.Run:
     run, cap = submit.read_run(folder), TRACKS[plan.track].bytes_cap
     submit.check_track(plan.track, [run])
     total = run.result["bytes_artifact"] + plan.code_bytes
-    need(
-        total <= cap, short(folder), f"artifact and the folder's script within {cap} bytes", total, "lower TARGET_BYTES"
-    )
+    expected = f"artifact and the folder's script within {cap} bytes"
+    need(total <= cap, short(folder), expected, total, "lower TARGET_BYTES")
     return run
-
-
-def hold(path: Path):
-    """A locked file: two of this tool would move and overwrite each other's runs. Raises InputError if it is held, by
-    this tool or by a run that outlives it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.set_inheritable(file.fileno(), True)
-    except BlockingIOError:
-        need(False, short(path), "no other record.py at these runs", "one", "wait for it, or choose another name")
-    except OSError:  # a disk without locks
-        pass
-    return file
 
 
 def run_script(arguments: list[str], processes: int) -> int:
@@ -222,7 +205,6 @@ def run_script(arguments: list[str], processes: int) -> int:
 
     The run has a session of its own: Ctrl-C, a closed terminal and SIGTERM reach it through here alone, and none that
     this process ignores, as under nohup. Ctrl-Z does not pause it."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     stops, process = [], None
 
     def stop(number, frame) -> None:
@@ -230,18 +212,13 @@ def run_script(arguments: list[str], processes: int) -> int:
         if process:
             process.send_signal(signal.SIGTERM if number == signal.SIGQUIT else number)
 
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
-    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
-    try:
-        command = [sys.executable, *launch, str(SCRIPT), *arguments]
+    with handling(stop, signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
+        command = [*launch(processes), str(SCRIPT), *arguments]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, close_fds=False)  # the lock goes along
         if stops:  # before there was a process
             process.terminate()
         code = process.wait()
-        return 128 + stops[0] if stops else code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return 128 + stops[0] if stops else code
 
 
 def train(plan: Plan, folder: Path, seed: int) -> bool:

@@ -17,7 +17,6 @@ of the first run, here and now (--no-proof leaves that out and says so in the RE
 
 import dataclasses
 import datetime
-import importlib.util
 import os
 import re
 import shutil
@@ -25,30 +24,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from check import check_folder
+from check import check_folder, need_score
+from check_files import a_date
 from check_logs import OUR_RUN_KEYS
 from check_ours import BAKED
-from common import (
-    RECORDS,
-    ROOT,
-    TRACKS,
-    InputError,
-    Parser,
-    facts_of,
-    is_number,
-    markdown_table,
-    need,
-    read_result,
-    run_tool,
-    short,
-    write_json,
-    write_text,
-)
+from common import RECORDS, ROOT, TRACKS, facts_of, is_number, markdown_table, read_result, short
+from layout import building
 from logs import Log, read_log
+from runs import git, handling, launch, load_module
+from tool import InputError, Parser, need, run_tool, write_json, write_text
 
 # Settings that say how a run was started, not what it was.
 NOT_BAKED = """mode preset run_id resume artifact checkpoint init_from log_dir prompt sample_tokens temperature
@@ -62,7 +51,7 @@ PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "constriction", "t
 SCRIPTS = {"torch": "train_gpt.py", "mlx": "train_gpt_mlx.py"}
 PRESET = "submission"
 CHALLENGE_MS = 600_000  # of training, and again of evaluation, that the README compares with in every track
-PROOF_STEPS = 3
+PROOF_STEPS, PROOF_MINUTES = 3, 5
 PROOF_TOLERANCE = 0.02  # relative, of a training loss: another device or no compilation rounds differently
 FILL_IN = "TO FILL IN: what this entry tries, what it shows, whose ideas it builds on."
 NOT_PROVEN = "**Not proven on the machine that wrote this folder: start it before you submit it.**"
@@ -98,14 +87,12 @@ class Run:
 def read_run(folder: Path) -> Run:
     """A finished run's files. Refuses what is missing, unfinished, partial, over the cap or without its source."""
     need(folder.is_dir(), short(folder), "a run folder such as logs/RUN", "none")
-    path, log_path = folder / "result.json", folder / "train.log"
+    path, log_path, metrics = (folder / name for name in ("result.json", "train.log", "metrics.jsonl"))
     mend = "the run was not finished: go on with RUN_ID and RESUME=1"
     need(path.is_file(), short(folder), "the result.json of a finished run", "none", mend)
-    result = read_result(path)
-    for name in ("train.log", "metrics.jsonl"):
-        need((folder / name).is_file(), short(folder), name, "none")
-    missing = [key for key in NEEDED if key not in result]
-    need(not missing, short(path), "the keys of result.json", f"no {', '.join(missing)}")
+    result = read_result(path, NEEDED)
+    for other in (log_path, metrics):
+        need(other.is_file(), short(folder), other.name, "none")
     mend = f"go on with RUN_ID={result['run_id']} RESUME=1, or mend its rates"
     need(result["val_bpb"] is not None, short(path), "a finished run", "one that stopped or blew up", mend)
     odd = [f"{key} {result[key]}" for key in NUMBERS if not is_number(result[key])]
@@ -122,30 +109,21 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{short(log_path)}: expected UTF-8 text, found {error}") from None
     log, mend = read_log(log_path), "give a log as the script wrote it"
     need(log.config and log.source, short(log_path), "the script's source and a config at its head", "none", mend)
-    start, mend = log.config.get("init_from"), "what it started from is not in the artifact's ten minutes"
-    need(not start, short(folder), "a run from scratch", f"INIT_FROM={start}", mend)
     return Run(folder, result, log)
 
 
 def load_script(source: bytes, what: str):
     """The module of a script's source, which may be packed. Raises InputError, whatever the source does."""
     with tempfile.TemporaryDirectory() as home:
-        path = Path(home) / "script_of_the_runs.py"
+        path = Path(home) / "script.py"
         path.write_bytes(source)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # dataclasses look their module up
-        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
-            spec.loader.exec_module(module)
+            module = load_module(path)
             vars(module).setdefault("SOURCE", source.decode())  # its file will be gone; a packed one knows it already
             module.load_config([], {}, module.DEFAULT_PRESET)
         except (Exception, SystemExit) as error:
             found = f"{type(error).__name__}: {error}"
             raise InputError(f"{what}: expected a script that loads, found {found}; was it edited?") from None
-        finally:
-            sys.dont_write_bytecode = before
-            del sys.modules[path.stem]
     return module
 
 
@@ -180,46 +158,35 @@ def check_track(name: str, runs: list[Run]) -> None:
         eight, found = result["world_size"] == 8 and "H100" in result["device"], result["device"]
         need(eight, "--track", "runs on 8 x H100", f"{result['world_size']} x {found}", "use --track non_record_16mb")
     for run in runs:
-        limit, used = track.flops_cap, run.result["train_flops"]
-        need(
-            not limit or used <= limit,
-            short(run.folder),
-            f"at most {limit or 0:g} FLOPs of training",
-            f"{used:.4g}",
-            mend,
-        )
-        times = {"training and calibration": run.train_ms, "evaluation": run.result["eval_time_ms"]}
-        for what, spent in times.items() if track.time_cap_ms else ():
-            expected = f"at most {track.time_cap_ms / 1000:g} s of {what}"
-            need(spent <= track.time_cap_ms, short(run.folder), expected, f"{spent} ms", mend)
+        start, foreign = run.log.config.get("init_from"), "what it started from is not in the artifact's ten minutes"
+        need(not start, short(run.folder), "a run from scratch", f"INIT_FROM={start}", foreign)
+        spent = {
+            "FLOPs of training": (run.result["train_flops"], track.flops_cap),
+            "ms of training and calibration": (run.train_ms, track.time_cap_ms),
+            "ms of evaluation": (run.result["eval_time_ms"], track.time_cap_ms),
+        }
+        for what, (used, cap) in spent.items():
+            need(not cap or used <= cap, short(run.folder), f"at most {cap or 0:g} {what}", f"{used:.6g}", mend)
 
 
 # The script ----------------------------------------------------------------------------------------------------------
 
 
-def from_folder(path: str, kind: str) -> str:
-    """Where data lies as seen from a record folder, which is three levels below the root, here and in the challenge."""
-    return f"../../../data/{kind}/{Path(path).name}"
-
-
 def recorded_settings(run: Run) -> dict[str, object]:
-    """The run's settings as its record shall have them."""
+    """The run's settings as its record shall have them, which lies three levels below the root, as in the challenge."""
     config = {key: value for key, value in run.log.config.items() if key not in NOT_BAKED}
-    config["data_path"] = from_folder(config["data_path"], "datasets")
-    config["tokenizer_path"] = from_folder(config["tokenizer_path"], "tokenizers")
+    for key, kind in (("data_path", "datasets"), ("tokenizer_path", "tokenizers")):
+        config[key] = f"../../../data/{kind}/{Path(config[key]).name}"
     return config
 
 
 def preset_text(settings: dict[str, object]) -> str:
     """A preset as the scripts read it: name=value, separated by white space."""
-    lines = [f'    "{PRESET}": """']
-    for key, value in settings.items():
-        value = str(int(value)) if isinstance(value, bool) else str(value)
+    texts = {key: str(int(value)) if isinstance(value, bool) else str(value) for key, value in settings.items()}
+    for key, value in texts.items():
         need(re.fullmatch(r'[^\s"\\]*', value), key.upper(), "a value without blanks and quotes", value, "rename it")
-        if len(lines[-1]) + len(f"{key}={value}") > 115:
-            lines.append(" " * 7)
-        lines[-1] += f" {key}={value}" if lines[-1][-1] != '"' else f"{key}={value}"
-    return "\n".join(lines) + '""",\n'
+    wrapper = textwrap.TextWrapper(115, f'    "{PRESET}": """', " " * 8, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(" ".join(f"{key}={value}" for key, value in texts.items())) + '""",\n'
 
 
 def bake(source: str, settings: dict[str, object]) -> str:
@@ -234,31 +201,37 @@ def bake(source: str, settings: dict[str, object]) -> str:
     return default.sub(f'DEFAULT_PRESET = "{PRESET}"', source[:start] + preset_text(settings) + source[start:])
 
 
-def prove_configuration(baked: bytes, run: Run):
-    """The baked script, without flags, has the configuration of the run. Returns it as a module."""
-    module = load_script(baked, f"the baked {run.script}")
-    config = module.load_config([], {}, module.DEFAULT_PRESET)[0]
-    mend = "was the log's config line or source changed?"
-    for key, value in recorded_settings(run).items():
-        need(getattr(config, key) == value, f"the baked {run.script}", f"{key}={value}", getattr(config, key), mend)
+def baked_script(run: Run, script) -> tuple[str, object, dict[str, object]]:
+    """The run's script with its configuration baked in, as a text and as a module, and the settings that it states.
+
+    Without flags it has the configuration of the run."""
+    defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
+    expected = "a script whose Config has the settings of the config line"
+    need(defaults.keys() == run.log.config.keys(), short(run.log.path), expected, "another")
+    recorded, what = recorded_settings(run), f"the baked {run.script}"
+    settings = {key: value for key, value in recorded.items() if value != defaults[key]}
+    baked = bake(run.log.source, settings)
+    module = load_script(baked.encode(), what)
+    config, mend = module.load_config([], {}, module.DEFAULT_PRESET)[0], "was the log's config line or source changed?"
+    for key, value in recorded.items():
+        need(getattr(config, key) == value, what, f"{key}={value}", getattr(config, key), mend)
     found, stated = module.config_sha256(config), str(run.result["config_sha256"])
-    need(found == stated, f"the baked {run.script}", f"the run's configuration ({stated[:12]})", found[:12], mend)
-    need(config.seed == run.seed, f"the baked {run.script}", f"seed {run.seed}", config.seed, mend)
-    return module
+    need(found == stated, what, f"the run's configuration ({stated[:12]})", found[:12], mend)
+    return baked, module, settings
 
 
 # The proof -----------------------------------------------------------------------------------------------------------
 
 
-def prove_run(folder: Path, run: Run, minutes: float) -> str:
+def prove_run(folder: Path, run: Run) -> str:
     """Starts the record's script inside its folder and compares its first steps with the log. Returns what was seen."""
     expected = {step.step: step.values["train_loss"] for step in run.log.steps if "train_loss" in step.values}
     steps = sorted(expected)[:PROOF_STEPS]
     need(steps, short(run.folder / "train.log"), "training losses, to compare the proof with", "none")
-    found, said = first_losses(folder, run, steps, minutes)
+    found, said = first_losses(folder, run, steps)
     own = [line for line in said if line.startswith("error:")]  # of the script; torchrun's words come after it
     error = (own or [line for line in reversed(said) if "error:" in line.lower()] or said[-1:] or ["no output"])[0]
-    wanted = f"{len(steps)} steps in {minutes:g} minutes from inside the folder"
+    wanted = f"{len(steps)} steps in {PROOF_MINUTES} minutes from inside the folder"
     mend = "on the right machine it proves itself; --no-proof leaves it out"
     need(len(found) == len(steps), "proof", wanted, f"{len(found)} ({error})", mend)
     for step in steps:
@@ -268,7 +241,7 @@ def prove_run(folder: Path, run: Run, minutes: float) -> str:
     return f"Started inside this folder, without flags and without compilation, the script gave {pairs}."
 
 
-def first_losses(folder: Path, run: Run, steps: list[int], minutes: float) -> tuple[dict[int, float], list[str]]:
+def first_losses(folder: Path, run: Run, steps: list[int]) -> tuple[dict[int, float], list[str]]:
     """Runs the script in `folder` until it has done `steps`. Returns their training losses, and what it printed."""
     with tempfile.TemporaryDirectory() as logs:
         output, log = Path(logs) / "output", Path(logs) / "proof" / "train.log"
@@ -276,23 +249,20 @@ def first_losses(folder: Path, run: Run, steps: list[int], minutes: float) -> tu
         with open(output, "w") as file:
             streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
             process = subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **streams)
-        found, deadline = {}, time.monotonic() + 60 * minutes
+        found, deadline = {}, time.monotonic() + 60 * PROOF_MINUTES
         # What ends this tool must not leave a whole training behind, which has a session of its own.
-        stops = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
-        before = {number: signal.signal(number, signal.default_int_handler) for number in stops}
-        try:
-            while process.poll() is None and len(found) < len(steps) and time.monotonic() < deadline:
-                time.sleep(0.3)
-                found = losses_in(log, steps)
-        finally:
-            process.terminate()  # torchrun hands it on to its processes, which have sessions of their own
+        with handling(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP):
             try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+                while process.poll() is None and len(found) < len(steps) and time.monotonic() < deadline:
+                    time.sleep(0.3)
+                    found = losses_in(log, steps)
+            finally:
+                process.terminate()  # torchrun hands it on to its processes, which have sessions of their own
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         said = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
         return losses_in(log, steps), said  # it may have ended since the last look
 
@@ -302,12 +272,9 @@ def proof_command(run: Run, logs: str) -> tuple[list[str], dict[str, str]]:
     fields = {name.upper() for name in run.log.config}
     env = {name: value for name, value in os.environ.items() if name not in fields}
     env |= {"LOG_DIR": logs, "RUN_ID": "proof", "COMPILE": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-    if run.result["framework"] != "torch":
-        return [sys.executable, run.script], env
     count = run.result["world_size"] if "cpu" not in run.result["device"].lower() else 1
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))  # or torchrun sets 1
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    return [sys.executable, *launch, run.script], env
+    return [*launch(count), run.script], env
 
 
 def losses_in(log: Path, steps: list[int]) -> dict[int, float]:
@@ -349,16 +316,6 @@ def summary(runs: list[Run], args, code_bytes: int) -> dict:
     }
 
 
-def results_table(facts: dict) -> str:
-    """A row a seed, as submission.json has it."""
-    shown = {
-        seed: [f"{value:.7g}" if isinstance(value, float) else value for value in row.values()]
-        for seed, row in facts["seed_results"].items()
-    }
-    head = next(iter(facts["seed_results"].values()))
-    return markdown_table(["seed", *head], [[seed, *values] for seed, values in shown.items()])
-
-
 def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proof: str) -> str:
     """README.md of the folder."""
     first, result, n = runs[0], runs[0].result, len(runs)
@@ -370,6 +327,11 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
     listed = "".join(f"    {key} = {value!r}\n" for key, value in settings.items())
     packed = ", compressed (it unpacks itself in memory)," if first.count_code == "packed" else ""
     code = f"{facts['bytes_code']:,} bytes of code" + ", which this track does not count" * (first.count_code == "0")
+    rows = [
+        [seed, *(f"{value:.7g}" if isinstance(value, float) else value for value in row.values())]
+        for seed, row in facts["seed_results"].items()
+    ]
+    table = markdown_table(["seed", *facts["seed_results"][rows[0][0]]], rows)
     kept = {True: "within", False: "beyond"}
     train, score = (kept[facts["compliance"][f"{part}_under_600s"]] for part in ("train", "eval"))
     return f"""# {args.name}
@@ -381,7 +343,7 @@ def readme(runs: list[Run], args, facts: dict, settings: dict[str, object], proo
 
 {args.prose}{foreign}## Results
 
-{results_table(facts)}
+{table}
 Layout `{facts["layout"]}`, {facts["params_stored"]:,} parameters; artifact {result["quantizer"]}, at most \
 {facts["bytes_model"]:,} bytes; {code}.
 All {facts["val_tokens"]:,} validation tokens are scored. Training is {train} 600 s and evaluation {score} 600 s, on \
@@ -400,16 +362,6 @@ The script is the one at the head of each log{packed} but for its default: the p
 {listed}
 `train_seed<N>.log` is as the script wrote it; `result_seed<N>.json` and `metrics_seed<N>.jsonl` are its numbers.
 """
-
-
-def baked_script(run: Run, script) -> tuple[str, object, dict[str, object]]:
-    """The run's script with its configuration baked in, as a text and as a module, and the settings that it states."""
-    defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
-    expected = "a script whose Config has the settings of the config line"
-    need(defaults.keys() == run.log.config.keys(), short(run.log.path), expected, "another")
-    settings = {key: value for key, value in recorded_settings(run).items() if value != defaults[key]}
-    baked = bake(run.log.source, settings)
-    return baked, prove_configuration(baked.encode(), run), settings
 
 
 def fill(part: Path, runs: list[Run], args, script) -> dict:
@@ -435,25 +387,10 @@ def fill(part: Path, runs: list[Run], args, script) -> dict:
     need(not errors, args.name, "a folder without errors", f"{errors} (above)", "nothing was written")
     if not args.no_proof:
         print("proof: the baked script takes its first steps, this can take minutes ...", flush=True)
-        proof = prove_run(part, first, args.proof_minutes)
+        proof = prove_run(part, first)
         print(proof)
         write_text(part / "README.md", readme(runs, args, facts, settings, proof))
     return facts
-
-
-def put(part: Path, home: Path, replace: bool) -> None:
-    """Gives a finished folder its name. What was there goes only when the new one is in its place."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    need_free(home, replace)  # asked again: another submit may have made it during the proof
-    old = part.with_name("replaced")
-    if home.exists():
-        os.replace(home, old)
-    try:
-        os.replace(part, home)
-    except BaseException:
-        if old.exists():
-            os.replace(old, home)
-        raise
 
 
 def free_home(args) -> Path:
@@ -476,17 +413,7 @@ def need_free(home: Path, replace: bool) -> None:
 
 
 def git_setting(name: str) -> str:
-    try:
-        return subprocess.run(["git", "config", name], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    except OSError:  # no git
-        return ""
-
-
-def a_date(text: str) -> bool:
-    try:
-        return datetime.date.fromisoformat(text).isoformat() == text  # 20261121 is a date, too
-    except ValueError:
-        return False
+    return (git("config", name) or b"").decode().strip()
 
 
 def parse_args(argv: list[str] | None):
@@ -503,12 +430,12 @@ def parse_args(argv: list[str] | None):
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder of the tracks (default: records/)")
     parser.add_argument("--replace", action="store_true", help="replace a folder of that name")
     parser.add_argument("--no-proof", action="store_true", help="do not start the baked script")
-    parser.add_argument("--proof-minutes", type=float, default=5.0, help="how long the proof may take (default: 5)")
     args = parser.parse_args(argv)
     name = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", args.name)
     need(name, "--name", 'letters, digits, ".", "_" and "-", no spaces', f'"{args.name}"')
-    need(a_date(args.date), "--date", "YYYY-MM-DD", f'"{args.date}"')
-    need(args.beat is None or 0 < args.beat < 16, "--beat", "a score in bits per byte", args.beat)
+    dated = re.fullmatch(r"\d{4}-\d\d-\d\d", args.date) and a_date(args.date)
+    need(dated, "--date", "YYYY-MM-DD", f'"{args.date}"')
+    need_score(args.beat)
     args.author = args.author or git_setting("user.name")
     args.github_id = args.github_id or git_setting("github.user") or None
     need(args.author, "--author", "a name", "none, in git's user.name neither", 'give --author="..."')
@@ -533,13 +460,9 @@ def main(argv: list[str] | None = None) -> int:
     home = free_home(args)
     if len({str(run.result["versions"]) for run in runs}) > 1:
         print("notice: the runs had different package versions; requirements.txt states the first run's")
-    part = args.out / f".submit.{os.getpid()}.tmp" / home.name  # as deep below the root as the folder will be
-    try:
-        part.mkdir(parents=True)
+    with building(home, args.replace) as part:  # beside it, from where the data lies at the same distance
         facts = fill(part, runs, args, script)
-        put(part, home, args.replace)
-    finally:
-        shutil.rmtree(part.parent, ignore_errors=True)
+        need_free(home, args.replace)  # asked again: another submit may have made it during the proof
     std = f" ± {facts['val_bpb_std']:.4f}" if facts["val_bpb_std"] is not None else ""
     print(f"{short(home)}: {facts['val_bpb']:.4f}{std} bits per byte, {len(runs)} seeds, {facts['bytes_total']} bytes")
     if not args.blurb:

@@ -1,6 +1,6 @@
-"""Write records/README.md and the pictures of the tracks, from the record folders, matrices and plans alone.
+"""Bring records/README.md up to date, and the pictures of the tracks, from the record folders, matrices and plans.
 
-python records/table.py            write them
+python records/table.py            write them; what stands before the first table and from "## Tools" on stays
 python records/table.py --check    exit code 1 if README.md is not what would be written
 """
 
@@ -11,75 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from ablate import read_matrix
-from common import (
-    RECORDS,
-    TRACKS,
-    Parser,
-    is_number,
-    markdown_table,
-    mean_std,
-    need,
-    number,
-    p_text,
-    read_json,
-    run_tool,
-    short,
-    welch_p,
-    write_text,
-)
+from common import RECORDS, TRACKS, is_number, markdown_table, mean_std, number, p_text, short, welch_p
 from draw import COLORS, canvas, draw_validation, save_picture, tidy, zoom
 from exports import read_lines, read_plan
+from tool import Parser, need, read_json, run_tool, write_text
 
-HEAD = """<!-- written by records/table.py -->
-# Records
-
-Every folder holds the logs that the script wrote, what was computed from them, and the script itself with its
-configuration baked in. `val_bpb` is of the artifact as read back from disk, the mean over seeds; lower is better. p:
-Welch's t-test (two-sided) against the best record of the same track and dataset; – where there are too few seeds.
-
-[HISTORY.md](HISTORY.md): what has left this tree, what it showed, and where it lies.
-"""
-TOOLS = """## Tools
-
-| command | what it does |
-|---|---|
-| `python records/ablate.py records/ablations/NAME.toml` | run a declared matrix, or go on with it; table and picture |
-| `python records/exports.py records/exports/NAME.toml` | export trained models in many ways; table and picture |
-| `python records/record.py --name ... --track ...` | a run a seed, then the record folder |
-| `python records/submit.py logs/RUN... --track ... --name ...` | finished runs (one a seed) into a record folder |
-| `python records/check.py FOLDER...` | judge any submission folder by the challenge's rules |
-| `python records/table.py` | write this page and the pictures |
-| `python records/curve.py logs/RUN...` | loss curves of runs |
-| `python records/contents.py logs/RUN/model.int6.rgpt` | what an artifact holds, and where its bytes are |
-
-[does_recurrence_pay/](does_recurrence_pay/README.md): what is known so far, on one page. retrofit/: trained models
-made to loop, [SmolLM2](retrofit/smollm2/README.md) and [ours](retrofit/own/README.md), with what
-[retrofit/](../retrofit/README.md) lists.
-[side_by_side/](side_by_side/README.md): the challenge's script, a published record's and ours, at one shape.
-[coders/](coders/README.md): the artifact's coder beside general compressors. [rare_rows/](rare_rows/README.md): what
-rounding costs where a calibration is short. [rounding_trials/](rounding_trials/README.md): how `ROUND_FROM` was found.
-[what_a_weight_costs.md](what_a_weight_costs.md): bits against loss, rounded after and while training.
-models/: the artifacts of track_mini's entries, to start from (`INIT_FROM=`) or to convert (`retrofit/convert.py`).
-
-To compare ideas, declare a matrix (settings, arms, seeds, a budget; `--help` shows one) and run it. Ctrl-C at will: the
-same command goes on. It ends in a table (mean, standard deviation, Welch's test) and a picture. A trial of a minute:
-
-    python records/ablate.py records/ablations/smoke.toml
-    python records/exports.py records/exports/smoke.toml     # after it: its models, exported in several ways
-
-To submit, one command: a run a seed, then the folder, which is checked, and this page. Nearly all that can be known
-before is refused before the first run, what a seed shows before the next; it goes on where it was stopped. For seeds
-that have been trained, `submit.py`.
-
-    python records/record.py --name mine --track local --author "Your Name" --settings=--preset=smoke
-
-`make record NAME=mine SUBMIT_ARGS="--author=... --github-id=... --beat=1.08"` is that for the challenge: three seeds of
-the `record` preset on the GPUs of the machine (`TRACK=non_record_16mb`, `SEEDS=`; `RECORD_ARGS=` for the trainer).
-The folder holds the logs, every number computed from them, and a `train_gpt.py` with the configuration baked in,
-which `submit.py` starts to see that it repeats the run. What the entry means is yours to write: `--blurb`, `--prose`,
-or the line TO FILL IN in its README. `check.py` judges anybody's folder: bytes of all shipped code, the cap, byte
-counts that cannot be, logs that were stitched, numbers without runs, mixed seeds, times.
-"""
+TABLES = re.compile(r"^## track_.*?(?=^## Tools$)", re.M | re.S)  # what this tool writes of the page
 
 
 @dataclass
@@ -90,14 +27,13 @@ class Record:
 
     @cached_property
     def scores(self) -> list[float]:
-        """val_bpb of each seed; those that are not finite are left out."""
-        seeds = self.facts.get("seed_results")
-        listed = list(seeds.values()) if isinstance(seeds, dict) else []
-        for rows in [self.results] if self.results else [listed, [self.facts]]:
-            found = [row.get("val_bpb") for row in rows if isinstance(row, dict)]
-            if scores := [score for score in found if is_number(score)]:
-                return scores
-        return []
+        """val_bpb of each seed, or of the folder; those that are not finite are left out."""
+        found = [row.get("val_bpb") for row in self.results or [self.facts]]
+        return [score for score in found if is_number(score)]
+
+    @property
+    def mean(self) -> float | None:
+        return mean_std(self.scores)[0] if self.scores else None
 
     @property
     def flops(self) -> float | None:
@@ -118,19 +54,16 @@ class Record:
         return str(self.facts.get("name") or self.folder.name)
 
 
-def read_records(home: Path, track: str) -> list[Record]:
-    """The record folders of a track, best first, those without a score last. Raises InputError for broken JSON."""
+def read_records(home: Path, track: str) -> dict[str, list[Record]]:
+    """The record folders of a track by dataset, best first, those without a score last. Raises InputError for broken
+    JSON."""
     found = []
-    for folder in sorted((home / f"track_{track}").glob("*/")):
-        if not folder.name.startswith("."):
+    for folder in sorted((home / f"track_{track}").glob("[!.]*/")):
+        if not folder.name.endswith((".part", ".old")):  # submit.py is at it
             facts = read_json(folder / "submission.json", "the submission.json of a record folder")
             found.append(Record(folder, facts, [read_json(path) for path in sorted(folder.glob("result_seed*.json"))]))
-    return sorted(found, key=lambda record: mean_std(record.scores)[0] if record.scores else 1e9)
-
-
-def by_dataset(records: list[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
-    for record in records:
+    for record in sorted(found, key=lambda record: 1e9 if record.mean is None else record.mean):
         groups.setdefault(record.dataset, []).append(record)
     return groups
 
@@ -140,15 +73,15 @@ def track_table(records: list[Record], home: Path) -> str:
     rows = []
     best = records[0]
     for record in records:
-        mean, std = mean_std(record.scores) if record.scores else (None, None)
+        std = mean_std(record.scores)[1] if record.scores else None
         size = record.facts.get("bytes_total")
-        p = "" if record is best else p_text(welch_p(record.scores, best.scores)) if record.scores else "–"
+        p = "" if record is best else p_text(welch_p(record.scores, best.scores))
         link = f"[{record.name}]({record.folder.relative_to(home).as_posix()}/README.md)"
         layout = next((f"`{row['layout']}`" for row in record.results if row.get("layout")), "–")
         size = f"{size:,}" if isinstance(size, int) else "–"
         more = [record.facts.get(key) or "–" for key in ("hardware", "date")]
         flops = number(record.flops, ".3g")
-        rows.append([link, number(mean), number(std), len(record.scores), p, layout, size, flops, *more])
+        rows.append([link, number(record.mean), number(std), len(record.scores), p, layout, size, flops, *more])
     return markdown_table("record|val_bpb|std|n|p|layout|bytes|FLOPs|hardware|date".split("|"), rows)
 
 
@@ -161,8 +94,7 @@ def draw(records: list[Record], path: Path, title: str) -> None:
     figure, axes = canvas(8.4, 4.9)
     shown = []
     for i, record in enumerate(record for record in records if record.metrics):
-        mean = number(mean_std(record.scores)[0] if record.scores else None)
-        shown += draw_validation(axes, record.metrics, i, f"{record.name}  {mean}")
+        shown += draw_validation(axes, record.metrics, i, f"{record.name}  {number(record.mean)}")
         for result in record.results:
             x, y = result.get("train_flops"), result.get("val_bpb")
             if is_number(x) and is_number(y):
@@ -214,13 +146,11 @@ def export_rows(home: Path) -> list[list[str]]:
 
 
 def track_section(home: Path, track: str) -> list[str]:
-    parts, groups = [f"## track_{track}: {TRACKS[track].title}\n"], by_dataset(read_records(home, track))
+    parts, groups = [f"## track_{track}: {TRACKS[track].title}\n"], read_records(home, track)
     for dataset, records in groups.items():
         if len(groups) > 1 or not TRACKS[track].fineweb:
-            tokens = {
-                row["val_tokens"] for record in records for row in record.results if is_number(row.get("val_tokens"))
-            }
-            size = ", ".join(f"{count:,}" for count in sorted(tokens))
+            counts = [row.get("val_tokens") for record in records for row in record.results]
+            size = ", ".join(f"{count:,}" for count in sorted(set(filter(is_number, counts))))
             parts.append(f"`{dataset}`" + (f", {size} validation tokens:\n" if size else ":\n"))
         parts.append(track_table(records, home))
         if any(record.metrics for record in records):
@@ -230,10 +160,8 @@ def track_section(home: Path, track: str) -> list[str]:
 
 
 def build(home: Path) -> str:
-    """The text of records/README.md."""
-    parts = [HEAD]
-    for track in TRACKS:
-        parts += track_section(home, track)
+    """The text of records/README.md: the tables as the folders have them, the words around them as they are."""
+    parts = [part for track in TRACKS for part in track_section(home, track)]
     if rows := ablation_rows(home):
         head = ["matrix", "question", "budget a run", "runs", "best arm"]
         parts.append("## Ablations\n\nMatrices of runs by `ablate.py`; each has its table, picture and logs.\n")
@@ -241,7 +169,10 @@ def build(home: Path) -> str:
     if rows := export_rows(home):
         parts.append("## Exports\n\nOne model, many artifacts: what quantizing costs, by `exports.py`.\n")
         parts.append(markdown_table(["plan", "question", "models of", "exports"], rows))
-    return "\n".join([*parts, TOOLS])
+    page = home / "README.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else "# Records\n\n## track_\n## Tools\n"
+    need(TABLES.search(text), short(page), "headings ## track_... and ## Tools, to write between", "none")
+    return TABLES.sub(lambda _: "\n".join([*parts, ""]), text, count=1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -256,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{short(path)} is current")
         return 0
     for track in TRACKS:
-        for dataset, records in by_dataset(read_records(args.home, track)).items():
+        for dataset, records in read_records(args.home, track).items():
             if any(record.metrics for record in records):
                 picture = picture_path(args.home, track, dataset)
                 draw(records, picture, f"track_{track}, {dataset}")

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ import ablate
 import common
 import draw
 import logs
+import runs
 from conftest import ROOT, TINY, quicker_script
 
 # Trains for `seconds` in steps of 0.05 s, checkpoints on SIGTERM and at its end, resumes a run of its own settings; its
@@ -153,6 +153,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "train_gpt.py").write_text(STAND_IN)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -215,9 +216,9 @@ def test_stops_in_time_and_resumes_the_run_in_hand(home, capsys):
 def command(home: Path, path: Path) -> list[str]:
     """The tool in an interpreter of its own, for the repository of the test."""
     code = f"""import sys; sys.path.insert(0, {str(ROOT / "records")!r})
-import ablate, common
+import ablate, common, runs
 from pathlib import Path
-ablate.ROOT = common.ROOT = Path({str(home)!r})
+ablate.ROOT = common.ROOT = runs.ROOT = Path({str(home)!r})
 sys.exit(common.run_tool(ablate.main, [{str(path)!r}]))"""
     return [sys.executable, "-c", code]
 
@@ -246,10 +247,10 @@ def test_two_queues_do_not_run_one_matrix(home, capsys):
     path = write(home, MATRIX.replace('layout = "5x3"', 'layout = "5x3"\nseconds = 3'))
     tool = start_tool(home, path)
     try:
-        assert run(path) == 1 and "expected this matrix to be idle" in capsys.readouterr().err
+        assert run(path) == 1 and "expected no other process at these runs" in capsys.readouterr().err
         tool.kill()  # its run goes on as an orphan and still holds the lock
         tool.wait()
-        assert run(path) == 1 and "expected this matrix to be idle" in capsys.readouterr().err
+        assert run(path) == 1 and "expected no other process at these runs" in capsys.readouterr().err
     finally:
         tool.kill()
 
@@ -454,18 +455,17 @@ def test_a_score_that_is_not_finite_is_kept_as_a_diverged_result(home, capsys, r
 
 def test_passes_at_test_time_have_a_table():
     """Means over seeds, a dash where a number of passes was not scored; arms with one number are left out."""
-    kept = [
-        (types.SimpleNamespace(arm="a"), {"val_bpb_by_loops": {"3": 2.0, "1": 3.0}}),
-        (types.SimpleNamespace(arm="a"), {"val_bpb_by_loops": {"3": 2.5, "1": 3.5}}),
-        (types.SimpleNamespace(arm="b"), {"val_bpb_by_loops": {"3": 2.0, "8": 4.0}}),
-        (types.SimpleNamespace(arm="c"), {"val_bpb_by_loops": {"5": 2.0}}),
-        (types.SimpleNamespace(arm="d"), {}),
-    ]
-    lines = ablate.by_passes(None, kept).strip().splitlines()[2:]
+    scored = {
+        "a": [{"val_bpb_by_loops": {"3": 2.0, "1": 3.0}}, {"val_bpb_by_loops": {"3": 2.5, "1": 3.5}}],
+        "b": [{"val_bpb_by_loops": {"3": 2.0, "8": 4.0}}],
+        "c": [{"val_bpb_by_loops": {"5": 2.0}}],
+        "d": [{}],
+    }
+    lines = ablate.by_passes(scored).strip().splitlines()[2:]
     assert lines[0].split() == "| arm | 1 | 3 | 5 | 8 |".split() and len(lines) == 4
     assert lines[2].split() == "| a | 3.2500 | 2.2500 | – | – |".split()
     assert lines[3].split() == "| b | – | 2.0000 | – | 4.0000 |".split()
-    assert ablate.by_passes(None, kept[3:]) == ""
+    assert ablate.by_passes({"c": scored["c"], "d": scored["d"]}) == ""
 
 
 def test_a_matrix_of_diverged_runs_alone_has_a_report(home):
@@ -591,16 +591,6 @@ def test_torchrun_that_was_stopped_has_not_failed(home, capsys, monkeypatch):
     assert "the same command goes on" in capsys.readouterr().out
 
 
-def test_factors_make_the_product(home):
-    head = "seeds = [1]\n[budget]\nflops = 1e9\n"
-    path = write(home, head + '[factors]\nlayout = ["9", "3+3x3+3"]\nmatrix_lr = [0.1, 0.2]\n')
-    matrix = ablate.read_matrix(path)
-    assert list(matrix.arms) == ["layout-9.matrix_lr-0.1", "layout-9.matrix_lr-0.2", "layout-3_3x3_3.matrix_lr-0.1",
-                                 "layout-3_3x3_3.matrix_lr-0.2"]  # fmt: skip
-    assert run(path) == 0
-    assert "which arm is ahead, and no more" in (path.with_suffix("") / "README.md").read_text()
-
-
 @pytest.mark.parametrize("text, expected", [
     ("seeds = [1", "expected TOML"),
     ("sedes = [1]\n" + MATRIX, "sedes: expected one of"),
@@ -619,8 +609,8 @@ def test_factors_make_the_product(home):
     (MATRIX.replace("matrix_lr = 0.9", "SEED = 4"), "expected a setting in lower case"),
     (MATRIX.replace("matrix_lr = 0.9", "matrix_lr = [1]"), "expected a text or a number"),
     (MATRIX.replace("seeds", 'script = "other.py"\nseeds'), "script: expected train_gpt.py or"),
-    ("seeds = [1]\n[budget]\ntokens = 100\n", "expected at least one arm or factor"),
-    ("[budget]\ntokens = 100\n[factors]\nlayout = []\n", "[factors] layout: expected a list"),
+    ("seeds = [1]\n[budget]\ntokens = 100\n", "expected at least one arm"),
+    (MATRIX.replace("arms.high", "arms.'a b'"), "expected letters, digits"),
     (MATRIX.replace("seeds", "processes = 2\nscript = 'train_gpt_mlx.py'\nseeds"), "processes: expected 1, or more"),
 ])  # fmt: skip
 def test_bad_matrices_are_one_line(home, capsys, text, expected):

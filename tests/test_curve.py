@@ -127,7 +127,7 @@ def test_one_line_errors(tmp_path, capsys):
         ([str(tmp_path / "none")], "found nothing to read"), ([torn], "line 64"),
         ([str(nothing)], "expected a finite loss"),
         ([str(lost)], "result.json"), ([good, "--x=miles"], "invalid choice"), ([], "RUN"),
-        ([good, "--label=a", "--label=b"], "--label"), ([good] * 15, "at most 14"),
+        ([good] * 15, "at most 14"),
         ([good, f"--out={tmp_path / 'file' / 'x.png'}"], "file"),
     ]  # fmt: skip
     for argv, expected in cases:

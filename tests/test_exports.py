@@ -160,7 +160,7 @@ def test_other_script_and_missing_weights(data, plan):
         ('quantizer = "trellis"', 'quantizer = "gptq"', "QUANTIZER: expected one of absmax, trellis"),
         ("calib_tokens = 512", "seed = 1", r"\[base\] seed: expected one of"),
         ('models = "tiny"', "", "models: expected a value, found none"),
-        ("seeds = [1, 2]", "seeds = []", "seeds: expected whole numbers"),
+        ("seeds = [1, 2]", "seeds = []", "seeds: expected different whole numbers"),
         ("about", "abuot", "abuot: expected one of about"),
         ("[base]", "[base", "expected TOML, found an error"),
     ],

@@ -1,5 +1,6 @@
 """records/record.py: a run a seed, then the checked folder; what is refused before the first run."""
 
+import fcntl
 import functools
 import json
 import os
@@ -121,7 +122,7 @@ def test_two_at_a_time_are_one_too_many(runs, capsys):
     folder.mkdir(parents=True)
     with record.hold(folder.with_name(".tiny.lock")):
         assert runs() == 1
-    assert "expected no other record.py at these runs" in capsys.readouterr().err
+    assert "expected no other process at these runs" in capsys.readouterr().err
     assert not runs.started and folder.exists()
 
 
@@ -225,9 +226,9 @@ def test_a_run_that_outlives_the_tool_holds_its_lock(tmp_path, monkeypatch, capf
     lock = record.hold(tmp_path / ".lock")
     assert record.run_script([], 1) == 0
     lock.close()
-    with pytest.raises(common.InputError, match="no other record.py"):
+    with pytest.raises(common.InputError, match="no other process"):
         record.hold(tmp_path / ".lock")
-    monkeypatch.setattr(record.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks")))
     record.hold(tmp_path / ".lock").close()  # a disk without locks
 
 

@@ -295,7 +295,7 @@ def test_replace_keeps_the_old_folder_until_the_new_one_is_there(root, monkeypat
     replace = submit.os.replace
 
     def fail(source, target):
-        if Path(target) == home and "replaced" not in str(source):
+        if Path(target) == home and not str(source).endswith(".old"):
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -351,7 +351,7 @@ def test_sigterm_ends_the_proof_too(root, tmp_path):
     code = f"""import sys, pathlib; sys.path.insert(0, {str(ROOT / "records")!r})
 import submit, common
 run = submit.read_run(pathlib.Path({str(root / "logs" / "seed1")!r}))
-sys.exit(common.run_tool(lambda _: submit.prove_run(pathlib.Path({str(tmp_path)!r}), run, 1.0), []))"""
+sys.exit(common.run_tool(lambda _: submit.prove_run(pathlib.Path({str(tmp_path)!r}), run), []))"""
     pid = tmp_path / "pid"
     (tmp_path / "train_gpt.py").write_text(f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
                                            "time.sleep(60)\n")  # fmt: skip
@@ -406,6 +406,7 @@ def test_table_says_what_the_folders_say(root, capsys):
     (records / "ablations").mkdir()
     matrix = records / "ablations" / "rates.toml"
     matrix.write_text('about = "Which rate? More."\nseeds = [1, 2]\n[budget]\ntokens = 300\n[arms.one]\n')
+    (records / "track_local" / "2026-01-03_four.7.part").mkdir()  # submit.py is at it
     for name in ("gone_seed1", "one_seed1.tmp"):  # an arm that was taken out; half a copy
         shutil.copytree(root / "logs" / "seed1", matrix.with_suffix("") / name)
     assert common.run_tool(table.main, [f"--home={records}"]) == 0
@@ -414,6 +415,9 @@ def test_table_says_what_the_folders_say(root, capsys):
     assert re.search(rf"\| \[three\]\(track_local/2026-01-02_three/README.md\) \| {sum(scores) / 3:.4f} \|", text)
     assert "| rates | Which rate? | 300 tokens | 0/2 | – |" in text and "## track_10min_16mb" in text
     assert (records / "track_local" / "tiny_sp320.png").read_bytes()[:4] == b"\x89PNG"
+    (records / "README.md").write_text("# Ours\n\n" + text + "Words.\n")  # what stands around the tables stays
+    assert common.run_tool(table.main, [f"--home={records}"]) == 0
+    assert (records / "README.md").read_text() == "# Ours\n\n" + text + "Words.\n"
     assert common.run_tool(table.main, [f"--home={records}", "--check"]) == 0
     shutil.rmtree(records / "track_local" / "2026-01-02_one")
     assert common.run_tool(table.main, [f"--home={records}", "--check"]) == 1
