@@ -204,3 +204,19 @@ def test_a_vector_that_grows_from_zero_is_whole(any_script, tiny, tmp_path, monk
     assert run_in_process(m, "--run_id=a", **env).code == 0
     gate = m.read_artifact(tmp_path / "logs" / "a" / "model.int6.rgpt").weights["loop_gate"]
     assert np.allclose(gate, [1, 0.25], rtol=0.05)
+
+
+def test_weights_that_blew_up_are_not_rounded(any_script, tiny, tmp_path, monkeypatch):
+    """One line, as where a loss is no number; an infinite weight may come before one."""
+    m, real = any_script, any_script.begin_rounding
+
+    def blown_up(run):
+        rounding, exact = real(run), run.engine.exact_weights()
+        exact["tok_emb.weight"][3, 5] = np.inf
+        run.engine.exact_weights = lambda: exact
+        return rounding
+
+    monkeypatch.setattr(m, "begin_rounding", blown_up)
+    outcome = run_in_process(m, "--run_id=a", **tiny | ROUNDED)
+    line = "error: tok_emb.weight: expected weights and gradients below 1e+30, found inf\n"
+    assert (outcome.code, outcome.err) == (1, line)
