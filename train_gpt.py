@@ -41,7 +41,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -116,8 +116,8 @@ class Config:
     exit_weight: float = 0.0  # weight of the divergence of every earlier pass's prediction from the last pass's
     lr_warmup_steps: int = 0  # steps over which every learning rate rises to its value
     warmdown_frac: float = 0.4  # fraction of training over which the learning rates fall to 0 at the end
-    round_from: float = 0.0  # trellis: from this part of training on the model has rounded weights, on steps that fit
-    # TARGET_BYTES, and on no trellis; 0 = they are rounded after training
+    round_from: float = 0.0  # trellis: from this part of training on columns are rounded, a few at a time, and the rest
+    # makes up for them; 0 = all are rounded after training
     matrix_lr: float = 0.04  # Muon, block matrices
     tied_embed_lr: float = 0.05  # Adam, embedding
     scalar_lr: float = 0.04  # Adam, vectors and scalars
@@ -918,6 +918,10 @@ def check_schedules(c: Config) -> None:
     last = parse_loop_schedule(c.loop_schedule, loops)[-1][0]
     after = f"0, or after the last switch of LOOP_SCHEDULE, {last:g}"  # what no step has trained has no curvature
     require(not c.round_from or c.round_from > last, "ROUND_FROM", after, c.round_from)
+    seconds, mend = c.max_wallclock_seconds, "give ITERATIONS or MAX_TRAIN_FLOPS as the budget, or set ROUND_FROM=0"
+    unknown = "0 with ROUND_FROM, whose seconds nothing bounds"
+    bounded = not (c.round_from and seconds and c.mode in TRAINS)
+    require(bounded, "MAX_WALLCLOCK_SECONDS", unknown, seconds, mend)
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
     for name in ("loop_sample", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
@@ -1481,8 +1485,7 @@ class Engine:
         self.model = RecurrentGPT(self.config, self.dtype).to(self.device)
         self.optimizer = Optimizer(self.model, self.config, self.rank, self.world) if training else None
         self.model.requires_grad_(training)
-        self.grid: Tensor | None = None  # with ROUND_FROM: steps of the flat weights, 0 between parameters ...
-        self.exact: Tensor | None = None  # ... and the weights before they are rounded, which training changes
+        self.kept: Tensor | None = None  # of the flat weights what training must not change, else NaN
         self.losses, self.objective = self.model.token_losses, self.model.objective
         if self.compiled and (self.device.type == "cpu" or self.config.loop_sample):  # one graph for all passes
             for block in self.model.blocks:
@@ -1511,12 +1514,8 @@ class Engine:
         if self.world > 1:
             dist.all_reduce(self.optimizer.grads)
             dist.all_reduce(total)
-        if self.exact is not None:
-            self.optimizer.weights.copy_(self.exact)
         results = torch.stack((total, self.optimizer.update(lr_mul, momentum, self.dtype)))
-        if self.exact is not None:
-            self.exact.copy_(self.optimizer.weights)
-            self.put_rounded()
+        self.put_kept()
         if self.device.type != "cuda":
             return results, None
         host, done = torch.empty(2, pin_memory=True), torch.cuda.Event()
@@ -1524,27 +1523,19 @@ class Engine:
         done.record()
         return host, done
 
+    def keep(self, values: dict[str, np.ndarray]) -> None:
+        """From now on the numbers in `values`, by parameter, stay as they are; those that are NaN are trained."""
+        self.kept = torch.full_like(self.optimizer.weights, math.nan)
+        for name, value in values.items():
+            low, high, _ = self.optimizer.places[name]
+            self.kept[low:high] = torch.from_numpy(value).flatten()
+        self.put_kept()
+
     @torch.no_grad()
-    def round_to(self, steps: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> None:
-        """From now on the model has the multiples of `steps` that are nearest to `exact`, by parameter, which take the
-        gradients (straight through, arXiv 1308.3432)."""
-        weights, places = self.optimizer.weights, self.optimizer.places
-        self.grid, self.exact = torch.zeros_like(weights), weights.clone()
-        for flat, values in ((self.grid, steps), (self.exact, exact)):
-            for name, value in values.items():
-                flat[places[name][0] : places[name][1]] = torch.from_numpy(value).flatten()
-        self.put_rounded()
-
-    def put_rounded(self) -> None:
-        nearest = self.grid * torch.round(self.exact / self.grid)
-        self.optimizer.weights.copy_(torch.where(self.grid > 0, nearest, self.exact))
-
-    def exact_weights(self) -> dict[str, np.ndarray]:
-        """The weights as training has them, not rounded."""
-        if self.exact is None:
-            return self.weights()
-        places = self.optimizer.places.items()
-        return {name: self.exact[low:high].view(shape).cpu().numpy().copy() for name, (low, high, shape) in places}
+    def put_kept(self) -> None:
+        if self.kept is not None:
+            weights = self.optimizer.weights
+            weights.copy_(torch.where(self.kept.isnan(), weights, self.kept))
 
     def read(self, results: tuple) -> list[float]:
         """Loss and gradient norm of a step, once the device has done it."""
@@ -1604,8 +1595,7 @@ class Engine:
     def warm_up(self, stream: TokenStream, loops: int, times: int = 1) -> None:
         """Compiles and runs everything that a step with so many passes needs; leaves weights and state as they were."""
         o, steps = self.optimizer, self.optimizer.steps
-        changed = [o.weights, o.exp_avg, o.exp_avg_sq, o.momentum, *([] if self.exact is None else [self.exact])]
-        kept = [(tensor, tensor.clone()) for tensor in changed]
+        kept = [(tensor, tensor.clone()) for tensor in (o.weights, o.exp_avg, o.exp_avg_sq, o.momentum)]
         for _ in range(times):
             self.step(stream, 0, loops, 1.0, 0.0)
         if self.objective != self.losses and times == 1:  # scoring has a graph of its own
@@ -1677,9 +1667,7 @@ def memory_needed(c: Config, tokens: int) -> float:
     layout, most = parse_layout(c.layout), max(loop_counts(c))
     ends = most if c.exit_weight else 1
     width = (layout.prelude + layout.core * most + ends * layout.coda) * c.model_dim
-    return (28.0 if c.round_from else 20.0) * count_params(c) + tokens * (
-        width * (24 + 4 * c.mlp_mult) + 12.0 * c.vocab_size * ends
-    )
+    return 20.0 * count_params(c) + tokens * (width * (24 + 4 * c.mlp_mult) + 12.0 * c.vocab_size * ends)
 
 
 def keep_freed_memory() -> None:
@@ -1767,7 +1755,7 @@ class TrainState:
     seconds: float = 0.0  # of training
     loops: int = 0  # passes scheduled; 0 before the first step
     scored: int = 0  # step of the last validation
-    fits: int = 0  # of the steps of rounded weights (ROUND_FROM)
+    parts: int = 0  # of the columns, rounded so far (ROUND_FROM)
 
 
 class Launched(NamedTuple):
@@ -1881,7 +1869,7 @@ class Run:
                 write_score(self, loss, state.loops)
         if ends or self.saves_now():
             state.loops = state.loops or loops  # none are in use before the first step
-            if save_checkpoint(c, self.engine, log, state, rounding_tensors(self)):
+            if save_checkpoint(c, self.engine, log, state, self.rounding.tensors if self.rounding else {}):
                 self.saved = state.step
         if switches and whole:
             line = f"step:{state.step}/{c.iterations} loops:{state.loops}->{loops} train_time:{1000 * seconds:.0f}ms"
@@ -2068,7 +2056,7 @@ def load_checkpoint(c: Config, path: Path) -> tuple[dict, dict, dict, TrainState
     state = TrainState(**{name: found[name] for name in fields})
     rounded = {name[len("rounding.") :]: value for name, value in tensors.items() if name.startswith("rounding.")}
     same = {name: value.shape for name, value in kept.items()} == optimizer_buffers(c)
-    same &= {name: value.shape for name, value in rounded.items()} == (rounding_shapes(c) if state.fits else {})
+    same &= {name: value.shape for name, value in rounded.items()} == (rounding_shapes(c) if state.parts else {})
     require(same, path, "the training state of its layout", "another", mend)
     return weights, kept, rounded, state
 
@@ -2141,7 +2129,6 @@ def read_weights(path: object, tensors: dict[str, np.ndarray], note: dict) -> tu
 # the integers are entropy-coded (ANS) with a distribution whose width the decoder knows from the steps. `absmax`: int6,
 # a row's steps span its largest weight. `trellis`: steps as wide as the loss allows (Fisher information), columns
 # rounded one by one with the errors made up for (GPTQ, arXiv 2210.17323), integers on a trellis (Ungerboeck 1982).
-# `uniform`, what ROUND_FROM has trained: the same steps, plain integers.
 # One file: magic, version, length of the header, header (JSON, deflated), the code of all tensors, SHA-256 of all
 # before. Reading runs no code of the file.
 # ======================================================================================================================
@@ -2154,7 +2141,6 @@ DEFAULT_LOSS = 0.005  # nats a token, where QUANT_LOSS is 0
 QUARTERS = np.float32([1.0, 1.1892071, 1.4142135, 1.6817929])
 LARGEST_NUMBER = 1e30  # of weights and gradients
 WEIGHTS_A_BYTE = 256  # at most in a file: a reader looks before it makes anything of that size
-CODED = ("absmax", "trellis", "uniform")  # what a file may hold; `kind` is a place here
 LEAST_BITS = {"absmax": 4.5, "trellis": 0.7}  # a weight, all included: less was never seen ...
 LIKELY_BITS = {"absmax": 6.3, "trellis": 4.0}  # ... and seldom more
 # Of the mean curvature: no row counts for less. A calibration knows little of rare tokens, and their loss is no
@@ -2223,7 +2209,7 @@ def calibrates(c: Config) -> bool:
 
 def export_seconds(c: Config) -> float:
     """Seconds of MAX_WALLCLOCK_SECONDS that are kept for what looks at training tokens after training."""
-    return c.calib_seconds if calibrates(c) and not c.round_from else 0.0
+    return c.calib_seconds if calibrates(c) else 0.0
 
 
 def calibration_tokens(c: Config, world: int) -> int:
@@ -2274,32 +2260,24 @@ def finest_steps(largest: np.ndarray) -> np.ndarray:
     return np.ceil(4 * np.log2(np.maximum(2 * largest / (LARGEST_SYMBOL - 4), 1e-30)))
 
 
-def bends_of(name: str, squares: np.ndarray, factor: Factor | None) -> tuple[np.ndarray, np.ndarray]:
-    """How much the loss bends along the rows of a tensor, log2, float64 [n], NaN for a vector's rows that no pass used;
-    and the steps of its columns [m]. Curvature of a row: its mean Fisher information, `squares` [n, m]. Of a column:
-    what its input adds to those after it, where GPTQ makes up for errors (the factor's diagonal), else its mean Fisher
-    information, too; columns of vectors are alike."""
+def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float, factor: Factor | None) -> tuple:
+    """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
+    which spends every bit where it buys most (reverse water-filling). Curvature of a row: its mean Fisher information,
+    `squares` [n, m]. Of a column: what its input adds to those after it, where GPTQ makes up for errors (the factor's
+    diagonal), else its mean Fisher information, too; columns of vectors are alike."""
     of_rows, of_columns = (squares.mean(axis=axis, dtype=np.float64) for axis in (1, 0))
     mean = max(of_rows.mean(), 1e-30)
     of_rows, of_columns = of_rows + ROW_FLOOR * mean, of_columns / mean + 1e-3  # what few tokens touched is not free
     if factor is not None:
         of_columns[factor.order] = np.diag(factor.upper).astype(np.float64) ** -2
     columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))  # 2 ** 40 either way
-    used = squares.any(axis=1) | (not is_vector(name))
-    return np.where(used, np.log2(of_rows), math.nan), columns.astype(np.int16)
-
-
-def loss_steps(values: np.ndarray, bends: tuple[np.ndarray, np.ndarray], width: float) -> tuple:
-    """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
-    which spends every bit where it buys most (reverse water-filling)."""
-    of_rows, columns = bends
     largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
     squared = float(np.square(values, dtype=np.float64).mean())
     widest = 2 * math.log2(max(squared, 1e-24)) + 16  # 16 times the typical weight: all zeros from there on
-    # A row of a pass that never ran is kept: another number of passes may use it.
-    rows = np.where(np.isnan(of_rows), widest - 32, np.fmin(4 * math.log2(width) - 2 * of_rows, widest))
-    rows = np.maximum(np.maximum(np.rint(rows), finest_steps(largest)), -LARGEST_EXPONENT)
-    return rows.astype(np.int16), columns
+    if is_vector(name):  # a row of a pass that never ran is kept: another number of passes may use it
+        widest = np.where(squares.any(axis=1), widest, widest - 32)
+    rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest_steps(largest))
+    return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), columns.astype(np.int16)
 
 
 def gptq_factor(hessian: np.ndarray) -> Factor | None:
@@ -2425,7 +2403,7 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
     values, steps = {name: as_matrix(weight) for name, weight in weights.items()}, {}
     for name, value in values.items():
         if calibrates(c):
-            steps[name] = loss_steps(value, bends_of(name, as_matrix(squares[name]), factors.get(name)), width)
+            steps[name] = loss_steps(name, value, as_matrix(squares[name]), width, factors.get(name))
             values[name] = without_faint_rows(value, *steps[name])
         else:
             steps[name] = spanning_steps(name, value)
@@ -2461,8 +2439,8 @@ def values_of(table: Table, trellis: bool) -> np.ndarray:
 # The coder's models: of integers -k to k with standard deviation 2 ** (spread / 4), a mixture of a normal distribution
 # and `shape` quarters of Laplace's, cut about where a trellis cuts in even states and in odd ones.
 SPREADS, SHAPES = (-24, 60), 5
-# Of even states, of odd ones, and of plain integers: the cut above 0, and those above k less k, each a + b / deviation.
-CUTS = ((0.37, 0.05), (0.39, 0.05)), ((0.31, -0.04), (0.1, 0.01)), ((0.5, 0), (0.5, 0))  # tests/fit_spread.py
+# Of even states and of odd ones: the cut above 0, and those above k less k, each a + b / deviation. tests/fit_spread.py
+CUTS = ((0.37, 0.05), (0.39, 0.05)), ((0.31, -0.04), (0.1, 0.01))
 
 
 def exp(x: np.ndarray) -> np.ndarray:
@@ -2476,10 +2454,10 @@ def exp(x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def spread_model(spread: int, shape: int, cut: int) -> tuple[np.ndarray, np.ndarray]:
+def spread_model(spread: int, shape: int, odd: int) -> tuple[np.ndarray, np.ndarray]:
     """Frequencies of the integers -k to k, and the bits of 0 to k."""
     deviation = float(powers(np.array(spread)))
-    first, later = (a + b / max(deviation, 0.35) for a, b in CUTS[cut])
+    first, later = (a + b / max(deviation, 0.35) for a, b in CUTS[odd])
     edges = np.arange(min(int(16 * deviation) + 17, LARGEST_SYMBOL + 1)) + later
     edges[0] = first
     edges /= deviation
@@ -2493,11 +2471,11 @@ def spread_model(spread: int, shape: int, cut: int) -> tuple[np.ndarray, np.ndar
 
 
 @functools.cache
-def spread_coder(spread: int, shape: int, cut: int) -> tuple[int, object]:
+def spread_coder(spread: int, shape: int, odd: int) -> tuple[int, object]:
     """Index of the integer 0, and constriction's model. Raises ValueError for a model that no writer states."""
     if not (SPREADS[0] <= spread <= SPREADS[1] and 0 <= shape < SHAPES):
         raise ValueError(f"spread {spread}, shape {shape}")
-    frequencies = spread_model(spread, shape, cut)[0]
+    frequencies = spread_model(spread, shape, odd)[0]
     probabilities = frequencies / frequencies.sum()
     return len(frequencies) // 2, constriction.stream.model.Categorical(probabilities, perfect=False)
 
@@ -2508,8 +2486,8 @@ class Writer:
     def __init__(self):
         self.parts = []
 
-    def code(self, symbols: np.ndarray, spread: int, shape: int, cut: int = 0) -> np.ndarray:
-        self.parts.append((symbols.astype(np.int32), spread, shape, cut))
+    def code(self, symbols: np.ndarray, spread: int, shape: int, odd: int = 0) -> np.ndarray:
+        self.parts.append((symbols.astype(np.int32), spread, shape, odd))
         return symbols
 
     def finish(self, ans: object) -> int:
@@ -2527,8 +2505,8 @@ class Reader:
     def __init__(self, ans: object):
         self.ans = ans
 
-    def code(self, symbols: np.ndarray, spread: int, shape: int, cut: int = 0) -> np.ndarray:
-        middle, model = spread_coder(spread, shape, cut)
+    def code(self, symbols: np.ndarray, spread: int, shape: int, odd: int = 0) -> np.ndarray:
+        middle, model = spread_coder(spread, shape, odd)
         return self.ans.decode(model, len(symbols)) - middle
 
 
@@ -2537,69 +2515,67 @@ class Reader:
 FACTS, OF_FACTS = 11, (24, 4)
 
 
-def code_table(coder: Writer | Reader, facts: np.ndarray, table: Table, kind: int) -> None:
-    """Writes a table, or fills one with what is read: the same walk both ways. `kind`: its place in CODED. Facts:
-    scale and shape of the symbols' spreads; centre, spread and shape of the steps of rows, of columns, and of the
-    middles."""
+def code_table(coder: Writer | Reader, facts: np.ndarray, table: Table, trellis: bool) -> None:
+    """Writes a table, or fills one with what is read: the same walk both ways. Facts: scale and shape of the symbols'
+    spreads; centre, spread and shape of the steps of rows, of those of columns, and of the middles."""
     scale, shape, *models = coder.code(facts, *OF_FACTS).tolist()
     for i, part in enumerate((table.rows, table.columns, table.middles)):
         centre, *model = models[3 * i : 3 * i + 3]
         part[:] = coder.code(part - np.int32(centre), *model) + centre
-    spreads = spreads_of(table.rows, table.columns, scale, kind > 0)
+    spreads = spreads_of(table.rows, table.columns, scale, trellis)
     for i, odd in trellis_rows(table.symbols):
         lines, around = table.symbols[i::TRELLIS], table.middles[i::TRELLIS, None].astype(np.int32)
-        order, runs = runs_of(spreads[i::TRELLIS], odd if kind == 1 else np.full_like(odd, kind))
+        order, runs = runs_of(spreads[i::TRELLIS], odd * trellis)
         part, found = (lines - around).ravel()[order], np.empty(lines.size, np.int32)
-        for spread, cut, start, end in runs:
-            found[order[start:end]] = coder.code(part[start:end], spread, shape, cut)
+        for spread, kind, start, end in runs:
+            found[order[start:end]] = coder.code(part[start:end], spread, shape, kind)
         lines[:] = found.reshape(lines.shape) + around
 
 
-def facts_of(table: Table, kind: int) -> np.ndarray:
+def facts_of(table: Table, trellis: bool) -> np.ndarray:
     """What `code_table` must know first: the models of the shortest code."""
     steps = table.rows[:, None].astype(np.int64) + table.columns
     symbols = table.symbols - table.middles[:, None].astype(np.int32)
-    cuts = half_levels(table.symbols) if kind == 1 else np.full(symbols.shape, kind, np.uint8)
-    found = [*shortest_model(symbols, steps * (kind > 0), cuts)[1:]]
+    found = [*shortest_model(symbols, steps * trellis, half_levels(table.symbols) * trellis)]
     for part in (table.rows, table.columns, table.middles):
         centre = int(np.clip(np.median(part), -LARGEST_EXPONENT, LARGEST_EXPONENT))
-        _, scale, shape = shortest_model(part - np.int32(centre), np.zeros(part.shape, int), np.zeros(part.shape, int))
+        scale, shape = shortest_model(part - np.int32(centre), np.zeros(part.shape, int), np.zeros(part.shape, int))
         found += [centre, min(max(scale, SPREADS[0]), SPREADS[1]), shape]
     return np.array(found)
 
 
-def spreads_of(rows: np.ndarray, columns: np.ndarray, scale: int, free: bool) -> np.ndarray:
-    """[n, m]: how wide each integer is spread. `free`: steps that know nothing of the weights, whose spread is
+def spreads_of(rows: np.ndarray, columns: np.ndarray, scale: int, trellis: bool) -> np.ndarray:
+    """[n, m]: how wide each integer is spread. The steps of a trellis know nothing of the weights, whose spread is
     2 ** (scale / 4); steps that span the weights leave integers of one spread."""
-    return np.clip(scale - (rows[:, None].astype(np.int32) + columns) * free, *SPREADS)
+    return np.clip(scale - (rows[:, None].astype(np.int32) + columns) * trellis, *SPREADS)
 
 
-def runs_of(spreads: np.ndarray, cuts: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
-    """The order in which some symbols are coded, and (spread, cut, start, end) of each run of one model."""
-    models = (4 * spreads + cuts).astype(np.int16).ravel()
+def runs_of(spreads: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, list[tuple]]:
+    """The order in which some symbols are coded, and (spread, odd, start, end) of each run of one model."""
+    models = (2 * spreads + odd).astype(np.int16).ravel()
     order = np.argsort(models, kind="stable")
     starts = [0, *(np.flatnonzero(np.diff(models[order])) + 1).tolist()]
     runs = zip(models[order[starts]].tolist(), starts, [*starts[1:], len(models)])
-    return order, [(model >> 2, model & 3, start, end) for model, start, end in runs]
+    return order, [(model >> 1, model & 1, start, end) for model, start, end in runs]
 
 
-def shortest_model(symbols: np.ndarray, offsets: np.ndarray, cuts: np.ndarray) -> tuple[float, int, int]:
-    """(bits, scale, shape) of the shortest code of symbols whose spreads are scale - offsets; all of one shape."""
+def shortest_model(symbols: np.ndarray, offsets: np.ndarray, odd: np.ndarray) -> tuple[int, int]:
+    """(scale, shape) of the shortest code of symbols whose spreads are scale - offsets; all of one shape."""
     magnitudes = np.abs(symbols.astype(np.int64))
-    keys, counts = np.unique(((4 * offsets + cuts) << 16) + magnitudes, return_counts=True)
+    keys, counts = np.unique(((2 * offsets + odd) << 16) + magnitudes, return_counts=True)
     kinds, starts = np.unique(keys >> 16, return_index=True)
     groups = list(zip(kinds.tolist(), np.split(keys & 0xFFFF, starts[1:]), np.split(counts, starts[1:])))
 
     def bits(scale: int, shape: int) -> float:
         total = 0.0
         for kind, some, often in groups:
-            model = spread_model(min(max(scale - (kind >> 2), SPREADS[0]), SPREADS[1]), shape, kind & 3)[1]
+            model = spread_model(min(max(scale - (kind >> 1), SPREADS[0]), SPREADS[1]), shape, kind & 1)[1]
             total += often @ model[some] if some[-1] < len(model) else math.inf
         return total
 
     near = round(2 * math.log2(max(np.square(magnitudes * np.exp2(offsets / 4)).mean(), 1e-24)))
     scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
-    return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))
+    return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))[1:]
 
 
 def checksum(tables: dict[str, Table]) -> int:
@@ -2611,15 +2587,14 @@ def checksum(tables: dict[str, Table]) -> int:
     return found
 
 
-def assemble(c: Config, loops: int, tables: dict[str, Table], coded: str = "") -> tuple[bytes, dict[str, float]]:
-    """The bytes of the artifact, and the bits of every tensor in it. `coded`: how, if not by QUANTIZER."""
-    ans, bits, coded = constriction.stream.stack.AnsCoder(), {}, coded or c.quantizer
-    kind = CODED.index(coded)
+def assemble(c: Config, loops: int, tables: dict[str, Table]) -> tuple[bytes, dict[str, float]]:
+    """The bytes of the artifact, and the bits of every tensor in it."""
+    ans, bits, trellis = constriction.stream.stack.AnsCoder(), {}, calibrates(c)
     for name, table in reversed(tables.items()):
         writer = Writer()
-        code_table(writer, facts_of(table, kind), table, kind)
+        code_table(writer, facts_of(table, trellis), table, trellis)
         bits[name] = writer.finish(ans)
-    header = about(c, loops) | {"quantizer": coded, "crc": checksum(tables)}
+    header = about(c, loops) | {"quantizer": c.quantizer, "crc": checksum(tables)}
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head)) + head
     body += ans.get_compressed().astype("<u4").tobytes()
@@ -2631,20 +2606,15 @@ def all_here(work: Callable[[list[str]], object], sizes: dict[str, int]) -> list
     return [work([*sizes])]
 
 
-def check_numbers(named: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Raises InputError for what cannot be rounded: NaN, infinities and numbers near them."""
-    for name, part in named:
-        largest = np.abs(part).max()
-        require(largest < LARGEST_NUMBER, name, f"weights and gradients below {LARGEST_NUMBER:g}", largest)
-
-
 def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvature: Curvature | None = None,
                  code_bytes: int = 0, share: Callable = all_here) -> Export:  # fmt: skip
     """The artifact of `weights`. With TARGET_BYTES it is coded anew with other steps until it fits with little left
     over; the largest that fits is kept, else the smallest. `share(work, sizes)` deals the tensors' names out to
     processes and gathers what `work(names)` gives on each. Raises InputError for what is not finite."""
     hessians, squares = (curvature.hessians, curvature.squares) if curvature else ({}, {})
-    check_numbers([*weights.items(), *hessians.items(), *squares.items()])
+    for name, part in [*weights.items(), *hessians.items(), *squares.items()]:
+        largest = np.abs(part).max()
+        require(largest < LARGEST_NUMBER, name, f"weights and gradients below {LARGEST_NUMBER:g}", largest)
     weights = {name: weights[name] for name in param_shapes(c)}
     width, count = width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), count_params(c)
     sizes, best = {}, None  # of the artifacts of every width tried
@@ -2724,25 +2694,26 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
         raise ValueError("a header without its end, or half a word")
     header = json.loads(text)
     model, loops = known_options(header["model"]), int(header["loops"])
-    c, quantizer = model_config(Config(), model), header["quantizer"]
+    c = model_config(Config(), model)
+    c = dataclasses.replace(c, quantizer=header["quantizer"])
     if count_params(c) > WEIGHTS_A_BYTE * size:
         raise ValueError(f"{size} bytes for {count_params(c)} parameters")
-    if quantizer not in CODED or not 1 <= loops <= parse_layout(c.layout).loops:
-        raise ValueError(f"quantizer {quantizer}, {loops} passes")
-    kind = CODED.index(quantizer)
+    if c.quantizer not in CHOICES["quantizer"] or not 1 <= loops <= parse_layout(c.layout).loops:
+        raise ValueError(f"quantizer {c.quantizer}, {loops} passes")
+    trellis = calibrates(c)
     ans, tables, bits, weights = constriction.stream.stack.AnsCoder(np.frombuffer(code, "<u4")), {}, {}, {}
     for name, shape in param_shapes(c).items():
         n, m, before = math.prod(shape[:-1]), shape[-1], ans.num_valid_bits()
         tables[name] = Table(*(np.zeros(part, np.int16) for part in (n, m, n, (n, m))))
-        code_table(Reader(ans), np.zeros(FACTS), tables[name], kind)
+        code_table(Reader(ans), np.zeros(FACTS), tables[name], trellis)
         bits[name] = before - ans.num_valid_bits()
     if not ans.is_empty() or checksum(tables) != header["crc"]:
         raise ValueError("bytes that are left over, or another CRC-32")
     for name, shape in param_shapes(c).items():
-        weights[name] = values_of(tables[name], kind == 1).reshape(shape)
+        weights[name] = values_of(tables[name], trellis).reshape(shape)
         if not np.isfinite(weights[name]).all():
             raise ValueError(f"numbers that are not finite in {name}")
-    return Artifact(model, loops, quantizer, weights, bits)
+    return Artifact(model, loops, c.quantizer, weights, bits)
 
 
 # ======================================================================================================================
@@ -2750,84 +2721,113 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
 # What a run does with EXPORT: with ROUND_FROM in training, else after it; then the files, the score of what is on disk,
 # the closing block.
 # ======================================================================================================================
-ROUND_FITS = 4  # times that the steps are fitted: at every fifth of the rest of training but the last
-SAMPLE = 2**14  # numbers of a matrix that are looked at to reckon its bytes
-HEADER = 400  # bytes, about
+ROUND_PARTS = 17  # of the columns; the last is rounded after training
 
 
-@dataclass
 class Rounding:
-    """What ROUND_FROM keeps of every parameter: how the loss bends (`bends_of`), and today's steps."""
+    """With ROUND_FROM: the integers of the columns that are rounded so far. The steps are settled when it begins, for
+    the first column as for the last, and so is the order: GPTQ's, else the finest column first. What training makes of
+    the columns to come takes the place of GPTQ's repairs (incremental quantization, arXiv 1702.03044)."""
 
-    bends: dict[str, tuple[np.ndarray, np.ndarray]]
-    width: float = 0.0
-    steps: dict[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
+    def __init__(self, c: Config, tensors: dict[str, np.ndarray]):
+        """`tensors`: as `rounding_shapes` says."""
+        self.tensors, self.factors = tensors, {}
+        names = [name for name in param_shapes(c) if f"symbols.{name}" in tensors]
+        self.order = {name: self.column_order(name) for name in names}
+
+    def column_order(self, name: str) -> np.ndarray:
+        hessian = self.tensors.get(f"hessians.{name}")
+        sizes = self.tensors[f"columns.{name}"] if hessian is None else -np.diag(hessian).astype(np.float64)
+        return np.argsort(sizes, kind="stable")
+
+    def places(self, name: str, low: int, high: int) -> slice:
+        """Where in the order the parts from `low` to below `high` stand."""
+        bounds = [0, *(end for _, end in split_evenly(len(self.order[name]), ROUND_PARTS))]
+        return slice(bounds[low], bounds[high])
+
+    def columns(self, name: str, low: int, high: int) -> np.ndarray:
+        """Indices of the columns of these parts."""
+        return self.order[name][self.places(name, low, high)]
+
+    def steps(self, name: str, columns: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        return self.tensors[f"rows.{name}"], self.tensors[f"columns.{name}"][columns]
+
+    def factor(self, name: str, part: int) -> Factor | None:
+        """GPTQ's factor among the columns of a part: those before have no error, those after are free."""
+        if name not in self.factors:
+            hessian = self.tensors.get(f"hessians.{name}")
+            self.factors[name] = None if hessian is None else gptq_factor(hessian)
+        if self.factors[name] is None:
+            return None
+        there = self.places(name, part, part + 1)
+        upper = np.ascontiguousarray(self.factors[name].upper[there, there])
+        return Factor(np.arange(len(upper)), upper)
+
+    def round(self, names: list[str], weights: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
+        """Integers of the columns of a part of some matrices."""
+        columns = {name: found for name in names if len(found := self.columns(name, part, part + 1))}
+        whole = {name: without_faint_rows(as_matrix(weights[name]), *self.steps(name)) for name in columns}
+        values = {name: np.ascontiguousarray(whole[name][:, some]) for name, some in columns.items()}
+        steps = {name: self.steps(name, some) for name, some in columns.items()}
+        factors = {name: self.factor(name, part) for name in columns}
+        return {name: table.symbols for name, table in round_all(values, steps, True, factors).items()}
+
+    def table(self, name: str) -> Table:
+        rows, columns = self.steps(name)
+        symbols = self.tensors[f"symbols.{name}"].copy()  # which may be rounded anew
+        return Table(rows, columns.copy(), np.zeros(len(symbols), np.int16), symbols)
+
+    def kept(self, parts: int) -> dict[str, np.ndarray]:
+        """float32 [n, m] of the matrices with so many parts rounded; NaN in the other columns."""
+        found = {}
+        for name in self.order:
+            found[name] = values_of(self.table(name), True)
+            found[name][:, self.columns(name, parts, ROUND_PARTS)] = math.nan
+        return found
 
 
 def rounding_shapes(c: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a checkpoint keeps of a Rounding: `bends_of` all parameters, steps of their rows, and
-    the weights before they are rounded."""
-    found = {"width": (1,)}
+    """Names and shapes of what a checkpoint keeps of a Rounding: steps of the rows and columns of all tensors, int16;
+    integers of the matrices, int16; Hessians, float32; nats aimed at, rounds and matrices without GPTQ."""
+    found = {"said": (3,)}
     for name, (*rows, m) in param_shapes(c).items():
         n = math.prod(rows)
-        found |= {f"bends.{name}": (n,), f"columns.{name}": (m,), f"rows.{name}": (n,), f"exact.{name}": (*rows, m)}
-    return found
-
-
-def rounding_tensors(run: Run) -> dict[str, np.ndarray]:
-    """As `rounding_shapes` says; none before ROUND_FROM."""
-    rounding = run.rounding
-    if not rounding:
-        return {}
-    exact, found = run.engine.exact_weights(), {"width": np.array([rounding.width])}
-    for name, (of_rows, columns) in rounding.bends.items():
-        found |= {f"bends.{name}": of_rows, f"columns.{name}": columns}
-        found |= {f"rows.{name}": rounding.steps[name][0], f"exact.{name}": exact[name]}
+        found |= {f"rows.{name}": (n,), f"columns.{name}": (m,)}
+        found |= {} if is_vector(name) else {f"symbols.{name}": (n, m)}
+        found |= {f"hessians.{name}": (m, m)} if param_group(name) == "matrix" else {}
     return found
 
 
 def resume_rounding(run: Run, tensors: dict[str, np.ndarray]) -> None:
     """Goes on with what a checkpoint keeps of a Rounding."""
-    if not tensors:
-        return
-    names = param_shapes(run.config)
-    bends = {name: (tensors[f"bends.{name}"], tensors[f"columns.{name}"]) for name in names}
-    steps = {name: (tensors[f"rows.{name}"], bends[name][1]) for name in names}
-    run.rounding = Rounding(bends, tensors["width"].item(), steps)
-    put_steps(run, {name: tensors[f"exact.{name}"] for name in names})
-
-
-def put_steps(run: Run, exact: dict[str, np.ndarray]) -> None:
-    """From now on the model has weights that are rounded to the steps."""
-    steps = {name: powers(rows)[:, None] * powers(columns) for name, (rows, columns) in run.rounding.steps.items()}
-    run.engine.round_to(steps, exact)
+    if tensors:
+        run.rounding = Rounding(run.config, tensors)
+        run.engine.keep(run.rounding.kept(run.state.parts))
 
 
 def begin_rounding(run: Run) -> Rounding:
-    """Looks at the curvature, at most CALIB_SECONDS long where seconds count; every process does its share."""
+    """Looks at the curvature and settles the steps, by an export of the weights as they are."""
     c, state = run.config, run.state
-    passes, seconds = most_passes(c, loops_at(c, 1.0)), c.calib_seconds if c.max_wallclock_seconds else math.inf
-    seen = run.engine.curvature(run.stream, state.tokens, passes, seconds)
-    state.flops += train_flops_per_token(c, passes) * seen.tokens
-
-    def bend(names: list[str]) -> dict[str, tuple]:
-        check_numbers((name, part[name]) for part in (seen.hessians, seen.squares) for name in names if name in part)
-        factors = {name: gptq_factor(seen.hessians[name]) for name in names if name in seen.hessians}
-        return {name: bends_of(name, as_matrix(seen.squares[name]), factors.get(name)) for name in names}
-
-    parts = share_out(run.engine, bend, {name: math.prod(shape) for name, shape in param_shapes(c).items()})
-    found = {name: bends for part in parts for name, bends in part.items()}
-    return Rounding({name: found[name] for name in param_shapes(c)})
+    passes = most_passes(c, loops_at(c, 1.0))
+    curvature = run.engine.curvature(run.stream, state.tokens, passes, math.inf)
+    state.flops += train_flops_per_token(c, passes) * curvature.tokens
+    made = shared_export(run, curvature)
+    tensors = {"said": np.array([made.loss_aimed, made.rounds, made.plain_rounded], np.float32)}
+    for name, table in made.tables.items():
+        tensors |= {f"rows.{name}": table.rows, f"columns.{name}": table.columns}
+        tensors |= {} if is_vector(name) else {f"symbols.{name}": np.zeros_like(table.symbols)}
+    return Rounding(c, tensors | {f"hessians.{name}": value for name, value in curvature.hessians.items()})
 
 
 def round_more(run: Run, at: float) -> bool:
-    """With ROUND_FROM: fits the steps when it is time to; whether it did. Seconds and FLOPs of training count it; where
-    FLOPs do not suffice to look at the curvature all is rounded after training."""
+    """With ROUND_FROM: rounds the parts whose time has come; whether there were any. Seconds and FLOPs of training
+    count it; where FLOPs do not suffice to look at the curvature all is rounded after training."""
     c, state = run.config, run.state
     if not c.round_from or at < c.round_from:
         return False
-    due = min(1 + math.floor((ROUND_FITS + 1) * (at - c.round_from) / (1 - c.round_from)), ROUND_FITS)
-    if due <= state.fits:
+    part = (at - c.round_from) / (1 - c.round_from) * (ROUND_PARTS - 1)
+    due = min(1 + math.floor(part), ROUND_PARTS - 1)
+    if due <= state.parts:
         return False
     looks = train_flops_per_token(c, most_passes(c, loops_at(c, 1.0))) * calibration_tokens(c, run.engine.world)
     if run.rounding is None and 0 < c.max_train_flops < state.flops + looks:
@@ -2836,85 +2836,68 @@ def round_more(run: Run, at: float) -> bool:
 
     def work() -> None:
         run.rounding = run.rounding or begin_rounding(run)
-        fit_steps(run)
+        round_parts(run, due)
 
     seconds = seconds_of(run.engine, work)
-    state.fits = due
-    run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_FITS} fits of the steps in {seconds:.1f}s")
+    run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_PARTS} of the columns in {seconds:.1f}s")
     return True
 
 
-def fit_steps(run: Run) -> None:
-    """Gives the model steps on which it takes TARGET_BYTES, about, or those of QUANT_LOSS. The first process finds
-    them, for all."""
-    c, rounding, exact = run.config, run.rounding, run.engine.exact_weights()
-    values = {name: as_matrix(exact[name]) for name in rounding.bends}
-    goal = 0.99 * c.target_bytes - code_bytes(run) - HEADER
-
-    def fit(names: list[str]) -> tuple | None:
-        if not names:
-            return None
-        check_numbers(values.items())
-        width, sizes = rounding.width or width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), {}
-        while c.target_bytes and width not in sizes and len(sizes) < 8:
-            sizes[width] = bytes_about(values, rounding.bends, width)
-            if abs(sizes[width] - goal) > 0.003 * goal:
-                width = next_width(sizes, goal, count_params(c))
-        return width, {name: loss_steps(value, rounding.bends[name], width) for name, value in values.items()}
-
-    rounding.width, rounding.steps = share_out(run.engine, fit, {"steps": 1})[0]
-    put_steps(run, exact)
+def round_parts(run: Run, due: int) -> None:
+    """Rounds the columns up to the part `due` and keeps them."""
+    weights = run.engine.weights()
+    while run.state.parts < due:
+        round_part(run, weights, run.state.parts)
+        run.state.parts += 1
+    run.engine.keep(run.rounding.kept(due))
 
 
-def bytes_about(values: dict[str, np.ndarray], bends: dict[str, tuple[np.ndarray, np.ndarray]], width: float) -> float:
-    """Bytes that parameters [n, m] take on steps of this width, about, by some of their rows; a step takes half a
-    byte."""
-    total, kind = 0.0, CODED.index("uniform")
-    for name, value in values.items():
-        every, (of_rows, columns) = -(-value.size // SAMPLE), bends[name]
-        some = value[::every]
-        table = plain_table(name, some, *loss_steps(some, (of_rows[::every], columns), width))
-        symbols = table.symbols - table.middles[:, None].astype(np.int32)
-        bits = shortest_model(symbols, table.rows[:, None].astype(np.int64) + columns, np.full(symbols.shape, kind))[0]
-        total += bits * value.size / symbols.size + 4 * (len(value) + len(columns))
-    return total / 8
-
-
-def plain_table(name: str, value: np.ndarray, rows: np.ndarray, columns: np.ndarray, up: float = 0.5) -> Table:
-    """value [n, m] as multiples of its steps; fractions above `up` are rounded up."""
-    x = value / (powers(rows)[:, None] * powers(columns))
-    symbols = np.rint(x) if up == 0.5 else np.copysign(np.floor(np.abs(x) + np.float32(1 - up)), x)
-    symbols = np.clip(symbols, -LARGEST_SYMBOL, LARGEST_SYMBOL).astype(np.int16)
-    return Table(rows, columns, np.median(symbols, axis=1).astype(np.int16) * is_vector(name), symbols)
+def round_part(run: Run, weights: dict[str, np.ndarray], part: int) -> None:
+    """Rounds the columns of one part, every process its share of the matrices."""
+    rounding = run.rounding
+    work = functools.partial(rounding.round, weights=weights, part=part)
+    for found in share_out(run.engine, work, {name: weights[name].size for name in rounding.order}):
+        for name, symbols in found.items():
+            rounding.tensors[f"symbols.{name}"][:, rounding.columns(name, part, part + 1)] = symbols
 
 
 def export_rounded(run: Run) -> Export | None:
-    """The artifact of a model that ROUND_FROM has rounded. Where it is over TARGET_BYTES, fractions are rounded up from
-    more than a half on; None where that does not do either."""
-    c, rounding, weights = run.config, run.rounding, run.engine.exact_weights()
-    room, sizes = (c.target_bytes or math.inf) - code_bytes(run), []
+    """The artifact of what ROUND_FROM has rounded, with the last columns and the vectors. With TARGET_BYTES the last
+    columns have the finest steps that fit, up to an octave finer and four coarser; None where none of them does."""
+    c, rounding, last = run.config, run.rounding, ROUND_PARTS - 1
+    round_parts(run, last)
+    weights, room = run.engine.weights(), (c.target_bytes or math.inf) - code_bytes(run)
+    settled = {name: rounding.tensors[f"columns.{name}"].copy() for name in rounding.order}
+    vectors = {name: as_matrix(weight) for name, weight in weights.items() if is_vector(name)}
+    for name, value in vectors.items():  # they have grown since, some from 0
+        rows, finest = rounding.tensors[f"rows.{name}"], finest_steps(np.abs(value).max(axis=1))
+        np.maximum(rows, finest.astype(np.int16), out=rows)
+    vectors = {name: without_faint_rows(value, *rounding.steps(name)) for name, value in vectors.items()}
+    vectors = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
+    aimed, rounds, plain = rounding.tensors["said"].tolist()
 
-    def export(up: float) -> Export:
-        tables = {}
-        for name, steps in rounding.steps.items():
-            tables[name] = plain_table(name, as_matrix(weights[name]), *steps, 0.5 if is_vector(name) else up)
-        data, bits = assemble(c, run.state.loops, tables, "uniform")
-        sizes.append(len(data))
-        aimed = count_params(c) * rounding.width**2 / 24  # as `width_of`, without a trellis
-        return Export(data, tables, len(data), bits_per_weight(tables, bits), aimed, len(sizes), 0)
+    def export(shift: int) -> Export:
+        for name, steps in settled.items():
+            columns = rounding.columns(name, last, ROUND_PARTS)
+            rounding.tensors[f"columns.{name}"][columns] = steps[columns] + shift
+        round_part(run, weights, last)
+        tables = {name: vectors.get(name) or rounding.table(name) for name in param_shapes(c)}
+        data, bits = assemble(c, run.state.loops, tables)
+        return Export(data, tables, len(data), bits_per_weight(tables, bits), aimed, int(rounds), int(plain))
 
-    best, low, high = export(0.5), 0.5, 1.0
-    if best.size > room:
-        best = None
-        while high - low > 0.01:
-            made = export((low + high) / 2)
-            if made.size <= room:
-                best, high = made, (low + high) / 2
-            else:
-                low = (low + high) / 2
+    best, (finest, coarsest) = None, (-4, 16) if c.target_bytes else (0, 0)
+    while finest <= coarsest:
+        shift = (finest + coarsest) // 2
+        made = export(shift)
+        if made.size <= room:
+            best, coarsest = made, shift - 1
+        else:
+            finest = shift + 1
     if best is None:
-        over = min(sizes) - room
-        run.log.line(f"notice: {over} bytes over TARGET_BYTES: all is rounded anew")
+        over = made.size - room
+        run.log.line(
+            f"notice: the columns rounded in training are {over} bytes over TARGET_BYTES: all are rounded anew"
+        )
     return best
 
 
@@ -3050,7 +3033,7 @@ def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: i
         found.append(f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS")
     if made.plain_rounded:
         found.append(f"{made.plain_rounded} matrices were rounded without GPTQ, since their Hessians were none")
-    if c.target_bytes and spare > (0.03 if run.rounding else 0.002) * c.target_bytes:
+    if c.target_bytes and spare > 0.002 * c.target_bytes:
         found.append(f"{spare} bytes of TARGET_BYTES are left: more parameters")
     elif c.target_bytes and spare < 0:
         found.append(f"TARGET_BYTES missed by {-spare} bytes: fewer parameters")
@@ -3454,7 +3437,6 @@ def preflight(run: Run, warm: dict[int, float], start: float) -> int:
     scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
     looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
     looks = c.calib_seconds if c.max_wallclock_seconds else looks
-    looks *= not c.round_from  # which looks in training
     rounded = max(count_params(c) / engine.world, *map(math.prod, param_shapes(c).values()))  # by one process
     coding = 4e-6 * rounded * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
     parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]
