@@ -106,8 +106,9 @@ def read_file(job: tuple[str, str]) -> list[Document]:
     except OSError:
         return []
     if name == "stdlib/pydoc_data/topics.py":
-        topics = next(node.value for node in ast.parse(raw).body if isinstance(node, ast.Assign))  # a dictionary
-        return [(f"{name}#{topic}", text) for topic, text in sorted(ast.literal_eval(topics).items())]
+        topics = [node.value for node in ast.parse(raw).body if isinstance(node, ast.Assign)][:1]  # a dictionary
+        found = [pair for values in topics for pair in sorted(ast.literal_eval(values).items())]
+        return [(f"{name}#{topic}", text) for topic, text in found]
     if path.endswith((".py", ".pyi")):
         title = name.removeprefix("stdlib/").rpartition(".")[0].replace("/", ".").removesuffix(".__init__")
         return [(name, docstrings(raw, title))]
@@ -220,11 +221,13 @@ def build(out, force=False, workers=1, stdlib=None, sites=None, min_bytes=MIN_BY
     tools = [sha256_of(Path(__file__).with_name(f"{tool}.py"))[:16] for tool in ("offline", "tokenize_docs", "layout")]
     versions |= {"python": platform.python_version(), "trainer": importlib.metadata.version("sentencepiece")}
     wanted = {"tools_sha256": tools, "versions": versions}
-    if not force and layout.manifest_of(folder).get("built_from") == wanted:
-        with contextlib.suppress(InputError):  # incomplete or damaged: build it again
-            layout.check_dataset(folder, model_path)
-            print(f"{layout.show(folder)} is already built from these versions (--force builds it again)")
-            return folder
+    manifest = layout.manifest_of(folder)
+    if not force and manifest.get("built_from") == wanted:
+        with contextlib.suppress(InputError, LookupError):  # incomplete or damaged: build it again
+            _, *found = layout.check_dataset(folder, model_path)
+            if found == [manifest["splits"][split]["tokens"] for split in ("train", "val")]:
+                print(f"{layout.show(folder)} is already built from these versions (--force builds it again)")
+                return folder
     layout.load_trainer()  # which judges the result: better missed now than after the work
     print("reading the documentation of the installed packages ...", flush=True)
     documents += collect(find_files(stdlib or sysconfig.get_path("stdlib"), sites), workers)

@@ -585,6 +585,10 @@ def test_offline_corpus_is_deterministic_and_held_out_by_document(tmp_path, pyth
     (folder / "fineweb_train_000000.bin").write_bytes(b"damaged")
     offline.build(tmp_path / "1", **options)
     assert (folder / "fineweb_train_000000.bin").read_bytes() == built[1]["fineweb_train_000000.bin"]
+    manifest["splits"]["train"]["tokens"] += 1  # as where a shard is gone
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    offline.build(tmp_path / "1", **options)
+    assert (folder / "manifest.json").read_bytes() == built[1]["manifest.json"]
     assert leftovers(tmp_path / "1") == []
 
 
