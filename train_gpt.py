@@ -143,7 +143,7 @@ class Config:
     quantizer: str = "absmax"  # absmax: int6, a row spans its largest weight | trellis: as coarse as the loss allows
     quant_loss: float = 0.0  # trellis: what rounding may add to the loss, nats a token, about; 0 = 0.005
     calib_tokens: int = 131072  # trellis: training tokens whose activations and gradients it looks at
-    calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds for that; kept for the end, or ROUND_FROM
+    calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds for that, at ROUND_FROM or at the end
     # log
     train_log_every: int = 200  # steps between log lines (the first ten are always logged)
     checkpoint_every: int = 0  # steps between checkpoints; 0 = only when stopped by a signal and at the end
@@ -190,7 +190,7 @@ PRESETS = {
     # of vectors, initial weights not orthogonal, a loop gate from 1, our export. Effects in bits per byte, none ours:
     # context of 2048 -0.018, mlp_slope -0.0021 (#549), xsa (all layers, not four) -0.0016 (#634), muon_row_norm
     # -0.001 (#1260), rotary_dims and norm_scale -0.0023 with another change (#315); stride 64, of scoring, -0.017.
-    # Of ours: round_from, -0.015 at track_mini (mini_wide_after, mini_wide), where a weight gets as many bits.
+    # Of ours, one seed: round_from -0.015 at track_mini, by FLOPs (mini_wide_after, mini_wide), at as many bits.
     "record": """data_path=./data/datasets/fineweb10B_sp8192 tokenizer_path=./data/tokenizers/fineweb_8192_bpe.model
         vocab_size=8192 train_seq_len=2048 train_batch_tokens=786432 layout=3+3x3+5 loop_schedule=0:1,0.35:3
         loop_gate=gain mlp_mult=4 mlp_slope=0.5 xsa=1 rotary_dims=16 norm_scale=1 qk_gain_init=5 matrix_lr=0.02
@@ -919,6 +919,10 @@ def check_schedules(c: Config) -> None:
     last = parse_loop_schedule(c.loop_schedule, loops)[-1][0]
     after = f"0, or after the last switch of LOOP_SCHEDULE, {last:g}"  # what no step has trained has no curvature
     require(not c.round_from or c.round_from > last, "ROUND_FROM", after, c.round_from)
+    room = (1 - c.round_from) * c.max_wallclock_seconds / 2  # the other half trains on beside what is rounded
+    enough = not (c.round_from and c.max_wallclock_seconds and c.mode in TRAINS) or c.calib_seconds < room
+    expected = f"less than half of what is left of MAX_WALLCLOCK_SECONDS from ROUND_FROM on, {room:g}"
+    require(enough, "CALIB_SECONDS", expected, c.calib_seconds, "lower it, or set ROUND_FROM=0")
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
     for name in ("loop_sample", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
@@ -1521,11 +1525,14 @@ class Engine:
         return host, done
 
     def keep(self, values: dict[str, np.ndarray]) -> None:
-        """From now on the numbers in `values`, by parameter, stay as they are; those that are NaN are trained."""
-        self.kept = torch.full_like(self.optimizer.weights, math.nan)
+        """From now on the numbers in `values`, by parameter, stay as they are, as do those of earlier calls where these
+        are NaN; the rest is trained."""
+        if self.kept is None:
+            self.kept = torch.full_like(self.optimizer.weights, math.nan)
         for name, value in values.items():
             low, high, _ = self.optimizer.places[name]
-            self.kept[low:high] = torch.from_numpy(value).flatten()
+            new = torch.from_numpy(value).flatten().to(self.device)
+            self.kept[low:high] = torch.where(new.isnan(), self.kept[low:high], new)
         self.put_kept()
 
     @torch.no_grad()
@@ -2172,7 +2179,7 @@ class Export(NamedTuple):
     size: int
     bits_per_weight: float  # of the coded matrices, with their steps
     loss_aimed: float  # trellis: nats a token that rounding would add if the Fisher information were all
-    rounds: int  # how often it was coded
+    rounds: int  # how often it was coded; with ROUND_FROM how often its bytes were reckoned
     plain_rounded: int  # matrices whose Hessian could not be used
 
 
@@ -2205,7 +2212,8 @@ def calibrates(c: Config) -> bool:
 
 
 def export_seconds(c: Config) -> float:
-    """Seconds of MAX_WALLCLOCK_SECONDS that are kept for what looks at training tokens after training."""
+    """Seconds of MAX_WALLCLOCK_SECONDS that are kept for what looks at training tokens after training; with ROUND_FROM
+    it is done in training."""
     return c.calib_seconds if calibrates(c) and not c.round_from else 0.0
 
 
@@ -2257,32 +2265,36 @@ def finest_steps(largest: np.ndarray) -> np.ndarray:
     return np.ceil(4 * np.log2(np.maximum(2 * largest / (LARGEST_SYMBOL - 4), 1e-30)))
 
 
-def bends_of(name: str, squares: np.ndarray, factor: Factor | None) -> tuple[np.ndarray, np.ndarray]:
-    """How much the loss bends along the rows of a tensor, log2, float64 [n], NaN for a vector's rows that no pass used;
-    and the steps of its columns [m]. Curvature of a row: its mean Fisher information, `squares` [n, m]. Of a column:
-    what its input adds to those after it, where GPTQ makes up for errors (the factor's diagonal), else its mean Fisher
-    information, too; columns of vectors are alike."""
+class Bends(NamedTuple):
+    """How the loss bends along a tensor [n, m]."""
+
+    rows: np.ndarray  # log2 of the curvature, float64 [n]
+    columns: np.ndarray  # steps of the columns that follow from it, int16 [m]
+    used: np.ndarray  # bool [n]; not so a vector's row of a pass that never ran
+
+
+def bends_of(name: str, squares: np.ndarray, factor: Factor | None) -> Bends:
+    """Curvature of a row: its mean Fisher information, `squares` [n, m]. Of a column: what its input adds to those
+    after it, where GPTQ makes up for errors (the factor's diagonal), else its mean Fisher information, too; columns of
+    vectors are alike."""
     of_rows, of_columns = (squares.mean(axis=axis, dtype=np.float64) for axis in (1, 0))
     mean = max(of_rows.mean(), 1e-30)
     of_rows, of_columns = of_rows + ROW_FLOOR * mean, of_columns / mean + 1e-3  # what few tokens touched is not free
     if factor is not None:
         of_columns[factor.order] = np.diag(factor.upper).astype(np.float64) ** -2
     columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))  # 2 ** 40 either way
-    used = squares.any(axis=1) | (not is_vector(name))
-    return np.where(used, np.log2(of_rows), math.nan), columns.astype(np.int16)
+    return Bends(np.log2(of_rows), columns.astype(np.int16), squares.any(axis=1) | (not is_vector(name)))
 
 
-def loss_steps(values: np.ndarray, bends: tuple[np.ndarray, np.ndarray], width: float) -> tuple:
+def loss_steps(values: np.ndarray, bends: Bends, width: float) -> tuple[np.ndarray, np.ndarray]:
     """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
     which spends every bit where it buys most (reverse water-filling)."""
-    of_rows, columns = bends
-    largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
+    largest = (np.abs(values) * np.exp2(-bends.columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
     squared = float(np.square(values, dtype=np.float64).mean())
     widest = 2 * math.log2(max(squared, 1e-24)) + 16  # 16 times the typical weight: all zeros from there on
-    # A row of a pass that never ran is kept: another number of passes may use it.
-    rows = np.where(np.isnan(of_rows), widest - 32, np.fmin(4 * math.log2(width) - 2 * of_rows, widest))
-    rows = np.maximum(np.maximum(np.rint(rows), finest_steps(largest)), -LARGEST_EXPONENT)
-    return rows.astype(np.int16), columns
+    widest = np.where(bends.used, widest, widest - 32)  # what never ran is kept: another number of passes may use it
+    rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * bends.rows, widest)), finest_steps(largest))
+    return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), bends.columns
 
 
 def gptq_factor(hessian: np.ndarray) -> Factor | None:
@@ -2762,22 +2774,25 @@ class Rounding:
     def round(self, names: list[str], weights: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
         """Integers of the columns of a part of some matrices."""
         columns = {name: found for name in names if len(found := self.columns(name, part, part + 1))}
+        check_numbers((name, weights[name]) for name in columns)
         whole = {name: without_faint_rows(as_matrix(weights[name]), *self.steps(name)) for name in columns}
         values = {name: np.ascontiguousarray(whole[name][:, some]) for name, some in columns.items()}
         steps = {name: self.steps(name, some) for name, some in columns.items()}
         return {name: table.symbols for name, table in round_all(values, steps, True, {}).items()}
 
-    def table(self, name: str) -> Table:
-        rows, columns = self.steps(name)
-        symbols = self.tensors[f"symbols.{name}"].copy()  # which may be rounded anew
-        return Table(rows, columns.copy(), np.zeros(len(symbols), np.int16), symbols)
+    def table(self, name: str, columns: np.ndarray | slice = slice(None)) -> Table:
+        """Of some columns, in a copy, since the last ones may be rounded anew."""
+        rows, steps = self.steps(name, columns)
+        symbols = self.tensors[f"symbols.{name}"][:, columns].copy()
+        return Table(rows, steps.copy(), np.zeros(len(symbols), np.int16), symbols)
 
-    def kept(self, parts: int) -> dict[str, np.ndarray]:
-        """float32 [n, m] of the matrices with so many parts rounded; NaN in the other columns."""
+    def kept(self, low: int, high: int) -> dict[str, np.ndarray]:
+        """float32 [n, m] of the matrices with the parts from `low` to below `high`; NaN in the other columns."""
         found = {}
         for name in self.order:
-            found[name] = values_of(self.table(name), True)
-            found[name][:, self.columns(name, parts, ROUND_PARTS)] = math.nan
+            columns = self.columns(name, low, high)
+            found[name] = np.full(self.tensors[f"symbols.{name}"].shape, math.nan, np.float32)
+            found[name][:, columns] = values_of(self.table(name, columns), True)
         return found
 
 
@@ -2796,7 +2811,7 @@ def resume_rounding(run: Run, tensors: dict[str, np.ndarray]) -> None:
     """Goes on with what a checkpoint keeps of a Rounding."""
     if tensors:
         run.rounding = Rounding(run.config, tensors)
-        run.engine.keep(run.rounding.kept(run.state.parts))
+        run.engine.keep(run.rounding.kept(0, run.state.parts))
 
 
 def begin_rounding(run: Run) -> Rounding:
@@ -2807,6 +2822,8 @@ def begin_rounding(run: Run) -> Rounding:
     passes, seconds = most_passes(c, loops_at(c, 1.0)), c.calib_seconds if c.max_wallclock_seconds else math.inf
     seen = run.engine.curvature(run.stream, state.tokens, passes, seconds)
     state.flops += train_flops_per_token(c, passes) * seen.tokens
+    if seen.tokens < (asked := calibration_tokens(c, run.engine.world)):
+        run.log.line(f"notice: time was up after {seen.tokens} of {asked} tokens of CALIB_TOKENS: more CALIB_SECONDS")
 
     def share(work: Callable[[str], object]) -> dict[str, object]:
         """What `work` gives for every name, each process doing its part."""
@@ -2816,7 +2833,7 @@ def begin_rounding(run: Run) -> Rounding:
         found = {name: one for part in parts for name, one in part.items()}
         return {name: found[name] for name in values}
 
-    def bend(name: str) -> tuple[np.ndarray, np.ndarray]:
+    def bend(name: str) -> Bends:
         hessian = seen.hessians.get(name)
         check_numbers((name, part) for part in (values[name], seen.squares[name], hessian) if part is not None)
         return bends_of(name, as_matrix(seen.squares[name]), None if hessian is None else gptq_factor(hessian))
@@ -2838,17 +2855,17 @@ def begin_rounding(run: Run) -> Rounding:
     return Rounding(c, tensors)
 
 
-def bytes_about(name: str, value: np.ndarray, bends: tuple[np.ndarray, np.ndarray], width: float) -> float:
+def bytes_about(name: str, value: np.ndarray, bends: Bends, width: float) -> float:
     """Bytes that a parameter [n, m] takes on steps of this width, about, by some of its rows; a step takes half a
     byte."""
-    every, (of_rows, columns) = -(-value.size // SAMPLE), bends
+    every = -(-value.size // SAMPLE)
     some = value[::every]
-    steps = loss_steps(some, (of_rows[::every], columns), width)
+    steps = loss_steps(some, Bends(bends.rows[::every], bends.columns, bends.used[::every]), width)
     table = round_all({name: without_faint_rows(some, *steps)}, {name: steps}, True, {})[name]
     symbols = table.symbols - table.middles[:, None].astype(np.int32)
-    offsets = table.rows[:, None].astype(np.int64) + columns
+    offsets = table.rows[:, None].astype(np.int64) + table.columns
     bits = shortest_model(symbols, offsets, half_levels(table.symbols))[0]
-    return (bits * value.size / some.size + 4 * (len(value) + len(columns))) / 8
+    return (bits * value.size / some.size + 4 * sum(value.shape)) / 8
 
 
 def round_more(run: Run, at: float) -> bool:
@@ -2871,17 +2888,18 @@ def round_more(run: Run, at: float) -> bool:
         round_parts(run, due)
 
     seconds = seconds_of(run.engine, work)
+    run.before = run.clock()[0]  # which says nothing of the pace of steps
     run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_PARTS} of the columns in {seconds:.1f}s")
     return True
 
 
 def round_parts(run: Run, due: int) -> None:
     """Rounds the columns up to the part `due` and keeps them."""
-    weights = run.engine.weights()
+    weights, before = run.engine.weights(), run.state.parts
     while run.state.parts < due:
         round_part(run, weights, run.state.parts)
         run.state.parts += 1
-    run.engine.keep(run.rounding.kept(due))
+    run.engine.keep(run.rounding.kept(before, due))
 
 
 def round_part(run: Run, weights: dict[str, np.ndarray], part: int) -> None:
@@ -3061,7 +3079,7 @@ def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: i
     if c.loop_gate == "gain" and run.state.loops > 1 and np.abs(gates).max() < IDLE_GATE:
         shown = ", ".join(f"{gate:.3f}" for gate in gates)
         found.append(f"the passes after the first are hardly used, their gates are {shown}: FLOPs wasted")
-    if curvature and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
+    if curvature and not run.rounding and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
         found.append(f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS")
     if made.plain_rounded:
         found.append(f"{made.plain_rounded} matrices were rounded without GPTQ, since their Hessians were none")
@@ -3336,7 +3354,8 @@ def report(run: Run, r: dict, made: Export, seconds: float) -> None:
     c, state, log = run.config, run.state, run.log
     code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
     aimed = f", {made.loss_aimed:.5f} nats aimed at" if calibrates(c) else ""
-    kept = f" ({export_seconds(c):g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
+    clocked = c.max_wallclock_seconds and c.mode == "train" and not c.round_from
+    kept = f" ({c.calib_seconds:g} s were kept)" if clocked else ""
     calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if r["calib_time_ms"] else ""
     log.line(f"""---
 score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {r["eval_loops"]} passes)\
@@ -3469,7 +3488,7 @@ def preflight(run: Run, warm: dict[int, float], start: float) -> int:
     scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
     looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
     looks = c.calib_seconds if c.max_wallclock_seconds else looks
-    looks *= not c.round_from  # which looks in training
+    looks *= not (c.round_from and c.max_wallclock_seconds)  # which has it in training's seconds
     rounded = max(count_params(c) / engine.world, *map(math.prod, param_shapes(c).values()))  # by one process
     coding = 4e-6 * rounded * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
     parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]
