@@ -40,7 +40,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -147,7 +147,7 @@ class Config:
     quantizer: str = "absmax"  # absmax: int6, a row spans its largest weight | trellis: as coarse as the loss allows
     quant_loss: float = 0.0  # trellis: what rounding may add to the loss, nats a token, about; 0 = 0.005
     calib_tokens: int = 131072  # trellis: training tokens whose activations and gradients it looks at
-    calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds reserved for that; it stops when they end
+    calib_seconds: float = 20.0  # trellis: seconds of max_wallclock_seconds for that, at ROUND_FROM or at the end
     # log
     train_log_every: int = 200  # steps between log lines (the first ten are always logged)
     checkpoint_every: int = 0  # steps between checkpoints; 0 = only when stopped by a signal and at the end
@@ -194,13 +194,14 @@ PRESETS = {
     # of vectors, initial weights not orthogonal, a loop gate from 1, our export. Effects in bits per byte, none ours:
     # context of 2048 -0.018, mlp_slope -0.0021 (#549), xsa (all layers, not four) -0.0016 (#634), muon_row_norm
     # -0.001 (#1260), rotary_dims and norm_scale -0.0023 with another change (#315); stride 64, of scoring, -0.017.
+    # Of ours, one seed: round_from -0.015 at track_mini, by FLOPs (mini_wide_after, mini_wide), at as many bits.
     "record": """data_path=./data/datasets/fineweb10B_sp8192 tokenizer_path=./data/tokenizers/fineweb_8192_bpe.model
         vocab_size=8192 train_seq_len=2048 train_batch_tokens=786432 layout=3+3x3+5 loop_schedule=0:1,0.35:3
         loop_gate=gain mlp_mult=4 mlp_slope=0.5 xsa=1 rotary_dims=16 norm_scale=1 qk_gain_init=5 matrix_lr=0.02
         tied_embed_lr=0.03 scalar_lr=0.02 weight_decay=0.085 muon_row_norm=1 muon_momentum=0.97
         muon_momentum_warmup_start=0.92 muon_momentum_warmup_steps=1500 lr_warmup_steps=20 warmdown_frac=0.667
         grad_clip_norm=0.3 eval_stride=64 val_loss_every=0 quantizer=trellis target_bytes=16000000 count_code=packed
-        calib_tokens=524288 calib_seconds=8""",
+        calib_tokens=524288 calib_seconds=8 round_from=0.85""",
     # The two controls: the official script's model, and PR #319's; their warm-downs as fractions of training.
     "baseline": "layout=9 skips=official loop_gate=none warmdown_frac=0.087",
     "pr319": """layout=5x3 model_dim=640 skips=none loop_gate=x0 loop_gate_init=0.3333333333333333 warmdown_frac=0
@@ -916,10 +917,10 @@ def check_schedules(c: Config) -> None:
     last = parse_loop_schedule(c.loop_schedule, loops)[-1][0]
     after = f"0, or after the last switch of LOOP_SCHEDULE, {last:g}"  # what no step has trained has no curvature
     require(not c.round_from or c.round_from > last, "ROUND_FROM", after, c.round_from)
-    seconds, mend = c.max_wallclock_seconds, "give ITERATIONS or MAX_TRAIN_FLOPS as the budget, or set ROUND_FROM=0"
-    unknown = "0 with ROUND_FROM, whose seconds nothing bounds"
-    bounded = not (c.round_from and seconds and c.mode in TRAINS)
-    require(bounded, "MAX_WALLCLOCK_SECONDS", unknown, seconds, mend)
+    room = (1 - c.round_from) * c.max_wallclock_seconds / 2  # the other half trains on beside what is rounded
+    enough = not (c.round_from and c.max_wallclock_seconds and c.mode in TRAINS) or c.calib_seconds < room
+    expected = f"less than half of what is left of MAX_WALLCLOCK_SECONDS from ROUND_FROM on, {room:g}"
+    require(enough, "CALIB_SECONDS", expected, c.calib_seconds, "lower it, or set ROUND_FROM=0")
     one_pass = f"0 with one pass (LAYOUT={c.layout})"
     for name in ("loop_sample", "exit_weight"):
         require(loops > 1 or not getattr(c, name), name.upper(), one_pass, getattr(c, name))
@@ -1453,8 +1454,11 @@ class Engine:
         return loss, norm
 
     def keep(self, values: dict[str, np.ndarray]) -> None:
-        """From now on the numbers in `values`, by parameter, stay as they are; those that are NaN are trained."""
-        self.kept = {name: mx.array(value).reshape(self.params[name].shape) for name, value in values.items()}
+        """From now on the numbers in `values`, by parameter, stay as they are, as do those of earlier calls where these
+        are NaN; the rest is trained."""
+        for name, value in values.items():
+            new = mx.array(value).reshape(self.params[name].shape)
+            self.kept[name] = mx.where(mx.isnan(new), self.kept[name], new) if name in self.kept else new
         self.put_kept()
 
     def put_kept(self) -> None:
@@ -2067,7 +2071,7 @@ class Export(NamedTuple):
     size: int
     bits_per_weight: float  # of the coded matrices, with their steps
     loss_aimed: float  # trellis: nats a token that rounding would add if the Fisher information were all
-    rounds: int  # how often it was coded
+    rounds: int  # how often it was coded; with ROUND_FROM how often its bytes were reckoned
     plain_rounded: int  # matrices whose Hessian could not be used
 
 
@@ -2100,8 +2104,9 @@ def calibrates(c: Config) -> bool:
 
 
 def export_seconds(c: Config) -> float:
-    """Seconds of MAX_WALLCLOCK_SECONDS that are kept for what looks at training tokens after training."""
-    return c.calib_seconds if calibrates(c) else 0.0
+    """Seconds of MAX_WALLCLOCK_SECONDS that are kept for what looks at training tokens after training; with ROUND_FROM
+    it is done in training."""
+    return c.calib_seconds if calibrates(c) and not c.round_from else 0.0
 
 
 def calibration_tokens(c: Config, world: int) -> int:
@@ -2152,24 +2157,36 @@ def finest_steps(largest: np.ndarray) -> np.ndarray:
     return np.ceil(4 * np.log2(np.maximum(2 * largest / (LARGEST_SYMBOL - 4), 1e-30)))
 
 
-def loss_steps(name: str, values: np.ndarray, squares: np.ndarray, width: float, factor: Factor | None) -> tuple:
-    """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
-    which spends every bit where it buys most (reverse water-filling). Curvature of a row: its mean Fisher information,
-    `squares` [n, m]. Of a column: what its input adds to those after it, where GPTQ makes up for errors (the factor's
-    diagonal), else its mean Fisher information, too; columns of vectors are alike."""
+class Bends(NamedTuple):
+    """How the loss bends along a tensor [n, m]."""
+
+    rows: np.ndarray  # log2 of the curvature, float64 [n]
+    columns: np.ndarray  # steps of the columns that follow from it, int16 [m]
+    used: np.ndarray  # bool [n]; not so a vector's row of a pass that never ran
+
+
+def bends_of(name: str, squares: np.ndarray, factor: Factor | None) -> Bends:
+    """Curvature of a row: its mean Fisher information, `squares` [n, m]. Of a column: what its input adds to those
+    after it, where GPTQ makes up for errors (the factor's diagonal), else its mean Fisher information, too; columns of
+    vectors are alike."""
     of_rows, of_columns = (squares.mean(axis=axis, dtype=np.float64) for axis in (1, 0))
     mean = max(of_rows.mean(), 1e-30)
     of_rows, of_columns = of_rows + ROW_FLOOR * mean, of_columns / mean + 1e-3  # what few tokens touched is not free
     if factor is not None:
         of_columns[factor.order] = np.diag(factor.upper).astype(np.float64) ** -2
     columns = np.clip(np.rint(-2 * np.log2(of_columns)), -160, 160) * (not is_vector(name))  # 2 ** 40 either way
-    largest = (np.abs(values) * np.exp2(-columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
+    return Bends(np.log2(of_rows), columns.astype(np.int16), squares.any(axis=1) | (not is_vector(name)))
+
+
+def loss_steps(values: np.ndarray, bends: Bends, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Steps of rows [n] and columns [m], about `width` over the root of the curvature of the loss along each weight,
+    which spends every bit where it buys most (reverse water-filling)."""
+    largest = (np.abs(values) * np.exp2(-bends.columns / 4)).max(axis=1)  # in steps of the columns; GPTQ may double it
     squared = float(np.square(values, dtype=np.float64).mean())
     widest = 2 * math.log2(max(squared, 1e-24)) + 16  # 16 times the typical weight: all zeros from there on
-    if is_vector(name):  # a row of a pass that never ran is kept: another number of passes may use it
-        widest = np.where(squares.any(axis=1), widest, widest - 32)
-    rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * np.log2(of_rows), widest)), finest_steps(largest))
-    return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), columns.astype(np.int16)
+    widest = np.where(bends.used, widest, widest - 32)  # what never ran is kept: another number of passes may use it
+    rows = np.maximum(np.rint(np.minimum(4 * math.log2(width) - 2 * bends.rows, widest)), finest_steps(largest))
+    return np.maximum(rows, -LARGEST_EXPONENT).astype(np.int16), bends.columns
 
 
 def gptq_factor(hessian: np.ndarray) -> Factor | None:
@@ -2295,7 +2312,7 @@ def make_tables(c: Config, weights: dict[str, np.ndarray], width: float, factors
     values, steps = {name: as_matrix(weight) for name, weight in weights.items()}, {}
     for name, value in values.items():
         if calibrates(c):
-            steps[name] = loss_steps(name, value, as_matrix(squares[name]), width, factors.get(name))
+            steps[name] = loss_steps(value, bends_of(name, as_matrix(squares[name]), factors.get(name)), width)
             values[name] = without_faint_rows(value, *steps[name])
         else:
             steps[name] = spanning_steps(name, value)
@@ -2428,10 +2445,10 @@ def facts_of(table: Table, trellis: bool) -> np.ndarray:
     """What `code_table` must know first: the models of the shortest code."""
     steps = table.rows[:, None].astype(np.int64) + table.columns
     symbols = table.symbols - table.middles[:, None].astype(np.int32)
-    found = [*shortest_model(symbols, steps * trellis, half_levels(table.symbols) * trellis)]
+    found = [*shortest_model(symbols, steps * trellis, half_levels(table.symbols) * trellis)[1:]]
     for part in (table.rows, table.columns, table.middles):
         centre = int(np.clip(np.median(part), -LARGEST_EXPONENT, LARGEST_EXPONENT))
-        scale, shape = shortest_model(part - np.int32(centre), np.zeros(part.shape, int), np.zeros(part.shape, int))
+        _, scale, shape = shortest_model(part - np.int32(centre), np.zeros(part.shape, int), np.zeros(part.shape, int))
         found += [centre, min(max(scale, SPREADS[0]), SPREADS[1]), shape]
     return np.array(found)
 
@@ -2451,8 +2468,8 @@ def runs_of(spreads: np.ndarray, odd: np.ndarray) -> tuple[np.ndarray, list[tupl
     return order, [(model >> 1, model & 1, start, end) for model, start, end in runs]
 
 
-def shortest_model(symbols: np.ndarray, offsets: np.ndarray, odd: np.ndarray) -> tuple[int, int]:
-    """(scale, shape) of the shortest code of symbols whose spreads are scale - offsets; all of one shape."""
+def shortest_model(symbols: np.ndarray, offsets: np.ndarray, odd: np.ndarray) -> tuple[float, int, int]:
+    """(bits, scale, shape) of the shortest code of symbols whose spreads are scale - offsets; all of one shape."""
     magnitudes = np.abs(symbols.astype(np.int64))
     keys, counts = np.unique(((2 * offsets + odd) << 16) + magnitudes, return_counts=True)
     kinds, starts = np.unique(keys >> 16, return_index=True)
@@ -2467,7 +2484,7 @@ def shortest_model(symbols: np.ndarray, offsets: np.ndarray, odd: np.ndarray) ->
 
     near = round(2 * math.log2(max(np.square(magnitudes * np.exp2(offsets / 4)).mean(), 1e-24)))
     scales = [*range(near - 4, near + 7), near + 16, near + 32, near + 64, 600]  # the last can code anything
-    return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))[1:]
+    return min((bits(scale, shape), scale, shape) for scale in scales for shape in range(SHAPES))
 
 
 def checksum(tables: dict[str, Table]) -> int:
@@ -2498,15 +2515,20 @@ def all_here(work: Callable[[list[str]], object], sizes: dict[str, int]) -> list
     return [work([*sizes])]
 
 
+def check_numbers(named: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raises InputError for what cannot be rounded: NaN, infinities and numbers near them."""
+    for name, part in named:
+        largest = np.abs(part).max()
+        require(largest < LARGEST_NUMBER, name, f"weights and gradients below {LARGEST_NUMBER:g}", largest)
+
+
 def export_model(c: Config, weights: dict[str, np.ndarray], loops: int, curvature: Curvature | None = None,
                  code_bytes: int = 0, share: Callable = all_here) -> Export:  # fmt: skip
     """The artifact of `weights`. With TARGET_BYTES it is coded anew with other steps until it fits with little left
     over; the largest that fits is kept, else the smallest. `share(work, sizes)` deals the tensors' names out to
     processes and gathers what `work(names)` gives on each. Raises InputError for what is not finite."""
     hessians, squares = (curvature.hessians, curvature.squares) if curvature else ({}, {})
-    for name, part in [*weights.items(), *hessians.items(), *squares.items()]:
-        largest = np.abs(part).max()
-        require(largest < LARGEST_NUMBER, name, f"weights and gradients below {LARGEST_NUMBER:g}", largest)
+    check_numbers([*weights.items(), *hessians.items(), *squares.items()])
     weights = {name: weights[name] for name in param_shapes(c)}
     width, count = width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), count_params(c)
     sizes, best = {}, None  # of the artifacts of every width tried
@@ -2614,23 +2636,20 @@ def read_body(head: bytes, code: bytes, size: int) -> Artifact:
 # the closing block.
 # ======================================================================================================================
 ROUND_PARTS = 17  # of the columns; the last is rounded after training
+SAMPLE = 2**13  # numbers of a tensor that are rounded to reckon its bytes
+HEADER = 400  # bytes, about
 
 
 class Rounding:
     """With ROUND_FROM: the integers of the columns that are rounded so far. The steps are settled when it begins, for
-    the first column as for the last, and so is the order: GPTQ's, else the finest column first. What training makes of
-    the columns to come takes the place of GPTQ's repairs (incremental quantization, arXiv 1702.03044)."""
+    the first column as for the last, and so is the order: the largest inputs first, else the finest column. What
+    training makes of the columns to come makes up for errors, as GPTQ does (incremental quantization, arXiv
+    1702.03044)."""
 
     def __init__(self, c: Config, tensors: dict[str, np.ndarray]):
         """`tensors`: as `rounding_shapes` says."""
-        self.tensors, self.factors = tensors, {}
-        names = [name for name in param_shapes(c) if f"symbols.{name}" in tensors]
-        self.order = {name: self.column_order(name) for name in names}
-
-    def column_order(self, name: str) -> np.ndarray:
-        hessian = self.tensors.get(f"hessians.{name}")
-        sizes = self.tensors[f"columns.{name}"] if hessian is None else -np.diag(hessian).astype(np.float64)
-        return np.argsort(sizes, kind="stable")
+        self.tensors = tensors
+        self.order = {name: tensors[f"order.{name}"] for name in param_shapes(c) if f"order.{name}" in tensors}
 
     def places(self, name: str, low: int, high: int) -> slice:
         """Where in the order the parts from `low` to below `high` stand."""
@@ -2644,49 +2663,39 @@ class Rounding:
     def steps(self, name: str, columns: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         return self.tensors[f"rows.{name}"], self.tensors[f"columns.{name}"][columns]
 
-    def factor(self, name: str, part: int) -> Factor | None:
-        """GPTQ's factor among the columns of a part: those before have no error, those after are free."""
-        if name not in self.factors:
-            hessian = self.tensors.get(f"hessians.{name}")
-            self.factors[name] = None if hessian is None else gptq_factor(hessian)
-        if self.factors[name] is None:
-            return None
-        there = self.places(name, part, part + 1)
-        upper = np.ascontiguousarray(self.factors[name].upper[there, there])
-        return Factor(np.arange(len(upper)), upper)
-
     def round(self, names: list[str], weights: dict[str, np.ndarray], part: int) -> dict[str, np.ndarray]:
         """Integers of the columns of a part of some matrices."""
         columns = {name: found for name in names if len(found := self.columns(name, part, part + 1))}
+        check_numbers((name, weights[name]) for name in columns)
         whole = {name: without_faint_rows(as_matrix(weights[name]), *self.steps(name)) for name in columns}
         values = {name: np.ascontiguousarray(whole[name][:, some]) for name, some in columns.items()}
         steps = {name: self.steps(name, some) for name, some in columns.items()}
-        factors = {name: self.factor(name, part) for name in columns}
-        return {name: table.symbols for name, table in round_all(values, steps, True, factors).items()}
+        return {name: table.symbols for name, table in round_all(values, steps, True, {}).items()}
 
-    def table(self, name: str) -> Table:
-        rows, columns = self.steps(name)
-        symbols = self.tensors[f"symbols.{name}"].copy()  # which may be rounded anew
-        return Table(rows, columns.copy(), np.zeros(len(symbols), np.int16), symbols)
+    def table(self, name: str, columns: np.ndarray | slice = slice(None)) -> Table:
+        """Of some columns, in a copy, since the last ones may be rounded anew."""
+        rows, steps = self.steps(name, columns)
+        symbols = self.tensors[f"symbols.{name}"][:, columns].copy()
+        return Table(rows, steps.copy(), np.zeros(len(symbols), np.int16), symbols)
 
-    def kept(self, parts: int) -> dict[str, np.ndarray]:
-        """float32 [n, m] of the matrices with so many parts rounded; NaN in the other columns."""
+    def kept(self, low: int, high: int) -> dict[str, np.ndarray]:
+        """float32 [n, m] of the matrices with the parts from `low` to below `high`; NaN in the other columns."""
         found = {}
         for name in self.order:
-            found[name] = values_of(self.table(name), True)
-            found[name][:, self.columns(name, parts, ROUND_PARTS)] = math.nan
+            columns = self.columns(name, low, high)
+            found[name] = np.full(self.tensors[f"symbols.{name}"].shape, math.nan, np.float32)
+            found[name][:, columns] = values_of(self.table(name, columns), True)
         return found
 
 
 def rounding_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a checkpoint keeps of a Rounding: steps of the rows and columns of all tensors, int16;
-    integers of the matrices, int16; Hessians, float32; nats aimed at, rounds and matrices without GPTQ."""
-    found = {"said": (3,)}
+    of matrices the integers, int16, and the order of the columns; nats aimed at, and how often bytes were reckoned."""
+    found = {"said": (2,)}
     for name, (*rows, m) in param_shapes(c).items():
         n = math.prod(rows)
         found |= {f"rows.{name}": (n,), f"columns.{name}": (m,)}
-        found |= {} if is_vector(name) else {f"symbols.{name}": (n, m)}
-        found |= {f"hessians.{name}": (m, m)} if param_group(name) == "matrix" else {}
+        found |= {} if is_vector(name) else {f"symbols.{name}": (n, m), f"order.{name}": (m,)}
     return found
 
 
@@ -2694,21 +2703,61 @@ def resume_rounding(run: Run, tensors: dict[str, np.ndarray]) -> None:
     """Goes on with what a checkpoint keeps of a Rounding."""
     if tensors:
         run.rounding = Rounding(run.config, tensors)
-        run.engine.keep(run.rounding.kept(run.state.parts))
+        run.engine.keep(run.rounding.kept(0, run.state.parts))
 
 
 def begin_rounding(run: Run) -> Rounding:
-    """Looks at the curvature and settles the steps, by an export of the weights as they are."""
-    c, state = run.config, run.state
-    passes = most_passes(c, loops_at(c, 1.0))
-    curvature = run.engine.curvature(run.stream, state.tokens, passes, math.inf)
-    state.flops += train_flops_per_token(c, passes) * curvature.tokens
-    made = shared_export(run, curvature)
-    tensors = {"said": np.array([made.loss_aimed, made.rounds, made.plain_rounded], np.float32)}
-    for name, table in made.tables.items():
-        tensors |= {f"rows.{name}": table.rows, f"columns.{name}": table.columns}
-        tensors |= {} if is_vector(name) else {f"symbols.{name}": np.zeros_like(table.symbols)}
-    return Rounding(c, tensors | {f"hessians.{name}": value for name, value in curvature.hessians.items()})
+    """Looks at the curvature, at most CALIB_SECONDS long where seconds count, and settles the steps: those of
+    QUANT_LOSS, or those on which some of the rows take their share of TARGET_BYTES."""
+    c, state, weights = run.config, run.state, run.engine.weights()
+    values = {name: as_matrix(weights[name]) for name in param_shapes(c)}
+    passes, seconds = most_passes(c, loops_at(c, 1.0)), c.calib_seconds if c.max_wallclock_seconds else math.inf
+    seen = run.engine.curvature(run.stream, state.tokens, passes, seconds)
+    state.flops += train_flops_per_token(c, passes) * seen.tokens
+    if seen.tokens < (asked := calibration_tokens(c, run.engine.world)):
+        run.log.line(f"notice: time was up after {seen.tokens} of {asked} tokens of CALIB_TOKENS: more CALIB_SECONDS")
+
+    def share(work: Callable[[str], object]) -> dict[str, object]:
+        """What `work` gives for every name, each process doing its part."""
+        parts = share_out(
+            run.engine, lambda names: {name: work(name) for name in names}, {n: v.size for n, v in values.items()}
+        )
+        found = {name: one for part in parts for name, one in part.items()}
+        return {name: found[name] for name in values}
+
+    def bend(name: str) -> Bends:
+        hessian = seen.hessians.get(name)
+        check_numbers((name, part) for part in (values[name], seen.squares[name], hessian) if part is not None)
+        return bends_of(name, as_matrix(seen.squares[name]), None if hessian is None else gptq_factor(hessian))
+
+    bends, width, sizes = share(bend), width_of(c.quant_loss or DEFAULT_LOSS, count_params(c)), {}
+    goal = c.target_bytes - code_bytes(run) - HEADER
+    while c.target_bytes and width not in sizes and len(sizes) < 8:
+        taken = share(lambda name, width=width: bytes_about(name, values[name], bends[name], width))
+        sizes[width] = sum(taken.values())
+        if abs(sizes[width] - goal) > 0.003 * goal:
+            width = next_width(sizes, goal, count_params(c))
+    tensors = {"said": np.array([TRELLIS_GAIN * count_params(c) * width**2 / 24, max(len(sizes), 1)], np.float32)}
+    for name, (rows, columns) in share(lambda name: loss_steps(values[name], bends[name], width)).items():
+        tensors |= {f"rows.{name}": rows, f"columns.{name}": columns}
+        if not is_vector(name):
+            first = -np.diag(seen.hessians[name]).astype(np.float64) if name in seen.hessians else columns
+            tensors[f"order.{name}"] = np.argsort(first, kind="stable").astype(np.int32)
+            tensors[f"symbols.{name}"] = np.zeros(values[name].shape, np.int16)
+    return Rounding(c, tensors)
+
+
+def bytes_about(name: str, value: np.ndarray, bends: Bends, width: float) -> float:
+    """Bytes that a parameter [n, m] takes on steps of this width, about, by some of its rows; a step takes half a
+    byte."""
+    every = -(-value.size // SAMPLE)
+    some = value[::every]
+    steps = loss_steps(some, Bends(bends.rows[::every], bends.columns, bends.used[::every]), width)
+    table = round_all({name: without_faint_rows(some, *steps)}, {name: steps}, True, {})[name]
+    symbols = table.symbols - table.middles[:, None].astype(np.int32)
+    offsets = table.rows[:, None].astype(np.int64) + table.columns
+    bits = shortest_model(symbols, offsets, half_levels(table.symbols))[0]
+    return (bits * value.size / some.size + 4 * sum(value.shape)) / 8
 
 
 def round_more(run: Run, at: float) -> bool:
@@ -2731,17 +2780,18 @@ def round_more(run: Run, at: float) -> bool:
         round_parts(run, due)
 
     seconds = seconds_of(run.engine, work)
+    run.before = run.clock()[0]  # which says nothing of the pace of steps
     run.log.line(f"step:{state.step}/{c.iterations} rounded:{due}/{ROUND_PARTS} of the columns in {seconds:.1f}s")
     return True
 
 
 def round_parts(run: Run, due: int) -> None:
     """Rounds the columns up to the part `due` and keeps them."""
-    weights = run.engine.weights()
+    weights, before = run.engine.weights(), run.state.parts
     while run.state.parts < due:
         round_part(run, weights, run.state.parts)
         run.state.parts += 1
-    run.engine.keep(run.rounding.kept(due))
+    run.engine.keep(run.rounding.kept(before, due))
 
 
 def round_part(run: Run, weights: dict[str, np.ndarray], part: int) -> None:
@@ -2766,7 +2816,7 @@ def export_rounded(run: Run) -> Export | None:
         np.maximum(rows, finest.astype(np.int16), out=rows)
     vectors = {name: without_faint_rows(value, *rounding.steps(name)) for name, value in vectors.items()}
     vectors = round_all(vectors, {name: rounding.steps(name) for name in vectors}, True, {})
-    aimed, rounds, plain = rounding.tensors["said"].tolist()
+    aimed, rounds = rounding.tensors["said"].tolist()
 
     def export(shift: int) -> Export:
         for name, steps in settled.items():
@@ -2775,7 +2825,7 @@ def export_rounded(run: Run) -> Export | None:
         round_part(run, weights, last)
         tables = {name: vectors.get(name) or rounding.table(name) for name in param_shapes(c)}
         data, bits = assemble(c, run.state.loops, tables)
-        return Export(data, tables, len(data), bits_per_weight(tables, bits), aimed, int(rounds), int(plain))
+        return Export(data, tables, len(data), bits_per_weight(tables, bits), aimed, int(rounds), 0)
 
     best, (finest, coarsest) = None, (-4, 16) if c.target_bytes else (0, 0)
     while finest <= coarsest:
@@ -2921,7 +2971,7 @@ def export_notices(run: Run, made: Export, curvature: Curvature | None, spare: i
     if c.loop_gate == "gain" and run.state.loops > 1 and np.abs(gates).max() < IDLE_GATE:
         shown = ", ".join(f"{gate:.3f}" for gate in gates)
         found.append(f"the passes after the first are hardly used, their gates are {shown}: FLOPs wasted")
-    if curvature and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
+    if curvature and not run.rounding and curvature.tokens < (asked := calibration_tokens(c, run.engine.world)):
         found.append(f"the calibration's time was up after {curvature.tokens} of {asked} tokens: more CALIB_SECONDS")
     if made.plain_rounded:
         found.append(f"{made.plain_rounded} matrices were rounded without GPTQ, since their Hessians were none")
@@ -3196,7 +3246,8 @@ def report(run: Run, r: dict, made: Export, seconds: float) -> None:
     c, state, log = run.config, run.state, run.log
     code = f"code {r['bytes_code']}" + {"1": "", "packed": " packed", "0": ", not counted"}[c.count_code]
     aimed = f", {made.loss_aimed:.5f} nats aimed at" if calibrates(c) else ""
-    kept = f" ({c.calib_seconds:g} s were kept)" if c.max_wallclock_seconds and c.mode == "train" else ""
+    clocked = c.max_wallclock_seconds and c.mode == "train" and not c.round_from
+    kept = f" ({c.calib_seconds:g} s were kept)" if clocked else ""
     calibration = f", {r['calib_time_ms'] / 1000:.1f} s of them calibration{kept}" if r["calib_time_ms"] else ""
     log.line(f"""---
 score:    {r["val_bpb"]:.4f} bits per byte from disk ({r["val_bpb_raw"]:.4f} before export, {r["eval_loops"]} passes)\
@@ -3329,6 +3380,7 @@ def preflight(run: Run, warm: dict[int, float], start: float) -> int:
     scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
     looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
     looks = c.calib_seconds if c.max_wallclock_seconds else looks
+    looks *= not (c.round_from and c.max_wallclock_seconds)  # which has it in training's seconds
     rounded = max(count_params(c) / engine.world, *map(math.prod, param_shapes(c).values()))  # by one process
     coding = 4e-6 * rounded * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
     parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]

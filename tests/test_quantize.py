@@ -694,7 +694,9 @@ def test_steps_of_columns_know_what_gptq_makes_up_for(any_script):
     of_rows, diagonal = np.exp2(rng.uniform(-3, 3, 64)), np.geomspace(0.1, 10, 200)[rng.permutation(200)]
     factor = any_script.gptq_factor(np.diag(diagonal).astype("float32"))
     squares = np.outer(of_rows, diagonal)
-    with_factor, without = (any_script.loss_steps(FC, rows, squares, 0.05, f) for f in (factor, None))
+    with_factor, without = (
+        any_script.loss_steps(rows, any_script.bends_of(FC, squares, f), 0.05) for f in (factor, None)
+    )
     assert np.abs(with_factor[1] + 2 * np.log2(diagonal / diagonal.mean() + 0.01)).max() <= 0.51
     assert np.abs(with_factor[1] - without[1]).max() <= 1 and np.array_equal(with_factor[0], without[0])
     seen = squares.mean(axis=1) + any_script.ROW_FLOOR * squares.mean()
@@ -715,7 +717,7 @@ def test_a_row_that_the_calibration_never_saw_is_not_free(any_script):
     """Its step is at most ten times that of a row of the mean curvature; by itself it would be all zeros."""
     rows, squares = normal(64, 200), np.full((64, 200), 1e-2, np.float32)
     squares[5] = 0
-    steps = any_script.loss_steps("tok_emb.weight", rows, squares, 0.005, None)[0]
+    steps = any_script.loss_steps(rows, any_script.bends_of("tok_emb.weight", squares, None), 0.005)[0]
     ratio = 2.0 ** ((steps[5] - steps[6]) / 4)
     assert 8 < ratio < 12
 
