@@ -17,6 +17,7 @@ Exit code: 0 nothing above info, 1 the tool was used wrongly (no such folder), 2
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -82,8 +83,8 @@ def worst(findings: list[Finding]) -> str:
     return max((finding.severity for finding in findings), key=SEVERITIES.index, default="info")
 
 
-def report(folder: Path, findings: list[Finding], seconds: float) -> None:
-    print(folder, *findings, sep="\n  ")
+def report(folder: Path, findings: list[Finding], seconds: float, shown: Sequence[str] = SEVERITIES) -> None:
+    print(folder, *(finding for finding in findings if finding.severity in shown), sep="\n  ")
     errors, warnings, notes = (sum(finding.severity == name for finding in findings) for name in reversed(SEVERITIES))
     print(f"  {VERDICTS[worst(findings)]}: {errors} errors, {warnings} warnings, {notes} notes ({seconds:.1f} s)")
 
@@ -98,8 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--track", choices=TRACKS, help="default: from the parent folder or submission.json")
     parser.add_argument("--beat", type=float, metavar="BPB", help="the score that a record is to beat")
     parser.add_argument("--json", action="store_true", help="findings as JSON, for programs")
+    parser.add_argument("--quiet", action="store_true", help="leave out findings of severity info")
     args = parser.parse_args(argv)
     need_score(args.beat)
+    shown = [severity for severity in SEVERITIES if severity != "info" or not args.quiet]
     for folder in args.folders:
         existing(folder)
     results, everything = [], []
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         verdict = {"folder": str(folder), "track": track, "verdict": worst(findings)}
         results.append(verdict | {"findings": [asdict(finding) for finding in findings]})
         if not args.json:
-            report(folder, findings, time.perf_counter() - began)
+            report(folder, findings, time.perf_counter() - began, shown)
     if args.json:
         print(json.dumps(results, indent=1, ensure_ascii=False))
     return EXIT_CODES[worst(everything)]

@@ -794,7 +794,9 @@ def test_logs_of_other_scripts_are_read(tmp_path):
 def test_exit_codes_and_json(tmp_path, capsys):
     sound, bad = write_folder(tmp_path), write_folder(tmp_path / "bad")
     assert check.run_tool(check.main, [str(sound)]) == 0
-    assert "sound: 0 errors" in capsys.readouterr().out
+    assert "sound: 0 errors" in (shown := capsys.readouterr().out) and "  info  " in shown
+    assert check.run_tool(check.main, [str(sound), "--quiet"]) == 0
+    assert "sound: 0 errors, 0 warnings, 1 notes" in (shown := capsys.readouterr().out) and "  info  " not in shown
     set_facts(bad, github_id="")
     assert check.run_tool(check.main, [str(sound), str(bad)]) == 2
     (bad / "README.md").unlink()
