@@ -2651,14 +2651,10 @@ class Rounding:
         self.tensors = tensors
         self.order = {name: tensors[f"order.{name}"] for name in param_shapes(c) if f"order.{name}" in tensors}
 
-    def places(self, name: str, low: int, high: int) -> slice:
-        """Where in the order the parts from `low` to below `high` stand."""
-        bounds = [0, *(end for _, end in split_evenly(len(self.order[name]), ROUND_PARTS))]
-        return slice(bounds[low], bounds[high])
-
     def columns(self, name: str, low: int, high: int) -> np.ndarray:
-        """Indices of the columns of these parts."""
-        return self.order[name][self.places(name, low, high)]
+        """Indices of the columns of the parts from `low` to below `high`."""
+        bounds = [0, *(end for _, end in split_evenly(len(self.order[name]), ROUND_PARTS))]
+        return self.order[name][bounds[low] : bounds[high]]
 
     def steps(self, name: str, columns: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         return self.tensors[f"rows.{name}"], self.tensors[f"columns.{name}"][columns]
@@ -3379,8 +3375,7 @@ def preflight(run: Run, warm: dict[int, float], start: float) -> int:
     scores = 2 + sum(flops_per_token(c, n) for n in others) / flops_per_token(c, passes)
     scores += (math.ceil(steps) - 1) // c.val_loss_every - state.step // c.val_loss_every if c.val_loss_every else 0
     looks = 2.5 * max(took.values()) * calibration_tokens(c, engine.world) / c.train_batch_tokens
-    looks = c.calib_seconds if c.max_wallclock_seconds else looks
-    looks *= not (c.round_from and c.max_wallclock_seconds)  # which has it in training's seconds
+    looks = export_seconds(c) if c.max_wallclock_seconds else looks
     rounded = max(count_params(c) / engine.world, *map(math.prod, param_shapes(c).values()))  # by one process
     coding = 4e-6 * rounded * (4 if c.target_bytes else 1)  # a weight and round in records/demo/train.log
     parts = [start, seconds - state.seconds, scores * scoring * len(ends) / len(few)]

@@ -6,7 +6,7 @@ Errors, exit codes and safe writing come from data/tool.py, which this makes kno
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,3 +148,15 @@ def facts_of(results: list[dict]) -> dict:
         "train_flops": mean_std([result["train_flops"] for result in results])[0],
         **{key: first[key] for key in ("layout", "params_stored", "dataset", "val_tokens")},
     }
+
+
+def page_tool(argv: list[str] | None, about: str, log: Path, measure: Callable, report: Callable) -> int:
+    """The tool of a page: `measure()` gives the text of its log, `report(text)` makes the page and its pictures."""
+    parser = Parser(about)
+    parser.add_argument("--report", action="store_true", help=f"make the page from {log.name}, and measure nothing")
+    if not parser.parse_args(argv).report:
+        text = measure()
+        log.parent.mkdir(exist_ok=True)
+        write_text(log, text)
+    report(log.read_text(encoding="utf-8"))
+    return 0

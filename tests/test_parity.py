@@ -202,7 +202,7 @@ def test_framework_sections_have_the_same_names():
 
 
 # Lines after `ruff format`: what they are. More are to be asked for, not squeezed in.
-LINES = {"torch": 3579, "mlx": 3471}
+LINES = {"torch": 3574, "mlx": 3466}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

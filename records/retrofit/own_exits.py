@@ -24,7 +24,7 @@ sys.path[1:1] = [str(ROOT / "records"), str(ROOT / "retrofit")]
 
 import depth_batching as batching  # noqa: E402
 import exits  # noqa: E402
-from common import Parser, markdown_table, need, number, read_json, run_tool, short, write_text  # noqa: E402
+from common import markdown_table, need, number, page_tool, read_json, run_tool, short, write_text  # noqa: E402
 from draw import canvas, draw_line, save_picture, tidy  # noqa: E402
 
 HOME = Path(__file__).with_suffix("")
@@ -216,15 +216,7 @@ Log: [exits.log](exits.log). Again: `python records/retrofit/own_exits.py` where
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--report", action="store_true", help="make the page from exits.log, and measure nothing")
-    log = HOME / "exits.log"
-    if not parser.parse_args(argv).report:
-        text = measure()
-        HOME.mkdir(exist_ok=True)
-        write_text(log, text)
-    report(log.read_text(encoding="utf-8"))
-    return 0
+    return page_tool(argv, __doc__, HOME / "exits.log", measure, report)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[1:1] = [str(ROOT / "records"), str(ROOT / "retrofit")]
 
 import convert  # noqa: E402
-from common import Parser, markdown_table, run_tool, write_text  # noqa: E402
+from common import markdown_table, page_tool, run_tool, write_text  # noqa: E402
 from draw import canvas, draw_line, save_picture, tidy  # noqa: E402
 
 PARENT = ROOT / "logs" / "retrofit" / "parent" / "model.safetensors"
@@ -118,15 +118,7 @@ with AVX-512 bf16 (two cores, shared).
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    parser.add_argument("--report", action="store_true", help="make the page from convert.log, and convert nothing")
-    log = HOME / "convert.log"
-    if not parser.parse_args(argv).report:
-        text = convert_all()
-        HOME.mkdir(exist_ok=True)
-        write_text(log, text)
-    report(log.read_text(encoding="utf-8"))
-    return 0
+    return page_tool(argv, __doc__, HOME / "convert.log", convert_all, report)
 
 
 if __name__ == "__main__":
